@@ -1,0 +1,108 @@
+"""TLS for threaded programs: few threads own all sessions, and nobody else ever sees a WANT_*.
+
+Who may touch what::
+
+                                   application     coordinator     worker (of that session)
+    Bridge, Session, queues        call, any thread    ·               ·
+    SSL.Context                    build, freeze       ·               read
+    coordinator's mailbox          put                 take            put (a batch per turn)
+    channels, codecs' decode       ·                   OWN             ·
+    codecs' encode                 call, any thread    ·               ·
+    session inbox (messages)       get                 put             ·
+    send credit (outbox)           take                take bytes      give back
+    read credit                    give back           give back       take
+    worker's mailbox + doorbell    put, ring           put, ring       take, clear
+    SSL.Connection, socket, poller ·                   ·               OWN (create … close)
+    state, deadlines               look                ·               OWN
+    SessionInfo (peer, ALPN, …)    read (frozen)       pass on         make once
+
+Three rules: everything mutable has one owner, and what crosses is frozen and goes through a queue; only
+application threads wait for room; no correctness rests on the GIL.
+"""
+
+from bridge import codecs
+from bridge.bridge import Bridge, SessionSnapshot, Snapshot
+from bridge.context import Context, client_context, server_context
+from bridge.engine import SessionInfo
+from bridge.errors import (
+    BridgeClosed,
+    BridgeError,
+    CertificateError,
+    CloseTimeout,
+    CodecError,
+    ConfigurationError,
+    ConnectFailed,
+    ConnectTimeout,
+    DeadlineExceeded,
+    EndOfStream,
+    ForkedError,
+    HandshakeTimeout,
+    HostnameMismatch,
+    IdleTimeout,
+    LimitExceeded,
+    MessageTooLarge,
+    NotTLS,
+    OperationTimeout,
+    PeerReset,
+    ReceiveTimeout,
+    SendTimeout,
+    SessionAborted,
+    SessionClosed,
+    SessionEnded,
+    ShutDown,
+    TLSError,
+    Truncated,
+    WriteStalled,
+)
+from bridge.limits import Limits, Timeouts
+from bridge.listener import Listener
+from bridge.queues import Inbox
+from bridge.session import Session
+from bridge.transport import CloseReport
+
+__version__ = "0.1.0"
+
+__all__ = (
+    "Bridge",
+    "BridgeClosed",
+    "BridgeError",
+    "CertificateError",
+    "CloseReport",
+    "CloseTimeout",
+    "CodecError",
+    "ConfigurationError",
+    "ConnectFailed",
+    "ConnectTimeout",
+    "Context",
+    "DeadlineExceeded",
+    "EndOfStream",
+    "ForkedError",
+    "HandshakeTimeout",
+    "HostnameMismatch",
+    "IdleTimeout",
+    "Inbox",
+    "LimitExceeded",
+    "Limits",
+    "Listener",
+    "MessageTooLarge",
+    "NotTLS",
+    "OperationTimeout",
+    "PeerReset",
+    "ReceiveTimeout",
+    "SendTimeout",
+    "Session",
+    "SessionAborted",
+    "SessionClosed",
+    "SessionEnded",
+    "SessionInfo",
+    "SessionSnapshot",
+    "ShutDown",
+    "Snapshot",
+    "TLSError",
+    "Timeouts",
+    "Truncated",
+    "WriteStalled",
+    "client_context",
+    "codecs",
+    "server_context",
+)

@@ -1,0 +1,105 @@
+"""The owner's half of a listener: it accepts, and does nothing else.
+
+The handshake of what it accepted is a session's business, on whatever worker that has; so one silent
+client costs a file descriptor and delays nobody.  When the process is out of descriptors, or a limit is
+reached, the listening socket leaves the poll set for a moment and clients wait in the kernel's backlog;
+that is logged once, not once an attempt.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+from bridge import events
+from bridge.errors import SessionEnded
+from bridge.poll import NOTHING, Want
+
+ACCEPT_BUDGET = 64
+"""Connections accepted in one turn, before sessions have theirs."""
+PAUSE = 0.1
+"""Seconds until a paused listener looks again."""
+
+
+class Acceptor:
+    """A listening socket in a worker's care.  *admit* takes each accepted socket; *refuses* says why not now."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        name: str,
+        admit: Callable[[socket.socket], None],
+        refuses: Callable[[], str | None],
+        closed: Callable[[], None],
+    ) -> None:
+        self.sock: socket.socket | None = sock
+        self.mask: int = Want.READ
+        self.again = False
+        self.deadline: float | None = None
+        self.finished = False
+        self.retired: list[socket.socket] = []
+        self.now = 0.0
+        self._name = name
+        self._admit = admit
+        self._refuses = refuses
+        self._closed = closed
+        self._paused = False
+        self._exhausted: str | None = None
+
+    def on_ready(self, mask: int) -> None:
+        """The poll says there is a connection to accept; `step` does it."""
+
+    def start(self) -> None:
+        """The first command: the listener has come to its worker."""
+
+    def step(self, now: float) -> None:
+        """Accept what is there."""
+        self.now = now
+        if self.finished:
+            return
+        reason = None
+        for _ in range(ACCEPT_BUDGET):
+            reason = self._refuses()
+            if reason is not None or not self._accept_one():
+                break
+        if reason is None and self._exhausted is not None:
+            reason = self._exhausted
+        self._pause(reason)
+
+    def _accept_one(self) -> bool:
+        assert self.sock is not None
+        self._exhausted = None
+        try:
+            sock, _ = self.sock.accept()
+        except (BlockingIOError, ConnectionError, InterruptedError):
+            return False
+        except OSError as error:  # out of descriptors or memory, or the network is down: it may pass
+            self._exhausted = error.strerror or repr(error)
+            return False
+        sock.setblocking(False)
+        self._admit(sock)
+        return True
+
+    def _pause(self, reason: str | None) -> None:
+        if reason is None:
+            self.mask, self.deadline = Want.READ, None
+            if self._paused:
+                events.info("listener.resumed", address=self._name)
+        else:
+            self.mask, self.deadline = NOTHING, self.now + PAUSE
+            if not self._paused:
+                events.warning("listener.paused", address=self._name, reason=reason)
+        self._paused = reason is not None
+
+    def end(self, cause: SessionEnded) -> None:
+        """Close the listening socket."""
+        if not self.finished:
+            self.finished = True
+            assert self.sock is not None
+            self.retired.append(self.sock)
+            self.sock = None
+            events.info("listener.closed", address=self._name)
+
+    def gone(self) -> None:
+        """The socket is closed."""
+        self._closed()

@@ -1,0 +1,574 @@
+"""The Bridge: threads, sessions and listeners wired together.  The only module that knows all the others."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import itertools
+import os
+import socket
+import ssl
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from OpenSSL import SSL
+
+from bridge import codecs, events, forks
+from bridge.acceptor import Acceptor
+from bridge.context import Context
+from bridge.coordinator import Channel, Coordinator
+from bridge.dialer import Address, show_address
+from bridge.engine import SessionInfo
+from bridge.errors import (
+    BridgeClosed,
+    ConfigurationError,
+    ConnectTimeout,
+    LimitExceeded,
+    OperationTimeout,
+    SessionClosed,
+)
+from bridge.limits import Limits, Timeouts, check_timeout
+from bridge.listener import Listener
+from bridge.poll import Want
+from bridge.queues import Inbox, Outbox, ReadCredit, Registry, SessionInbox, Tally
+from bridge.session import Session
+from bridge.transport import Ending, Plan, Transport
+from bridge.worker import Worker
+
+CodecFactory = Callable[[], "codecs.Codec[Any]"]
+AnyContext = Context | SSL.Context
+
+EXIT_SECONDS = 3.0
+"""How long a Bridge that was never closed may delay the end of the interpreter."""
+
+_names = itertools.count(1)
+_live: weakref.WeakSet[Bridge] = weakref.WeakSet()
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionSnapshot:
+    """What one session is doing now."""
+
+    name: str
+    worker: str
+    state: str
+    wants: dict[str, str]
+    """For each OpenSSL call under way, what it waits for: ``{"read": "read", "write": "read"}``."""
+    seconds: float
+    """For how long it has been in this state."""
+    inbox_bytes: int
+    """Received, and not yet taken by the application."""
+    outbox_bytes: int
+    """Sent, and not yet taken by the kernel."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """What a Bridge is doing now."""
+
+    sessions: tuple[SessionSnapshot, ...]
+    workers: tuple[str, ...]
+    wants: dict[tuple[str, str], int]
+    """How often OpenSSL answered each call with each want, over all sessions that have ended or live."""
+    inbox_bytes: int
+    outbox_bytes: int
+
+
+class Bridge:
+    """A coordinator thread, *workers* worker threads, and the sessions they own.
+
+    *workers*: None means one a processor core, at most 4.  The threads start here and end with `close`; they
+    are daemons, and a Bridge that was never closed is closed at exit.  Any thread may call anything.
+    """
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        *,
+        timeouts: Timeouts | None = None,
+        limits: Limits | None = None,
+        start: bool = True,
+    ) -> None:
+        if workers is None:
+            workers = min(4, os.cpu_count() or 1)
+        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+            raise ConfigurationError(f"workers must be a positive whole number, not {workers!r}")
+        self._timeouts = _instance("timeouts", timeouts, Timeouts) or Timeouts()
+        self._limits = _instance("limits", limits, Limits) or Limits()
+        self._born = forks.generation()
+        self._closing = False
+        self._closed = threading.Event()
+        self._inbox_tally = Tally(self._limits.total_bytes)
+        self._outbox_tally = Tally(self._limits.total_bytes)
+        self._sessions_tally = Tally(self._limits.sessions)
+        self._channels: Registry[Channel] = Registry()
+        self._listeners: Registry[Listener] = Registry()
+        self._inboxes: Registry[Inbox] = Registry()
+        self._ended_wants: dict[tuple[str, Want], int] = {}
+        self._coordinator = Coordinator()
+        self._workers = [Worker(f"bridge-worker-{i}", self._coordinator.post_all) for i in range(workers)]
+        self._turns = itertools.cycle(self._workers)
+        self._threads = [threading.Thread(target=w.run, name=w.name, daemon=True) for w in self._workers]
+        self._threads.append(
+            threading.Thread(target=self._coordinator.run, name="bridge-coordinator", daemon=True)
+        )
+        if start:
+            _live.add(self)
+            for thread in self._threads:
+                thread.start()
+
+    # Sessions.
+
+    def connect(
+        self,
+        address: tuple[str, int] | str,
+        context: AnyContext,
+        *,
+        server_hostname: str | None = None,
+        codec: CodecFactory = codecs.Raw,
+        inbox: Inbox | None = None,
+        timeout: float | None = None,
+        timeouts: Timeouts | None = None,
+        limits: Limits | None = None,
+        wait: bool = True,
+    ) -> Session:
+        """A client session to *address*, ``(host, port)`` or the path of a Unix socket, its handshake done.
+
+        *server_hostname* is who the peer must prove to be, and goes into SNI; by default the host of
+        *address*.  *timeout* is total, in seconds, name resolution included (which happens on this thread and
+        cannot be interrupted); without it `Timeouts.connect` and `Timeouts.handshake` hold.
+        With ``wait=False`` returns before the handshake: messages sent meanwhile leave after it, and if it
+        fails `recv` says why.
+
+        Raises ConfigurationError for unusable arguments, OSError for an unknown host, ConnectFailed,
+        ConnectTimeout, HandshakeTimeout, CertificateError, HostnameMismatch, TLSError, NotTLS.
+        """
+        self._check_open()
+        deadline = _deadline(timeout)
+        config = Context.adopt(context, server_side=False)
+        host, addresses = _resolve(address)
+        name = host if server_hostname is None else server_hostname
+        config.peer_name(name)
+        plan = Plan(
+            context=config,
+            server_hostname=name,
+            timeouts=self._nearest_timeouts(timeouts),
+            addresses=addresses,
+            resume_key=(name, addresses[0][4]),
+            peer=show_address(address),
+        )
+        session = self._make(plan, codec, inbox, limits, "to")
+        return _opened(session, deadline, timeout) if wait else session
+
+    def adopt(
+        self,
+        sock: socket.socket,
+        context: AnyContext,
+        *,
+        server_hostname: str | None = None,
+        server_side: bool | None = None,
+        codec: CodecFactory = codecs.Raw,
+        inbox: Inbox | None = None,
+        timeout: float | None = None,
+        timeouts: Timeouts | None = None,
+        limits: Limits | None = None,
+        wait: bool = True,
+    ) -> Session:
+        """A session over *sock*, which is connected already: after STARTTLS, from an accept loop, from a parent.
+
+        Takes the socket over: *sock* is detached (``fileno() == -1``), since two owners of one descriptor
+        cannot be made safe.  *server_side* says which side we are; by default the context knows, but an
+        `OpenSSL.SSL.Context` of your own does not.  The rest is as for `connect`.
+        """
+        self._check_open()
+        deadline = _deadline(timeout)
+        if isinstance(context, Context):
+            server_side = context.server_side if server_side is None else server_side
+        elif server_side is None:
+            raise ConfigurationError(
+                "an OpenSSL.SSL.Context does not say which side it is: pass server_side=True or False"
+            )
+        config = Context.adopt(context, server_side=server_side)
+        if not server_side:
+            config.peer_name(server_hostname)
+        _check_socket(sock)
+        plan = Plan(
+            context=config,
+            server_hostname=server_hostname,
+            timeouts=self._nearest_timeouts(timeouts),
+            sock=sock,
+            resume_key=(server_hostname,) if server_hostname is not None else None,
+            peer=show_address(_peername(sock)),
+        )
+        session = self._make(plan, codec, inbox, limits, "over")
+        return _opened(session, deadline, timeout) if wait else session
+
+    def listen(
+        self,
+        address: tuple[str, int] | str | socket.socket,
+        context: AnyContext,
+        *,
+        codec: CodecFactory = codecs.Raw,
+        inbox: Inbox | None = None,
+        timeouts: Timeouts | None = None,
+        limits: Limits | None = None,
+    ) -> Listener:
+        """Listen on *address*: ``(host, port)``, the path of a Unix socket, or a bound socket to take over.
+
+        Clients' handshakes are done by the workers, `Limits.handshakes` at a time; one that fails is
+        logged (``handshake.failed``) and never seen here.  With *inbox* the sessions deliver there; without,
+        the listener hands them out.  Raises ConfigurationError for unusable arguments, OSError (naming the
+        address) if it cannot be had.
+        """
+        self._check_open()
+        config = Context.adopt(context, server_side=True)
+        timeouts = self._nearest_timeouts(timeouts)
+        bounds = _instance("limits", limits, Limits) or self._limits
+        _check_codec(codec)
+        _instance("inbox", inbox, Inbox)
+        sock = _listening_socket(address, bounds.backlog)
+        shown = show_address(sock.getsockname())
+        worker = next(self._turns)
+
+        def stop() -> None:
+            worker.post(acceptor, "end", SessionClosed("the listener is closed"))
+            if self._threads[0].is_alive() and threading.current_thread() not in self._threads:
+                listener.gone.wait(None, "close")
+
+        listener = Listener(sock.getsockname(), config, inbox, stop)
+
+        def admit(accepted: socket.socket) -> None:
+            peer = show_address(_peername(accepted))
+            plan = Plan(listener.context, server_hostname=None, timeouts=timeouts, sock=accepted, peer=peer)
+            self._admit(listener, plan, codec, bounds)
+
+        def closed() -> None:
+            self._listeners.remove(listener)
+            listener._finished()
+
+        acceptor = Acceptor(sock, shown, admit, lambda: self._refuses(listener, bounds), closed)
+        if inbox is not None:
+            self._feed(inbox)
+        self._listeners.add(listener)
+        events.info("listener.started", address=shown)
+        worker.post(acceptor, "start")
+        return listener
+
+    # Looking and ending.
+
+    def snapshot(self) -> Snapshot:
+        """What every session is doing now.  Cheap; any thread; takes no part in anything."""
+        now = time.monotonic()
+        wants = dict(self._ended_wants)
+        sessions = []
+        for channel in self._channels:
+            seen = channel.transport.describe()
+            for key, count in seen.pop("counts").items():
+                wants[key] = wants.get(key, 0) + count
+            since = seen.pop("since")
+            sessions.append(
+                SessionSnapshot(channel.name, channel.worker.name, seconds=max(0.0, now - since), **seen)
+            )
+        return Snapshot(
+            sessions=tuple(sessions),
+            workers=tuple(worker.name for worker in self._workers),
+            wants={(call, want.name.lower()): count for (call, want), count in wants.items()},
+            inbox_bytes=sum(session.inbox_bytes for session in sessions),
+            outbox_bytes=sum(session.outbox_bytes for session in sessions),
+        )
+
+    def close(self, timeout: float | None = None) -> None:
+        """Close listeners, then all sessions politely, then end the threads.  Idempotent.
+
+        The sessions have *timeout* seconds altogether (None: their own timeouts); what is not closed by then
+        is aborted.
+        """
+        forks.check(self._born)
+        timeout = check_timeout("timeout", timeout)
+        if threading.current_thread() in self._threads:
+            raise RuntimeError(
+                "Bridge.close() was called by a thread of the Bridge itself, which it would wait for"
+            )
+        if self._closing:
+            self._closed.wait()
+            return
+        self._closing = True
+        try:
+            self._close_sessions(timeout)
+        finally:  # also when Ctrl-C cut the politeness short
+            try:
+                self._stop_threads()
+                for inbox in self._inboxes:
+                    inbox._detach()
+            finally:
+                _live.discard(self)
+                self._closed.set()
+
+    def _close_sessions(self, timeout: float | None) -> None:
+        for listener in self._listeners.seal():
+            listener.close()
+        channels = self._channels.seal()
+        for channel in channels:
+            self._coordinator.close(channel, timeout)
+        if self._threads[0].is_alive():
+            reports = [channel.closed.wait(None, "close").report for channel in channels]
+            events.debug(
+                "bridge.closed", sessions=len(reports), unsent=sum(report.unsent for report in reports)
+            )
+
+    def _stop_threads(self) -> None:
+        for worker in self._workers:
+            worker.stop()
+        *workers, coordinator = self._threads
+        for thread in workers:
+            if thread.ident is not None:
+                thread.join()
+        self._coordinator.stop()
+        if coordinator.ident is not None:
+            coordinator.join()
+
+    def __enter__(self) -> Bridge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Wiring.
+
+    def _make(
+        self, plan: Plan, codec: CodecFactory, inbox: Inbox | None, limits: Limits | None, how: str
+    ) -> Session:
+        bounds = _instance("limits", limits, Limits) or self._limits
+        _instance("inbox", inbox, Inbox)
+        if not self._sessions_tally.has_room():
+            raise LimitExceeded(f"Limits.sessions is reached: {self._limits.sessions} sessions are open")
+        session = self._wire(plan, codec, inbox, bounds, how)
+        self._launch(session._channel)
+        return session
+
+    def _wire(
+        self, plan: Plan, codec: CodecFactory, inbox: Inbox | None, bounds: Limits, how: str
+    ) -> Session:
+        """One session and everything that hangs on it; nothing has started yet."""
+        made = _check_codec(codec)
+        if plan.sock is not None:
+            plan = dataclasses.replace(plan, sock=_take_over(plan.sock))
+        channel = Channel(f"{next(_names)} {how} {plan.peer}", made, inbox or SessionInbox())
+        worker = channel.worker = next(self._turns)
+        coordinator = self._coordinator
+
+        def resume() -> None:
+            worker.post(channel.transport, "resume_reading")
+
+        channel.outbox = Outbox(bounds.outbox_bytes, self._outbox_tally, coordinator.sender(channel))
+        channel.credit = ReadCredit(bounds.inbox_bytes, self._inbox_tally, resume)
+        channel.transport = Transport(channel.name, plan, channel.outbox, channel.credit, channel.tell)
+        channel.on_closed = self._on_closed
+        session = Session(channel, coordinator, plan.timeouts, bounds)
+        if inbox is not None:
+            self._feed(inbox)
+            channel.handle = lambda: session
+        self._sessions_tally.add(1)
+        if not self._channels.add(channel):  # `close` has counted the sessions it waits for
+            channel.outbox.close(SessionClosed("the Bridge was closed"))
+            if plan.sock is not None:
+                plan.sock.close()
+            raise BridgeClosed("this Bridge is closed; make a new one")
+        return session
+
+    def _launch(self, channel: Channel) -> None:
+        channel.worker.post(channel.transport, "start")
+
+    def _admit(self, listener: Listener, plan: Plan, codec: CodecFactory, bounds: Limits) -> None:
+        """A worker: a client was accepted."""
+        try:
+            session = self._wire(plan, codec, listener.inbox, bounds, "from")
+        except BridgeClosed:
+            return
+        except Exception as error:  # a codec factory of the user's: it costs this client, not the listener
+            events.warning(
+                "handshake.failed", session=str(listener.address), cause="codec", error=repr(error)
+            )
+            assert plan.sock is not None
+            plan.sock.close()
+            return
+        channel = session._channel
+        channel.handle = lambda: session
+        listener.handshakes.add(1)
+
+        def on_open(channel: Channel) -> None:
+            listener.handshakes.add(-1)
+            listener._deliver(channel.handle())
+            if listener.inbox is None:
+                channel.forget_handle()
+
+        def on_closed(channel: Channel, ending: Ending) -> None:
+            if not isinstance(channel.opened.peek(), SessionInfo):
+                listener.handshakes.add(-1)
+                cause = ending.cause
+                kind = type(cause).__name__
+                events.info(
+                    "handshake.failed", session=channel.name, peer=plan.peer, cause=kind, error=str(cause)
+                )
+            self._on_closed(channel, ending)
+
+        channel.on_open = on_open
+        channel.on_closed = on_closed
+        self._launch(channel)
+
+    def _refuses(self, listener: Listener, bounds: Limits) -> str | None:
+        """A worker: why no client is accepted just now."""
+        if not self._sessions_tally.has_room():
+            return f"Limits.sessions is reached ({self._limits.sessions})"
+        if listener.handshakes.used >= bounds.handshakes:
+            return f"Limits.handshakes is reached ({bounds.handshakes})"
+        return None
+
+    def _on_closed(self, channel: Channel, ending: Ending) -> None:
+        """The coordinator: a session is over."""
+        self._channels.remove(channel)
+        self._sessions_tally.add(-1)
+        for key, count in ending.wants.items():
+            self._ended_wants[key] = self._ended_wants.get(key, 0) + count
+
+    def _feed(self, inbox: Inbox) -> None:
+        if inbox not in self._inboxes:
+            self._inboxes.add(inbox)
+            inbox._attach()
+
+    def _check_open(self) -> None:
+        forks.check(self._born)
+        if self._closing:
+            raise BridgeClosed("this Bridge is closed; make a new one")
+
+    def _nearest_timeouts(self, timeouts: Timeouts | None) -> Timeouts:
+        return _instance("timeouts", timeouts, Timeouts) or self._timeouts
+
+
+def _deadline(timeout: float | None) -> float | None:
+    timeout = check_timeout("timeout", timeout)
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def _opened(session: Session, deadline: float | None, timeout: float | None) -> Session:
+    """*session*, its handshake done; whatever keeps it from that aborts it."""
+    try:
+        session._wait_open(None if deadline is None else max(0.0, deadline - time.monotonic()))
+    except OperationTimeout:
+        session.abort()
+        raise ConnectTimeout(f"{session.name}: no TLS session within {timeout:g} seconds") from None
+    except BaseException:
+        session.abort()
+        raise
+    return session
+
+
+def _instance(name: str, value: Any, kind: type[Any]) -> Any:
+    if value is not None and not isinstance(value, kind):
+        raise ConfigurationError(f"{name} must be a bridge.{kind.__name__}, not {value!r}")
+    return value
+
+
+def _check_codec(factory: CodecFactory) -> codecs.Codec[Any]:
+    if not callable(factory):
+        raise ConfigurationError(
+            f"codec must be a factory, a class or a function that makes one codec a session, not {factory!r}"
+        )
+    made = factory()
+    missing = [name for name in ("decode", "encode", "eof") if not callable(getattr(made, name, None))]
+    if missing or isinstance(made, type):
+        raise ConfigurationError(
+            f"codec made {made!r}, which is no codec: it lacks {', '.join(missing) or 'an instance'}"
+        )
+    return made
+
+
+def _resolve(address: tuple[str, int] | str) -> tuple[str | None, tuple[Address, ...]]:
+    if isinstance(address, str):
+        family = getattr(socket, "AF_UNIX", None)
+        if family is None:
+            raise ConfigurationError(
+                f"this system has no Unix sockets: address must be (host, port), not {address!r}"
+            )
+        return None, ((family, socket.SOCK_STREAM, 0, "", address),)
+    try:
+        host, port = address[:2]
+    except (TypeError, ValueError):
+        raise ConfigurationError(
+            f"address must be (host, port) or the path of a Unix socket, not {address!r}"
+        ) from None
+    if isinstance(port, int) and not 0 <= port <= 65535:
+        raise ConfigurationError(f"the port must be from 0 to 65535, not {port}")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot resolve {host!r}: {error.strerror}") from error
+    return host, tuple(found)
+
+
+def _listening_socket(address: tuple[str, int] | str | socket.socket, backlog: int) -> socket.socket:
+    if isinstance(address, socket.socket):
+        _check_socket(address, connected=False)
+        sock = _take_over(address)
+        try:
+            sock.listen(backlog)
+        except OSError as error:
+            sock.close()
+            raise OSError(error.errno, f"cannot listen on the socket given: {error.strerror}") from error
+        return sock
+    host, addresses = _resolve(address)
+    family, kind, protocol, _, where = addresses[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        if host is not None and os.name == "posix":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(where)
+        sock.listen(backlog)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, f"cannot listen on {show_address(where)}: {error.strerror}") from error
+    return sock
+
+
+def _check_socket(sock: socket.socket, connected: bool = True) -> None:
+    if isinstance(sock, ssl.SSLSocket):
+        raise ConfigurationError(
+            "sock is an ssl.SSLSocket, which does TLS already; pass the plain socket under it"
+        )
+    if not isinstance(sock, socket.socket):
+        raise ConfigurationError(f"sock must be a socket.socket, not {sock!r}")
+    if sock.fileno() == -1:
+        raise ConfigurationError("sock is closed")
+    if sock.type != socket.SOCK_STREAM:
+        raise ConfigurationError(f"sock must be a stream socket, not {sock.type!r}: TLS runs over streams")
+    if connected:
+        try:
+            sock.getpeername()
+        except OSError as error:
+            raise ConfigurationError(
+                f"sock is not connected ({error.strerror}); use Bridge.connect"
+            ) from error
+
+
+def _take_over(sock: socket.socket) -> socket.socket:
+    taken = socket.socket(fileno=sock.detach())
+    taken.setblocking(False)
+    return taken
+
+
+def _peername(sock: socket.socket | None) -> Any:
+    try:
+        return sock.getpeername() if sock is not None else ""
+    except OSError:
+        return "a client that has gone already"
+
+
+@atexit.register
+def _close_forgotten() -> None:
+    for forgotten in list(_live):
+        if forgotten._born == forks.generation():
+            forgotten.close(EXIT_SECONDS)

@@ -1,0 +1,380 @@
+"""The command line: `tls-bridge echo`, a server to talk to, and `tls-bridge demo`, the main job, live.
+
+Only the demo on a terminal uses `rich` (the extra ``cli``), and it does without if that is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+import bridge
+from bridge import demo
+
+HANDLERS = 2
+"""Handler threads of the echo server: under the GIL more than two only wait for each other."""
+CLOSE_SECONDS = 5.0
+"""How long sessions have to end politely once the echo server is told to stop."""
+LOOK_EVERY = 0.1
+"""Seconds between two looks at the demo's progress."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line *argv*, by default the process's, and return its exit status.
+
+    0: all went well.  1: the demo found a fault, or could not go on.  2: unusable arguments, files or
+    address; the reason is one line on stderr.  130: interrupted.  Raises SystemExit where argparse does.
+    Echo catches signals, so it runs on the main thread only.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return _echo(arguments) if arguments.command == "echo" else _demo(arguments)
+    except bridge.ConfigurationError as error:
+        reason = str(error)
+    except bridge.BridgeError as error:
+        print(f"tls-bridge {arguments.command}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(f"tls-bridge {arguments.command}: error: {reason}", file=sys.stderr)
+    return 2
+
+
+# Arguments.
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="tls-bridge", description="TLS for threaded programs.")
+    parser.add_argument("--version", action="version", version=f"tls-bridge {bridge.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_echo(commands.add_parser("echo", help="serve TLS and send back whatever comes"))
+    _add_demo(commands.add_parser("demo", help="many threads on real TLS sessions, every byte checked"))
+    return parser
+
+
+def _add_echo(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Serve TLS and send every byte back. Prints `listening on HOST:PORT` once it does. SIGINT or SIGTERM "
+        "end it."
+    )
+    parser.add_argument(
+        "--listen", type=_address, required=True, metavar="HOST:PORT", help="port 0: any; IPv6: [::1]:8443"
+    )
+    parser.add_argument("--cert", required=True, metavar="PEM", help="the certificate, then its chain")
+    parser.add_argument("--key", required=True, metavar="PEM", help="its private key")
+    parser.add_argument("--workers", type=_Positive(int), metavar="N", help="default: one a core, at most 4")
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Many threads send and receive at both ends of real TLS sessions on loopback, with a throw-away CA;"
+        " every message is checked byte for byte. Exit status 1 if one is wrong or missing. Shows live"
+        " progress on a terminal if rich is there: pip install 'tls-bridge[cli]'."
+    )
+    plan = demo.Plan()
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument(
+        "--seconds",
+        type=_Positive(float),
+        metavar="S",
+        help=f"for how long to send (default {plan.seconds:g})",
+    )
+    amount.add_argument(
+        "--megabytes", type=_Positive(float), metavar="M", help="how much to send, both ways together"
+    )
+    parser.add_argument(
+        "--clients", type=_Positive(int), default=plan.clients, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument("--tls", choices=list(demo.VERSIONS), default=plan.tls, help="default: %(default)s")
+    parser.add_argument(
+        "--seed", type=int, default=plan.seed, metavar="N", help="of the messages (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print nothing but the result, as JSON")
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not colon or not host or (":" in host and not bracketed):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT (IPv6: [::1]:8443)")
+    if not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"{port!r} is not a port: a number from 0 to 65535")
+    return host[1:-1] if bracketed else host, int(port)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Positive:
+    """A type for argparse: a positive number."""
+
+    kind: type[int] | type[float]
+
+    def __call__(self, text: str) -> float:
+        number = self.kind(text)
+        if not 0 < number < 1e9:
+            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        return number
+
+    def __repr__(self) -> str:  # "invalid int value: 'x'"
+        return self.kind.__name__
+
+
+# Echo.
+
+
+def _echo(arguments: argparse.Namespace) -> int:
+    context = bridge.server_context(arguments.cert, arguments.key)
+    inbox = bridge.Inbox()
+    told: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put, unlike an Event's set, is safe in a handler
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: told.put(received))
+    b = bridge.Bridge(workers=arguments.workers)
+    try:
+        listener = b.listen(arguments.listen, context, inbox=inbox)
+        for _ in range(HANDLERS):
+            _start_handler(inbox)
+        print(f"listening on {_show_address(listener.address)}", flush=True)
+        told.get()
+    finally:
+        b.close(CLOSE_SECONDS)  # which ends the handlers
+    return 0
+
+
+def _start_handler(inbox: bridge.Inbox) -> None:
+    threading.Thread(target=_handle, args=(inbox,), name="echo-handler").start()
+
+
+def _handle(inbox: bridge.Inbox) -> None:
+    """A handler's life.  One that has to wait for its peer has another take its place, and leaves after that.
+
+    So peers that do not read keep a thread each waiting, and never a handler from the others.
+    """
+    with contextlib.suppress(bridge.ShutDown):
+        while True:
+            session, message = inbox.get()
+            if message is None:  # the peer has said all; asking for the next closes the session
+                continue
+            try:
+                session.send(message, timeout=0)
+            except bridge.SendTimeout:
+                _start_handler(inbox)
+                with contextlib.suppress(bridge.SessionEnded):
+                    session.send(message)
+                return
+            except bridge.SessionEnded:
+                continue
+
+
+def _show_address(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+# Demo.
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    default = demo.Plan()
+    plan = demo.Plan(
+        seconds=arguments.seconds or (None if arguments.megabytes else default.seconds),
+        megabytes=arguments.megabytes,
+        clients=arguments.clients,
+        tls=arguments.tls,
+        seed=arguments.seed,
+    )
+    live = sys.stdout.isatty() and _has_rich()
+    if not arguments.json:
+        print(_headline(plan), flush=True)
+    with demo.Run(plan) as run:
+        if arguments.json:
+            run.wait(None)
+        elif live:
+            _watch_live(run)
+        else:
+            _watch_plainly(run)
+        result = run.result()
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(result), indent=2))
+    else:
+        _show(result, live)
+    return 0 if result.ok else 1
+
+
+def _has_rich() -> bool:
+    try:
+        import rich  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _watch_plainly(run: demo.Run) -> None:
+    while not run.wait(1.0):
+        print(_progress(run), flush=True)
+
+
+def _watch_live(run: demo.Run) -> None:
+    from rich.console import Group
+    from rich.live import Live
+    from rich.progress_bar import ProgressBar
+    from rich.text import Text
+
+    with Live(transient=True) as live:
+        done = False
+        while not done:
+            done = run.wait(LOOK_EVERY)
+            bar = ProgressBar(total=1.0, completed=min(1.0, _fraction(run)), width=60)
+            live.update(Group(bar, Text(_progress(run))))
+
+
+def _headline(plan: demo.Plan) -> str:
+    amount = f"{plan.megabytes:g} MB" if plan.megabytes else f"{plan.seconds:g} seconds"
+    threads = 2 * (demo.SENDERS + demo.RECEIVERS)
+    versions = " and ".join(demo.VERSIONS[plan.tls])
+    return (
+        f"{amount} of messages on {plan.clients} links ({versions}), {threads} threads each, seed {plan.seed}"
+    )
+
+
+def _fraction(run: demo.Run) -> float:
+    if run.plan.megabytes:
+        return run.received().bytes / (run.plan.megabytes * 1e6)
+    return run.elapsed() / (run.plan.seconds or 1.0)
+
+
+def _progress(run: demo.Run) -> str:
+    received, wants = run.received(), sum(sum(row.values()) for row in run.wants().values())
+    return (
+        f"{run.elapsed():4.1f} s {received.messages:>9,} messages, {_megabytes(received.bytes)} checked,"
+        f" {wants:,} wants, {run.asked:,} renegotiations"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def plainly(self) -> str:
+        """As text: the first column to the left, the others to the right."""
+        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+        lines = [
+            "  ".join(
+                [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+            )
+            for row in (self.columns, *self.rows)
+        ]
+        return "\n".join(["", self.title, "-" * len(lines[0]), lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _show(result: demo.Result, live: bool) -> None:
+    tables = [_links_table(result), _wants_table(result)]
+    verdict = ["", *_facts(result), "", *result.faults]
+    verdict.append(
+        "Every message arrived once, in order, and right in every byte."
+        if result.ok
+        else "SOMETHING IS WRONG."
+    )
+    if not live:
+        print("\n".join([*(table.plainly() for table in tables), *verdict]))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    for table in tables:
+        shown = Table(title=table.title, title_justify="left")
+        for index, column in enumerate(table.columns):
+            shown.add_column(column, justify="right" if index else "left")
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
+    for line in verdict[:-1]:
+        console.print(Text(line), soft_wrap=True)
+    console.print(Text(verdict[-1], "bold green" if result.ok else "bold red"))
+
+
+def _links_table(result: demo.Result) -> _Table:
+    rows: list[tuple[str, ...]] = [
+        (
+            f"link {number}",
+            link.tls,
+            "tiny" if link.tiny_buffers else "normal",
+            *_traffic(link.to_server),
+            *_traffic(link.to_client),
+        )
+        for number, link in enumerate(result.links, 1)
+    ]
+    totals = [
+        demo.Traffic(sum(way.messages for way in ways), sum(way.bytes for way in ways))
+        for ways in zip(*((link.to_server, link.to_client) for link in result.links), strict=True)
+    ]
+    rows.append(("together", "", "", *_traffic(totals[0]), *_traffic(totals[1])))
+    columns = ("", "version", "buffers", "to the server", "", "to the client", "")
+    return _Table("Received, and compared byte for byte", columns, rows)
+
+
+def _traffic(traffic: demo.Traffic) -> tuple[str, str]:
+    return f"{traffic.messages:,}", _megabytes(traffic.bytes)
+
+
+def _wants_table(result: demo.Result) -> _Table:
+    rows: list[tuple[str, ...]] = [
+        (_CALLS.get(call, call), f"{wants['read']:,}", f"{wants['write']:,}")
+        for call, wants in sorted(result.wants.items())
+    ]
+    seen = result.wants_seen_by_application
+    rows.append(("the application saw", f"{seen['read']:,}", f"{seen['write']:,}"))
+    return _Table("How often OpenSSL asked to wait", ("in", "WANT_READ", "WANT_WRITE"), rows)
+
+
+_CALLS = {
+    "handshake": "SSL_do_handshake",
+    "read": "SSL_read",
+    "write": "SSL_write",
+    "shutdown": "SSL_shutdown",
+    "flush": "kernel, rest of a record",
+}
+
+
+def _facts(result: demo.Result) -> Iterator[str]:
+    links = len(result.links)
+    yield (
+        f"{result.application_threads} application threads, {2 * links} sessions,"
+        f" {result.bridge_threads} threads of the two bridges."
+    )
+    if any(link.tls == "TLSv1.2" for link in result.links):
+        yield (
+            f"TLS 1.2: {result.renegotiations_done:,} renegotiations under full load"
+            f" (asked for {result.renegotiations_asked_for:,} times, also while one was under way)."
+        )
+    if any(link.tls == "TLSv1.3" for link in result.links):
+        yield "TLS 1.3: no renegotiation, and pyOpenSSL has no way to ask for its KeyUpdate."
+    yield f"{result.resumed_handshakes} of {links} handshakes resumed the session of an earlier visit."
+    yield (
+        f"{result.messages:,} messages, {_megabytes(result.bytes)} in {result.seconds:.1f} s:"
+        f" {_megabytes(int(result.bytes_per_second))}/s."
+    )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

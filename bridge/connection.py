@@ -1,0 +1,322 @@
+"""One connection, the callbacks OpenSSL makes for it, and the record on which they note what they saw.
+
+*A callback never raises.*  pyOpenSSL parks an exception of a callback on the *context*, which all connections
+share, and whichever of them looks next raises it.  So a callback notes what went wrong on the `Record` of its
+own connection, and refuses; what OpenSSL gives no way to refuse there, `bridge.context.Context.verify`
+refuses after the handshake, before the first application byte.
+
+OpenSSL calls the callbacks on the thread of the connection's owner, in the middle of a handshake.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import ssl
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+import OpenSSL
+from cryptography import x509
+from cryptography.x509 import ocsp
+from OpenSSL import SSL, crypto
+
+from bridge.errors import CertificateError, ConfigurationError, SessionEnded, TLSError
+from bridge.names import peer_certificate, refusal
+
+if TYPE_CHECKING:
+    from bridge.context import Context
+
+OCSPStaple = bytes | Callable[[str | None], bytes] | None
+"""What a server staples (DER): one response, or a callable given the SNI name; ``b""`` is nothing."""
+
+OCSPCheck = Callable[[bytes, x509.Certificate], bool] | None
+"""Whether a client accepts a stapled response (``b""`` if there is none) for the server's certificate."""
+
+KeyLog = str | os.PathLike[str] | Callable[[bytes], object] | IO[Any] | Literal[False] | None
+"""Where session secrets are written: a path, a callable given each line, a file; False is nowhere."""
+
+# The private names of pyOpenSSL that are used if they are there.
+_lib: Any = getattr(getattr(OpenSSL, "_util", None), "lib", None)
+_ffi: Any = getattr(getattr(OpenSSL, "_util", None), "ffi", None)
+_get_error = getattr(_lib, "SSL_get_error", None)
+_WANT_READ = getattr(_lib, "SSL_ERROR_WANT_READ", 2)
+_WANT_WRITE = getattr(_lib, "SSL_ERROR_WANT_WRITE", 3)
+
+
+SCRATCH_BYTES = 16 * 1024
+_scratch = threading.local()
+
+
+@dataclass
+class Record:
+    """What callbacks noted about one connection; its app data.  Belongs to the connection's owner.
+
+    It also keeps *context* alive: OpenSSL goes on calling the SNI callback of the context a connection began
+    with, even after the connection was switched to another.
+    """
+
+    context: Context
+    """The context that made the connection."""
+    routed: Context
+    """The context whose certificate and rules hold: another one if SNI chose it."""
+    error: SessionEnded | None = None
+    """The first reason to refuse the peer.  A user's exception is its ``__cause__``."""
+    to_be_remembered: bool = False
+    """Whether this client's session is to be resumed later."""
+    before_tickets: SSL.Session | None = field(default=None, repr=False)
+    """Then: the session as the handshake left it; a TLS 1.3 ticket replaces it."""
+
+    def note(self, error: SessionEnded, cause: BaseException | None = None) -> None:
+        """Keep *error* if it is the first."""
+        if self.error is None:
+            error.__cause__ = cause
+            self.error = error
+
+
+class Connection(SSL.Connection):
+    """A pyOpenSSL connection that answers sooner, and with its own errors.  Belongs to one thread at a time.
+
+    pyOpenSSL asks SSL_get_error(3) after every success, a foreign call of its own, and before that raises
+    whatever a callback of the same context has parked, which may be another connection's.
+    """
+
+    def _raise_ssl_error(self, ssl: Any, result: int) -> None:
+        if result > 0:
+            return
+        error = None if _get_error is None else _get_error(ssl, result)
+        if error == _WANT_READ:
+            raise SSL.WantReadError()
+        if error == _WANT_WRITE:
+            raise SSL.WantWriteError()
+        try:
+            super()._raise_ssl_error(ssl, result)
+        except SSL.Error:
+            raise
+        except Exception as parked:
+            record = self.get_app_data()
+            if isinstance(record, Record):
+                record.note(_tls_error("a callback of this OpenSSL.SSL.Context raised", parked), parked)
+            raise SSL.Error([]) from parked
+
+    def recv(self, bufsiz: int, flags: int | None = None) -> bytes:
+        """SSL_read(3) into this thread's scratch buffer; otherwise as pyOpenSSL's."""
+        if flags or bufsiz > SCRATCH_BYTES or _lib is None:
+            return super().recv(bufsiz, flags)
+        try:
+            scratch = _scratch.buffer
+        except AttributeError:
+            scratch = _scratch.buffer = _ffi.new("char[]", SCRATCH_BYTES)
+        result = _lib.SSL_read(self._ssl, scratch, bufsiz)
+        if result <= 0:
+            self._raise_ssl_error(self._ssl, result)
+        return bytes(_ffi.buffer(scratch, result))
+
+    def send(self, buf: Any, flags: int = 0) -> int:
+        """SSL_write(3) of bytes or a view, without pyOpenSSL's conversions."""
+        if _lib is None:
+            return super().send(buf, flags)
+        data = buf if type(buf) is bytes else _ffi.from_buffer(buf)
+        result: int = _lib.SSL_write(self._ssl, data, len(buf))
+        if result <= 0:
+            self._raise_ssl_error(self._ssl, result)
+        return result
+
+    def unread(self) -> bytes:
+        """What was fed into memory and OpenSSL has not read."""
+        parts = []
+        scratch = _ffi.new("char[]", SCRATCH_BYTES)
+        while (count := _lib.BIO_read(self._into_ssl, scratch, SCRATCH_BYTES)) > 0:
+            parts.append(bytes(_ffi.buffer(scratch, count)))
+        return b"".join(parts)
+
+    def over_memory(self) -> None:
+        """From now on read and write two memory BIOs: `bio_write`, `bio_read` (SSL_set_bio(3)).
+
+        A record that is half written goes on into memory when the call is repeated.
+        """
+        into, out = _lib.BIO_new(_lib.BIO_s_mem()), _lib.BIO_new(_lib.BIO_s_mem())
+        _lib.SSL_set_bio(_native(self), into, out)  # which takes both over
+        vars(self).update(_into_ssl=into, _from_ssl=out)
+
+    def over_socket(self, sock: socket.socket) -> None:
+        """From now on read and write *sock* itself (SSL_set_fd(3)); the memory BIOs must be empty."""
+        vars(self).update(_into_ssl=None, _from_ssl=None)
+        _lib.SSL_set_fd(_native(self), sock.fileno())
+
+
+def adopt_verification(connection: SSL.Connection, raw: SSL.Context) -> None:
+    """Let *raw* decide whether *connection*'s peer is verified; note refusals if *raw* has no callback.
+
+    SSL_set_SSL_CTX(3) leaves this as it was.  The connection's owner's thread.
+    """
+    mode = raw.get_verify_mode()
+    callback = getattr(raw, "_verify_callback", None)
+    set_verify = getattr(_lib, "SSL_set_verify", None)
+    if callback is None or set_verify is None or not mode & SSL.VERIFY_PEER:
+        connection.set_verify(mode, note_verification if mode & SSL.VERIFY_PEER else None)
+    else:
+        set_verify(_native(connection), mode, callback)
+        vars(connection).update(_verify_helper=raw._verify_helper, _verify_callback=callback)  # kept alive
+
+
+def add_options(connection: SSL.Connection, options: int) -> None:
+    """SSL_set_options(3), which pyOpenSSL has since version 26 only.  The connection's owner's thread."""
+    if hasattr(SSL.Connection, "set_options"):
+        connection.set_options(options)
+    else:
+        _lib.SSL_set_options(_native(connection), options)
+
+
+def session_reused(connection: SSL.Connection) -> bool:
+    """SSL_session_reused(3); False if `cryptography` lacks it.  The connection's owner's thread."""
+    reused = getattr(_lib, "SSL_session_reused", None)
+    return reused is not None and bool(reused(_native(connection)))
+
+
+def same_session(session: SSL.Session, other: SSL.Session | None) -> bool:
+    """Whether both are one SSL_SESSION: OpenSSL makes a new one for each ticket.  Any thread."""
+    return other is not None and bool(getattr(session, "_session", 1) == getattr(other, "_session", 2))
+
+
+def _native(connection: SSL.Connection) -> Any:
+    return getattr(connection, "_ssl", None)
+
+
+def note_verification(
+    connection: SSL.Connection, certificate: crypto.X509, code: int, depth: int, ok: int
+) -> bool:
+    """SSL_CTX_set_verify(3): note why a chain is refused, and change nothing about it."""
+    if not ok:
+        record = connection.get_app_data()
+        if isinstance(record, Record):
+            record.note(_verification_error(record.context.server_side, certificate, code, depth))
+    return bool(ok)
+
+
+def _verification_error(
+    server_side: bool, certificate: crypto.X509, code: int, depth: int
+) -> CertificateError:
+    text = f"verification error {code}"
+    if hasattr(_lib, "X509_verify_cert_error_string"):
+        text = _ffi.string(_lib.X509_verify_cert_error_string(code)).decode("ascii", "replace")
+    try:
+        shown = certificate.to_cryptography()
+        details = f"subject {shown.subject.rfc4514_string()!r}, issuer {shown.issuer.rfc4514_string()!r}"
+        details += f", valid from {shown.not_valid_before_utc} until {shown.not_valid_after_utc}"
+    except Exception as error:
+        details = f"unreadable: {error}"
+    whose = "client" if server_side else "server"
+    return refusal(
+        f"the {whose}'s certificate was refused: {text} (depth {depth}: {details})", code, text, depth
+    )
+
+
+def select_alpn(protocols: Sequence[bytes], _: SSL.Connection, offered: list[bytes]) -> Any:
+    """SSL_CTX_set_alpn_select_cb(3): the server's order decides."""
+    return next((name for name in protocols if name in offered), SSL.NO_OVERLAPPING_PROTOCOLS)
+
+
+def staple(source: bytes | Callable[[str | None], bytes], connection: SSL.Connection, _: object) -> bytes:
+    """SSL_CTX_set_tlsext_status_cb(3), on a server: the OCSP response, or nothing if *source* fails."""
+    try:
+        if isinstance(source, bytes):
+            return source
+        name = connection.get_servername()
+        return ocsp_response(source(name.decode("ascii", "replace") if name else None))
+    except Exception as error:
+        connection.get_app_data().note(_tls_error("our ocsp_staple failed with", error), error)
+        return b""
+
+
+def ocsp_response(response: object) -> bytes:
+    """*response*, if it is one or empty: OpenSSL 4 silently staples nothing in place of anything else.
+
+    TypeError or ValueError otherwise.  Any thread.
+    """
+    if not isinstance(response, bytes):
+        raise TypeError(f"a response is bytes, not {type(response).__name__}")
+    if response:
+        ocsp.load_der_ocsp_response(response)
+    return response
+
+
+def check_staple(
+    check: Callable[[bytes, x509.Certificate], bool], connection: SSL.Connection, response: bytes, _: object
+) -> bool:
+    """SSL_CTX_set_tlsext_status_cb(3), on a client: accept the server's certificate if *check* does."""
+    record: Record = connection.get_app_data()
+    try:
+        certificate = peer_certificate(connection)
+        if certificate is not None and check(response, certificate):
+            return True
+        what = f"the stapled response ({len(response)} bytes)" if response else "a server that stapled none"
+        record.note(refusal(f"ocsp_check refused {what}"))
+    except Exception as error:
+        record.note(refusal(f"ocsp_check raised {type(error).__name__}: {error}"), error)
+    return False
+
+
+def log_key(write: Callable[[bytes], object], connection: SSL.Connection, line: bytes) -> None:
+    """SSL_CTX_set_keylog_callback(3)."""
+    try:
+        write(line)
+    except Exception as error:
+        connection.get_app_data().note(_tls_error("writing the key log failed with", error), error)
+
+
+def _tls_error(what: str, cause: BaseException) -> TLSError:
+    error = TLSError(ssl.SSL_ERROR_SSL, f"[SSL: CALLBACK_FAILED] {what} {type(cause).__name__}: {cause}")
+    error.reason, error.library = "CALLBACK_FAILED", "SSL"
+    return error
+
+
+# Key log (the format of SSLKEYLOGFILE, RFC 9850).
+
+
+def keylog_writer(keylog: KeyLog) -> Callable[[bytes], object] | None:
+    """What writes one line of the key log, under a lock; None for no key log."""
+    if keylog is None and not sys.flags.ignore_environment:
+        keylog = os.environ.get("SSLKEYLOGFILE") or None
+    if keylog is None or keylog is False:
+        return None
+    lock = threading.Lock()
+    write: Callable[[bytes], object]
+    if isinstance(keylog, (str, os.PathLike)):
+        write = functools.partial(_append_line, keylog)
+        try:
+            _append_line(keylog, None)
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"cannot write the key log {os.fspath(keylog)!r}: {error}") from error
+    elif callable(keylog):
+        write = keylog
+    elif hasattr(keylog, "write"):
+        write = functools.partial(_write_line, keylog)
+    else:
+        raise ConfigurationError(f"keylog must be a path, a callable or a file, not {type(keylog).__name__}")
+
+    def locked(line: bytes) -> None:
+        with lock:
+            write(line)
+
+    return locked
+
+
+def _append_line(path: str | os.PathLike[str], line: bytes | None) -> None:
+    """Open, append and close: no descriptor to leak, and O_APPEND keeps lines of several writers whole."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        if line is not None:
+            os.write(descriptor, line + b"\n")
+    finally:
+        os.close(descriptor)
+
+
+def _write_line(file: IO[Any], line: bytes) -> None:
+    text = hasattr(file, "encoding")
+    file.write(line.decode("ascii") + "\n" if text else line + b"\n")
+    file.flush()

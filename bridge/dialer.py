@@ -1,0 +1,73 @@
+"""Making a TCP connection without sleeping: one address after the other, each with its share of the time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from typing import Any
+
+from bridge.errors import ConnectFailed
+from bridge.poll import Want
+
+Address = tuple[int, int, int, str, Any]
+"""As `socket.getaddrinfo` gives it: family, type, protocol, canonical name, address."""
+
+
+class Dialer:
+    """Tries *addresses* in turn until *until* (monotonic; None: as long as the kernel does)."""
+
+    def __init__(self, addresses: tuple[Address, ...], until: float | None) -> None:
+        self._addresses = list(addresses)
+        self._until = until
+        self.sock: socket.socket | None = None
+        self.deadline: float | None = None
+        """When the address being tried has used up its share."""
+        self.retired: list[socket.socket] = []
+        """Sockets that came to nothing; the owner closes them once they have left the poll set."""
+
+    def dial(self, now: float) -> socket.socket | Want:
+        """The connected socket, or Want.WRITE while one is being tried; ConnectFailed when none is left."""
+        if self.sock is not None and self.deadline is not None and now >= self.deadline:
+            self._give_up(OSError(errno.ETIMEDOUT, "no answer"))
+        while True:
+            failure = self._try(now)
+            if failure in (0, errno.EISCONN):
+                assert self.sock is not None
+                return self.sock
+            if failure in (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EALREADY):
+                return Want.WRITE
+            self._give_up(OSError(failure, os.strerror(failure)))
+
+    def _try(self, now: float) -> int:
+        family, kind, protocol, _, address = self._addresses[0]
+        if self.sock is not None:
+            return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or self._still_connecting(address)
+        if self._until is not None:
+            self.deadline = now + (self._until - now) / len(self._addresses)
+        try:
+            self.sock = socket.socket(family, kind, protocol)
+            self.sock.setblocking(False)
+        except OSError as error:
+            return error.errno or errno.EIO
+        return self.sock.connect_ex(address)
+
+    def _still_connecting(self, address: Any) -> int:
+        assert self.sock is not None
+        return self.sock.connect_ex(address)
+
+    def _give_up(self, error: OSError) -> None:
+        address = self._addresses.pop(0)[4]
+        if self.sock is not None:
+            self.retired.append(self.sock)
+            self.sock = None
+        if not self._addresses:
+            raise ConnectFailed(f"cannot connect to {show_address(address)}: {error.strerror}") from error
+
+
+def show_address(address: Any) -> str:
+    """*address* as a person writes it: host:port, [v6]:port, or a path."""
+    if isinstance(address, tuple) and len(address) >= 2:
+        host, port = address[:2]
+        return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+    return str(address)

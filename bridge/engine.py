@@ -1,0 +1,409 @@
+"""One TLS session as a state machine that never sleeps: data, or what it wants.
+
+Theory of operation
+-------------------
+Every call below either does its work or answers with a `Want`.  The owner then waits for that direction
+and makes *the same call again*.  Nobody else may make a call meanwhile, and five facts about OpenSSL
+decide what "the same call" means:
+
+* A write that answered with a want has been half done: the record may already be encrypted.  pyOpenSSL
+  turns OpenSSL's own check off (it sets SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER), so other bytes of the same
+  length would be accepted in silence and the *old* bytes sent.  Hence the engine itself insists on the
+  identical object.
+* While a record is half written, no other call that has to write can: SSL_read answering a KeyUpdate or a
+  renegotiation fails, fatally, with "bad length".  But not to read while a write is stuck is a deadlock when
+  both sides write.  (OpenSSL puts a first KeyUpdate off; the second one, or a ClientHello, is fatal.)  So the
+  engine never leaves a record half written: see the detour below.
+* Empty operations lie: SSL_write of nothing looks like an end of file, SSL_read of nothing like a want.
+  Neither is ever passed on.
+* After one fatal error every later one is empty.  The first is kept and raised again, for ever.
+* In the middle of a TLS 1.2 renegotiation SSL_write would run the handshake and is fatally surprised by
+  application data of the peer, which is legitimate there; SSL_read takes both.  So a write steps back
+  (Want.READ, without a call) until reads have finished the handshake.
+* SSL_shutdown in the middle of a handshake is an error, and before the last write it loses that write.
+  The first is answered by Want.READ likewise, the second is the caller's order of calls.  A renegotiation
+  we have asked for counts as begun: after our close_notify OpenSSL would ignore the peer's answer, and leave
+  the peer in the middle of its handshake for ever.
+
+OpenSSL's exceptions end here: what leaves is a `SessionEnded` from `bridge.errors`.
+
+The same engine runs over a socket, which OpenSSL reads and writes itself, and over memory (`sock=None`):
+then Want.READ means "feed me ciphertext" and whatever it has to say waits in `take_output`.
+
+The detour
+----------
+OpenSSL over a socket is fast as long as the kernel takes whole records.  When it does not (WANT_WRITE after
+the handshake), the engine gives the connection two memory BIOs in the socket's place and repeats the call,
+which now succeeds: the rest of the record is in memory, OpenSSL has nothing pending, and reading is safe.
+`flush` carries the memory to the socket; when all is out and nothing read is left in memory either, the
+connection gets its socket back.  At most one record and the answers to the peer's handshake messages
+are ever in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+from cryptography import x509
+from OpenSSL import SSL
+
+from bridge.context import Context, Record
+from bridge.errors import NotTLS, PeerReset, SessionEnded, TLSError, Truncated, fresh
+from bridge.limits import RECORD_BYTES
+from bridge.names import peer_certificate
+from bridge.poll import Want
+
+T = TypeVar("T")
+
+_ESTABLISHED = b"SSL negotiation finished successfully"
+_TLS_CONTENT_TYPES = range(20, 25)  # RFC 8446, 5.1 and RFC 6520
+_PLAIN_PROTOCOLS = {
+    b"GET ": "HTTP",
+    b"POST": "HTTP",
+    b"HEAD": "HTTP",
+    b"PUT ": "HTTP",
+    b"OPTI": "HTTP",
+    b"CONN": "HTTP",
+    b"DELE": "HTTP",
+    b"HTTP": "HTTP",
+    b"PRI ": "HTTP/2",
+    b"SSH-": "SSH",
+    b"220 ": "SMTP or FTP",
+    b"220-": "SMTP or FTP",
+    b"EHLO": "SMTP",
+    b"HELO": "SMTP",
+    b"+OK ": "POP3",
+    b"* OK": "IMAP",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionInfo:
+    """What the handshake settled.  Made once by the session's owner, then read by anybody."""
+
+    version: str
+    """``"TLSv1.2"`` or ``"TLSv1.3"``."""
+    cipher: str
+    """OpenSSL's name of the cipher suite."""
+    cipher_bits: int
+    alpn: str | None
+    peer_certificate: x509.Certificate | None
+    verified_chain: tuple[x509.Certificate, ...]
+    """Leaf first, root last; empty if the peer was not verified, or the session was resumed."""
+    server_name: str | None
+    """The name in SNI (RFC 6066): what the client asked for."""
+    peername: Any
+    """The peer's address, as `socket.getpeername()` gives it."""
+    resumed: bool
+
+
+class TLSEngine:
+    """TLS over *sock* (non-blocking), or over memory if *sock* is None.  Belongs to one thread at a time."""
+
+    __slots__ = (
+        "_connection",
+        "_context",
+        "_error",
+        "_fed",
+        "_frozen",
+        "_mute",
+        "_output",
+        "_peer_closed",
+        "_resume_key",
+        "_sock",
+        "_steps_back",
+        "first_bytes",
+        "on_detour",
+        "wants",
+    )
+
+    def __init__(
+        self,
+        context: Context,
+        sock: socket.socket | None = None,
+        *,
+        server_hostname: str | None = None,
+        resume_key: Hashable | None = None,
+    ) -> None:
+        self._context = context
+        self._connection = context.connection(sock, server_hostname, resume_key)
+        self._resume_key = resume_key
+        self._sock: socket.socket | None = None  # once the handshake is done: what a detour leads round
+        self._output = b""  # taken from memory, not yet on the socket
+        self._fed = False  # whether memory may hold ciphertext that OpenSSL has not read
+        self._error: SessionEnded | None = None
+        self._frozen: bytes | memoryview | None = None
+        self._mute = False
+        self._peer_closed = False
+        self._steps_back = False
+        self.on_detour = False
+        """Whether ciphertext goes by way of memory just now."""
+        self.first_bytes = b""
+        """The peer's first bytes, if the owner has peeked at them: they tell what it speaks if not TLS."""
+        self.wants: dict[tuple[str, Want], int] = {}
+        """How often each call answered with each want."""
+
+    # The calls.  Each answers with its result or with a Want, or raises the session's first cause.
+
+    def hello(self, sock: socket.socket) -> bytes:
+        """A client's first flight, for the owner to send, before anything is read.
+
+        So the owner can look at the peer's first bytes before OpenSSL takes them, however soon they come.
+        """
+        self._connection.over_memory()
+        self.handshake()
+        flight = self.take_output()
+        self._connection.over_socket(sock)
+        return flight
+
+    def handshake(self) -> Want | None:
+        """SSL_do_handshake(3).  None when done."""
+        return self._call("handshake", self._connection.do_handshake)
+
+    def read(self, size: int) -> bytes | Want:
+        """SSL_read(3): at most *size* bytes of one record; ``b""`` is the peer's close_notify and nothing else."""
+        return self._receive("read", size)
+
+    def peek(self, size: int) -> bytes | Want:
+        """SSL_peek(3): as `read`, and the bytes stay."""
+        return self._receive("peek", size, socket.MSG_PEEK)
+
+    def _receive(self, name: str, *arguments: int) -> bytes | Want:
+        assert arguments[0] > 0
+        data: bytes | Want = self._call(name, self._connection.recv, *arguments)
+        while self.on_detour and data is Want.READ:
+            self._fed = False
+            if not self._feed_from_socket():
+                break
+            data = self._call(name, self._connection.recv, *arguments)
+        if not data:
+            self._peer_closed = True
+        return data
+
+    def write(self, chunk: bytes | memoryview) -> int | Want:
+        """SSL_write(3): how many bytes of *chunk* are on their way.  After a Want, only *chunk* itself may follow."""
+        assert len(chunk) > 0
+        assert self._frozen is None or self._frozen is chunk, (
+            "a pending write must be repeated with the same chunk"
+        )
+        if self._steps_back and self.mid_handshake():
+            return self._wanted("write", Want.READ)
+        result = self._call("write", self._connection.send, chunk)
+        self._frozen = chunk if isinstance(result, Want) else None
+        return result
+
+    def shutdown(self) -> bool | Want:
+        """SSL_shutdown(3): send close_notify.  Whether the peer's has been received too."""
+        assert self._frozen is None, "close_notify would lose the pending write"
+        if self.mid_handshake() or self.renegotiating():
+            return self._wanted("shutdown", Want.READ)
+        return self._call("shutdown", self._connection.shutdown)
+
+    def renegotiate(self) -> None:
+        """Schedule a renegotiation (TLS 1.2); `handshake` then starts it.  TLSError where it is not possible."""
+        assert self._frozen is None, "a renegotiation must not overtake the pending write"
+        self._call("renegotiate", self._connection.renegotiate)
+
+    def renegotiating(self) -> bool:
+        """Whether a renegotiation has been asked for and may still come; after close_notify no answer can."""
+        return self._steps_back and not self._peer_closed and self._connection.renegotiate_pending()
+
+    def mid_handshake(self) -> bool:
+        """Whether a handshake is under way, so that application data cannot be written."""
+        return self._steps_back and self._connection.get_state_string() != _ESTABLISHED
+
+    def has_more(self) -> bool:
+        """Whether something is inside, decrypted or not, that no poll will announce."""
+        return self._fed or self._connection.pending() > 0
+
+    # After the handshake.
+
+    def established(
+        self, server_hostname: str | None, peername: Any, sock: socket.socket | None = None
+    ) -> SessionInfo:
+        """Verify who the peer is, and note what was settled.  CertificateError before any application byte.
+
+        From here on wants to write *sock* lead to the detour.
+        """
+        self._context.verify(self._connection, server_hostname)
+        connection = self._connection
+        self._sock = sock
+        version = connection.get_protocol_version_name()
+        self._steps_back = version != "TLSv1.3"
+        name = connection.get_servername()
+        alpn = connection.get_alpn_proto_negotiated()
+        chain = (
+            connection.get_verified_chain(as_cryptography=True)
+            if self._context.verifies(connection)
+            else None
+        )
+        return SessionInfo(
+            version=version,
+            cipher=connection.get_cipher_name() or "",
+            cipher_bits=connection.get_cipher_bits() or 0,
+            alpn=alpn.decode("ascii", "replace") if alpn else None,
+            peer_certificate=peer_certificate(connection),
+            verified_chain=tuple(chain or ()),
+            server_name=name.decode("ascii", "replace") if name else server_hostname,
+            peername=peername,
+            resumed=self._context.resumed(connection),
+        )
+
+    def remember(self) -> None:
+        """Keep the session for resumption, once its ticket has come (TLS 1.3: after the first reads)."""
+        if self._resume_key is not None:
+            self._context.remember(self._connection, self._resume_key)
+
+    # The detour.
+
+    def flush(self) -> Want | None:
+        """Carry what is in memory to the socket; None when all is out and OpenSSL has its socket back, if it can."""
+        assert self._sock is not None
+        self.unflushed()
+        if self._mute:
+            return None
+        while self._output:
+            try:
+                sent = self._sock.send(self._output)
+            except BlockingIOError:
+                return self._wanted("flush", Want.WRITE)
+            except OSError as error:
+                raise self._failed(error) from error
+            self._output = self._output[sent:]
+        if not self._fed:
+            self._connection.over_socket(self._sock)
+            self.on_detour = False
+        return None
+
+    def unflushed(self) -> int:
+        """Bytes of ciphertext that are waiting for `flush`."""
+        if self.on_detour:
+            output = self.take_output()  # also when mute: memory must not fill
+            self._output = b"" if self._mute else self._output + output
+        return len(self._output)
+
+    def mute(self) -> None:
+        """Say nothing more, after our close_notify (RFC 8446, 6.1), not even the answer to a KeyUpdate.
+
+        OpenSSL would answer.  A peer that has read our close_notify and closed its socket answers *that* with a
+        reset, which destroys what of the peer's last bytes we have not read yet.  So from here on it is a detour
+        from which nothing comes out.
+        """
+        assert self._sock is not None and not self.unflushed()
+        if not self.on_detour:
+            self._connection.over_memory()
+        self.on_detour = self._mute = True
+
+    def leftover(self) -> bytes:
+        """What was read too far on a detour: the plain bytes behind the peer's close_notify."""
+        return self._connection.unread() if self.on_detour else b""
+
+    def _feed_from_socket(self) -> bool:
+        assert self._sock is not None
+        try:
+            ciphertext = self._sock.recv(RECORD_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise self._failed(error) from error
+        self._fed = True
+        self.feed(ciphertext)
+        return True
+
+    def _failed(self, error: OSError) -> SessionEnded:
+        self._error = PeerReset(error.errno, f"the connection failed: {error.strerror}")
+        self._error.__cause__ = error
+        return self._error
+
+    # Over memory.
+
+    def feed(self, ciphertext: bytes) -> None:
+        """Give the engine what the peer sent; ``b""`` is the end of the stream below."""
+        if ciphertext:
+            self._connection.bio_write(ciphertext)
+            if len(self.first_bytes) < 16:
+                self.first_bytes += ciphertext[:16]
+        else:
+            self._connection.bio_shutdown()
+
+    def take_output(self) -> bytes:
+        """The ciphertext to send to the peer, ``b""`` if there is none.  To be called after every call above."""
+        parts = []
+        try:
+            while True:
+                parts.append(self._connection.bio_read(64 * 1024))
+        except SSL.WantReadError:
+            return b"".join(parts)
+
+    # How a call ends.
+
+    def _call(self, name: str, function: Callable[..., T], *args: Any) -> T | Any:
+        if self._error is not None:
+            raise fresh(self._error)
+        try:
+            return function(*args)
+        except SSL.WantReadError:
+            return self._wanted(name, Want.READ)
+        except SSL.WantWriteError:
+            want = self._wanted(name, Want.WRITE)
+            if self._sock is None:
+                return want
+            self._connection.over_memory()
+            self.on_detour = True
+            return self._call(name, function, *args)
+        except SSL.ZeroReturnError as error:
+            if name in ("read", "peek"):
+                return b""
+            self._error = self._translate(name, error)
+            raise self._error from self._error.__cause__
+        except SSL.Error as error:
+            self._error = self._translate(name, error)
+            raise self._error from self._error.__cause__
+
+    def _wanted(self, name: str, want: Want) -> Want:
+        self.wants[name, want] = self.wants.get((name, want), 0) + 1
+        return want
+
+    def _translate(self, name: str, error: SSL.Error) -> SessionEnded:
+        record = self._connection.get_app_data()
+        if isinstance(record, Record) and isinstance(record.error, SessionEnded):
+            return record.error
+        during = (
+            f"during the {name}" if name in ("handshake", "shutdown", "renegotiate") else f"while in {name}"
+        )
+        if isinstance(error, SSL.ZeroReturnError):
+            return Truncated(8, f"the peer said close_notify {during}")
+        if isinstance(error, SSL.SysCallError):
+            number, text = error.args
+            if number == -1:
+                return Truncated(8, f"the peer closed the connection without close_notify, {during}")
+            return PeerReset(number, f"the connection failed {during}: {text}")
+        reasons = [reason for _, _, reason in error.args[0]] if error.args and error.args[0] else []
+        reason = reasons[0] if reasons else "unknown error"
+        if name == "handshake" and self.first_bytes and self.first_bytes[0] not in _TLS_CONTENT_TYPES:
+            return self._not_tls(reason)
+        translated = TLSError(1, f"[SSL: {_constant(reason)}] {reason} ({during})")
+        translated.reason, translated.library = _constant(reason), "SSL"
+        return translated
+
+    def _not_tls(self, reason: str) -> NotTLS:
+        spoken = _PLAIN_PROTOCOLS.get(self.first_bytes[:4].upper())
+        what = f"plain {spoken}" if spoken else "no TLS"
+        side = (
+            "the client speaks {} to this TLS port"
+            if self._context.server_side
+            else "the server speaks {}, not TLS"
+        )
+        error = NotTLS(
+            1,
+            f"[SSL: {_constant(reason)}] {side.format(what)}; its first bytes are {self.first_bytes[:24]!r} ({reason})",
+        )
+        error.reason, error.library = _constant(reason), "SSL"
+        return error
+
+
+def _constant(reason: str) -> str:
+    return reason.upper().replace(" ", "_")

@@ -1,0 +1,174 @@
+"""Every exception the bridge raises, cut by whose fault it is and what to do about it.
+
+One tree.  Each class also has the standard parent that a user's `except` clause already names::
+
+    BridgeError
+    ├── ConfigurationError      ValueError              bad input from us: fix the call
+    ├── ForkedError             RuntimeError            used in a child of fork(): make a new Bridge there
+    ├── BridgeClosed            RuntimeError            the Bridge was closed: nothing new can start
+    ├── ReceiveTimeout          TimeoutError, queue.Empty   nothing arrived in time; the session lives on
+    ├── SendTimeout             TimeoutError, queue.Full    no room in time; nothing of the message was sent
+    ├── OperationTimeout        TimeoutError            flush, accept, close: not done in time; the session lives on
+    ├── LimitExceeded           RuntimeError            a configured limit refuses something new
+    └── SessionEnded            ShutDown                the session is over; the subclass says why, for good
+        ├── EndOfStream         EOFError                clean: the peer sent close_notify
+        ├── SessionClosed       ConnectionAbortedError  we closed it
+        ├── SessionAborted      ConnectionAbortedError  we aborted it
+        ├── Truncated           ssl.SSLEOFError         the peer vanished without close_notify
+        ├── PeerReset           ConnectionResetError    the peer (or the network) reset the connection
+        ├── ConnectFailed       ConnectionError         TCP never came up
+        ├── TLSError            ssl.SSLError            the peer broke the protocol, or refused us by an alert
+        │   ├── NotTLS                                  the peer does not speak TLS at all
+        │   └── CertificateError  ssl.SSLCertVerificationError
+        │       └── HostnameMismatch
+        ├── DeadlineExceeded    TimeoutError            a session's own deadline passed
+        │   ├── ConnectTimeout
+        │   ├── HandshakeTimeout
+        │   ├── IdleTimeout
+        │   ├── WriteStalled
+        │   └── CloseTimeout
+        └── CodecError          ValueError              the codec refused the peer's bytes
+            └── MessageTooLarge
+
+A session keeps its *first* cause (OpenSSL's later errors are empty); everybody
+who asks later is given a copy of it, so tracebacks of different threads do not mix.
+"""
+
+from __future__ import annotations
+
+import copy
+import queue
+import ssl
+import sys
+from typing import TypeVar
+
+if sys.version_info >= (3, 13):
+    ShutDown = queue.ShutDown
+else:
+
+    class ShutDown(Exception):
+        """What `queue.Queue.shutdown()` makes `get` and `put` raise, for Pythons before 3.13."""
+
+
+class BridgeError(Exception):
+    """The root of all errors the bridge raises on purpose."""
+
+
+class ConfigurationError(BridgeError, ValueError):
+    """An argument, file or context is unusable.  The message says what was wrong and what to do."""
+
+
+class ForkedError(BridgeError, RuntimeError):
+    """A Bridge or Session was used in a child of `fork()`; its threads exist only in the parent."""
+
+
+class BridgeClosed(BridgeError, RuntimeError):
+    """The Bridge is closed, or closing: it starts nothing new."""
+
+
+class ReceiveTimeout(BridgeError, TimeoutError, queue.Empty):
+    """No message arrived within the caller's timeout.  The session is unharmed."""
+
+
+class SendTimeout(BridgeError, TimeoutError, queue.Full):
+    """No room within the caller's timeout; not a byte of the message was sent.  The session is unharmed."""
+
+
+class OperationTimeout(BridgeError, TimeoutError):
+    """A bounded wait ended before the thing waited for.  The session is unharmed."""
+
+
+class LimitExceeded(BridgeError, RuntimeError):
+    """A configured limit (see `bridge.Limits`) refuses to start something new."""
+
+
+class SessionEnded(BridgeError, ShutDown):
+    """The session is over.  The subclass is the first cause and never changes afterwards."""
+
+    def __str__(self) -> str:
+        return str(self.args[-1]) if self.args else ""
+
+
+class EndOfStream(SessionEnded, EOFError):
+    """Clean: the peer said close_notify (RFC 8446, 6.1).  Nothing was cut off."""
+
+
+class SessionClosed(SessionEnded, ConnectionAbortedError):
+    """This side called `close()`, `send_eof()` or `unwrap()`, or closed the Bridge."""
+
+
+class SessionAborted(SessionEnded, ConnectionAbortedError):
+    """This side called `abort()`."""
+
+
+class Truncated(SessionEnded, ssl.SSLEOFError):
+    """The byte stream stopped without close_notify: what was received may be incomplete."""
+
+
+class PeerReset(SessionEnded, ConnectionResetError):
+    """The connection was reset, or the network under it failed."""
+
+
+class ConnectFailed(SessionEnded, ConnectionError):
+    """No TCP connection could be made; the operating system's error is the `__cause__`."""
+
+
+class TLSError(SessionEnded, ssl.SSLError):
+    """The peer broke the TLS protocol, or refused us with an alert.  `reason` is OpenSSL's."""
+
+
+class NotTLS(TLSError):
+    """The peer's first bytes are not TLS.  The message shows them and names the protocol if known."""
+
+
+class CertificateError(TLSError, ssl.SSLCertVerificationError):
+    """The peer's certificate was not accepted.  `verify_code` and `verify_message` are OpenSSL's."""
+
+    depth: int | None = None
+    """Where in the chain: 0 is the peer's own certificate; None the chain as a whole."""
+
+
+class HostnameMismatch(CertificateError):
+    """The peer's certificate is valid, but for another name.  The message holds both names."""
+
+
+class DeadlineExceeded(SessionEnded, TimeoutError):
+    """A deadline of the session itself (`bridge.Timeouts`) passed; the session was ended."""
+
+
+class ConnectTimeout(DeadlineExceeded):
+    """TCP was not connected within `Timeouts.connect`."""
+
+
+class HandshakeTimeout(DeadlineExceeded):
+    """The TLS handshake was not done within `Timeouts.handshake`."""
+
+
+class IdleTimeout(DeadlineExceeded):
+    """No application byte moved in either direction for `Timeouts.idle`."""
+
+
+class WriteStalled(DeadlineExceeded):
+    """The peer did not take one record within `Timeouts.write_stall`."""
+
+
+class CloseTimeout(DeadlineExceeded):
+    """The polite close was not complete within `Timeouts.close`."""
+
+
+class CodecError(SessionEnded, ValueError):
+    """The codec refused what the peer sent.  If it raised something else, that is the `__cause__`."""
+
+
+class MessageTooLarge(CodecError):
+    """The peer's message is over the codec's limit."""
+
+
+_E = TypeVar("_E", bound=BaseException)
+
+
+def fresh(error: _E) -> _E:
+    """A copy of *error*, without its traceback, for one more thread to raise.  Any thread."""
+    clone = copy.copy(error)
+    clone.__cause__ = error.__cause__
+    return clone

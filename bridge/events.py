@@ -1,0 +1,61 @@
+"""Structured events, under stable names, with nothing secret in them.
+
+A program that configured structlog gets them through structlog; any other gets them as lines of the
+standard `logging` logger ``bridge``, which is silent below WARNING until it is asked for more.
+
+=========================  =======================================================================
+event                      fields
+=========================  =======================================================================
+session.state              session, peer, old, new, why; on CLOSED also cause and error
+handshake.failed           session, peer, cause, error (servers: nobody else would tell)
+listener.started           address
+listener.paused            address, reason (once a pause, not once an attempt)
+listener.resumed           address
+listener.context_replaced  address
+listener.closed            address
+worker.failed              worker, error: a bug in the bridge; the session concerned ends, others live on
+coordinator.failed         session, error: likewise
+bridge.closed              sessions, unsent
+=========================  =======================================================================
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import structlog
+
+_LOGGER = logging.getLogger("bridge")
+_LOGGER.addHandler(logging.NullHandler())
+_RENDER = structlog.processors.KeyValueRenderer(key_order=["event"])
+
+
+def debug(event: str, **fields: Any) -> None:
+    """An ordinary step in the life of something.  Any thread; never raises, never waits for a lock of ours."""
+    _emit(logging.DEBUG, event, fields)
+
+
+def info(event: str, **fields: Any) -> None:
+    """Something an operator may want to see.  Any thread; never raises."""
+    _emit(logging.INFO, event, fields)
+
+
+def warning(event: str, **fields: Any) -> None:
+    """Something that went wrong for one session or listener.  Any thread; never raises."""
+    _emit(logging.WARNING, event, fields)
+
+
+def wanted() -> bool:
+    """Whether anybody listens to the ordinary steps, so callers can skip the work of describing them."""
+    return structlog.is_configured() or _LOGGER.isEnabledFor(logging.DEBUG)
+
+
+def _emit(level: int, event: str, fields: dict[str, Any]) -> None:
+    try:
+        if structlog.is_configured():
+            structlog.get_logger("bridge").log(level, event, **fields)
+        elif _LOGGER.isEnabledFor(level):
+            _LOGGER.log(level, "%s", _RENDER(None, "", {"event": event, **fields}))
+    except Exception:  # a user's processor failed: the session it spoke of must not
+        _LOGGER.exception("a log processor failed on event %s", event)

@@ -1,0 +1,31 @@
+"""Threads do not survive fork(): in the child, every handle of the parent says so instead of corrupting a stream."""
+
+from __future__ import annotations
+
+import os
+
+from bridge.errors import ForkedError
+
+_generation = 0
+
+
+def generation() -> int:
+    """The number of this process in its line of forks; handles note it when they are made."""
+    return _generation
+
+
+def check(born: int) -> None:
+    """ForkedError if the process has forked since *born* was noted.  Takes no lock; any thread."""
+    if born != _generation:
+        raise ForkedError(
+            "this Bridge was made before fork(), and its threads live in the parent only; make a new one in the child"
+        )
+
+
+def _in_child() -> None:
+    global _generation
+    _generation += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

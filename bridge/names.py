@@ -1,0 +1,129 @@
+"""The names of peers: what a client may ask for, and whether a certificate is for it.
+
+OpenSSL, as pyOpenSSL offers it, checks the chain of a certificate but not the name.  `service_identity`
+checks the name, by RFC 9525: subjectAltName only, at most one ``*`` as the left-most label.  Here names are
+brought into the one form in which DNS, SNI and certificates write them, and mismatches into words.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import ssl
+from dataclasses import dataclass
+
+import idna
+from cryptography import x509
+from OpenSSL import SSL
+from service_identity import CertificateError as UnusableNames
+from service_identity import VerificationError
+from service_identity.cryptography import verify_certificate_hostname, verify_certificate_ip_address
+
+from bridge.errors import CertificateError, ConfigurationError, HostnameMismatch
+
+_LABEL = re.compile(r"[a-z0-9_-]{1,63}")
+_SHOWN = 8  # of a certificate's names in a message: some hold hundreds
+
+
+@dataclass(frozen=True)
+class PeerName:
+    """The name a client means to talk to: a DNS name or an IP address.  Immutable, for any thread."""
+
+    given: str
+    ascii: str
+    """Lower case, A-labels, no trailing dot: as in SNI and in certificates."""
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address | None
+
+    @classmethod
+    def parse(cls, name: str) -> PeerName:
+        """ConfigurationError unless *name* is a DNS name (U-labels are, RFC 5890) or a bare IP address."""
+        if not isinstance(name, str):
+            raise ConfigurationError(f"server_hostname must be a str, not {type(name).__name__}")
+        if name.startswith("[") and name.endswith("]"):
+            raise ConfigurationError(
+                f"server_hostname {name!r}: an IPv6 address is written without brackets here"
+            )
+        try:
+            address = ipaddress.ip_address(name.partition("%")[0])
+        except ValueError:
+            return cls(name, dns_name(name, "server_hostname"), None)
+        return cls(name, str(address), address)
+
+    def check(self, certificate: x509.Certificate) -> None:
+        """HostnameMismatch unless *certificate* is for this name (RFC 9525, by `service_identity`)."""
+        try:
+            if self.address is None:
+                verify_certificate_hostname(certificate, self.ascii)
+            else:
+                verify_certificate_ip_address(certificate, str(self.address))
+        except VerificationError:
+            raise self._mismatch(_presented(certificate)) from None
+        except UnusableNames as error:
+            presented = _presented(certificate)
+            if not presented:
+                raise self._mismatch(presented) from None
+            raise refusal(f"the server's certificate holds an unusable name: {error}") from error
+        except ValueError as error:
+            raise refusal(f"the server's certificate holds damaged names: {error}") from error
+
+    def _mismatch(self, presented: list[str]) -> CertificateError:
+        wanted = repr(self.given) if self.given == self.ascii else f"{self.given!r} ({self.ascii})"
+        found = "for " + ", ".join(map(repr, presented[:_SHOWN]))
+        if len(presented) > _SHOWN:
+            found += f" and {len(presented) - _SHOWN} more"
+        if not presented:
+            found = "without any host name (it has no subjectAltName, and its common name does not count)"
+        code, text = (62, "hostname mismatch") if self.address is None else (64, "IP address mismatch")
+        return refusal(
+            f"the server's certificate is {found}, not for {wanted}", code, text, cls=HostnameMismatch
+        )
+
+
+def dns_name(name: str, what: str) -> str:
+    """*name* as DNS and certificates write it: lower case, A-labels (RFC 5891), no trailing dot.  Any thread.
+
+    ConfigurationError, which calls it *what*, if it is no name or some unusual spelling of an IP address.
+    """
+    bare = name[:-1] if name.endswith(".") else name
+    try:
+        ascii_name = bare.lower() if bare.isascii() else idna.encode(bare, uts46=True).decode("ascii")
+    except idna.IDNAError as error:
+        raise ConfigurationError(f"{what} {name!r} is not a valid internationalised name: {error}") from error
+    labels = ascii_name.split(".")
+    if len(ascii_name) > 253 or not all(_LABEL.fullmatch(label) for label in labels) or labels[-1].isdigit():
+        raise ConfigurationError(f"{what} {name!r} is neither a DNS name nor an IP address")
+    return ascii_name
+
+
+def _presented(certificate: x509.Certificate) -> list[str]:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
+
+
+def peer_certificate(connection: SSL.Connection) -> x509.Certificate | None:
+    """The certificate *connection*'s peer showed; CertificateError if malformed.  Its owner's thread."""
+    try:
+        return connection.get_peer_certificate(as_cryptography=True)
+    except (ValueError, x509.InvalidVersion) as error:
+        raise refusal(f"the peer's certificate is malformed: {error}") from error
+
+
+def refusal(
+    message: str,
+    code: int = 1,
+    text: str = "",
+    depth: int | None = None,
+    cls: type[CertificateError] = CertificateError,
+) -> CertificateError:
+    """A certificate error with the attributes of the stdlib's, and *depth* (0 is the leaf, None the whole).
+
+    *code* and *text* are of X509_verify_cert_error_string(3); 1 is X509_V_ERR_UNSPECIFIED.  Any thread.
+    """
+    error = cls(ssl.SSL_ERROR_SSL, f"[SSL: CERTIFICATE_VERIFY_FAILED] {message}")
+    error.reason, error.library = "CERTIFICATE_VERIFY_FAILED", "SSL"
+    error.verify_code, error.verify_message = code, text or message
+    error.depth = depth
+    return error

@@ -1,0 +1,648 @@
+"""What crosses between threads, and the only locks.
+
+Theory of operation
+-------------------
+Two kinds of thing cross.  *Words* go through a `Mailbox`: unbounded in form, but every word in it is
+paid for elsewhere (a chunk of bytes by credit, a command by the one call that made it), so putting never
+waits.  *Bytes* are bounded by credit: senders take it in `Outbox.put`, the only place where anybody waits
+for room, and the owner of the socket gives it back when the kernel took the bytes.  Readers' credit runs
+the other way: the owner takes it with each read and stops reading when it is gone; it comes back when the
+application takes the message.
+
+The lost wake-up cannot happen because a sleeper declares itself asleep and looks into its mailbox *under
+one lock*, and a putter puts and looks for a sleeper under the same lock: whichever comes second sees the
+other.  Only the first put after that rings, so a busy thread is never rung at all.
+
+The locks are held for a few assignments, never while waiting, never while calling out, and never two at a
+time, except the byte counter of the whole bridge inside an outbox.  A mailbox's lock is reentrant because a
+finalizer may put a word at any moment, also in the middle of another put by the same thread.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from bridge import forks
+from bridge.errors import OperationTimeout, ReceiveTimeout, SendTimeout, SessionEnded, ShutDown, fresh
+from bridge.limits import check_timeout
+
+T = TypeVar("T")
+
+
+def deadline_after(timeout: float | None) -> float | None:
+    """The monotonic time *timeout* seconds from now; None for never."""
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+
+
+class Gate:
+    """A bed for a thread that has no sockets to poll."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        """Wake the sleeper, now or at its next sleep.  Any thread; never waits."""
+        try:
+            self._lock.release()
+        except RuntimeError:  # rung already
+            pass
+
+    def sleep(self, timeout: float | None) -> None:
+        """Sleep until rung, at most *timeout* seconds."""
+        self._lock.acquire(timeout=-1 if timeout is None else timeout)
+
+
+class Latch(Generic[T]):
+    """A value that is set once and waited for by any number of threads."""
+
+    __slots__ = ("_lock", "_value")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self._value: T | None = None
+
+    def set(self, value: T) -> None:
+        """Let everybody through.  Only the first call counts; called by one thread."""
+        if self._value is None:
+            self._value = value
+            self._lock.release()
+
+    def peek(self) -> T | None:
+        """The value, or None while it is not set.  Any thread; never waits."""
+        return self._value
+
+    def wait(self, timeout: float | None, what: str) -> T:
+        """The value, as soon as it is set.  OperationTimeout, naming *what*, after *timeout* seconds."""
+        if self._value is None:
+            if not self._lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
+                raise OperationTimeout(f"{what} within {timeout:g} seconds")
+            self._lock.release()
+        assert self._value is not None
+        return self._value
+
+
+class Mailbox(Generic[T]):
+    """Words for one thread.  `put` from any thread, also from a finalizer; the rest is the owner's."""
+
+    __slots__ = ("_asleep", "_items", "_lock", "_ring")
+
+    def __init__(self, ring: Callable[[], None]) -> None:
+        self._lock = threading.RLock()
+        self._items: list[T] = []
+        self._asleep = False
+        self._ring = ring
+
+    def put(self, *items: T) -> None:
+        """Add *items*, in this order and with nothing between them.  Never waits."""
+        with self._lock:
+            self._items.extend(items)
+            asleep = self._asleep
+            self._asleep = False
+        if asleep:
+            self._ring()
+
+    def take(self) -> list[T]:
+        """All there is."""
+        with self._lock:
+            items = self._items
+            self._items = []
+        return items
+
+    def may_sleep(self) -> bool:
+        """Whether the owner may go to sleep: nothing is here, and the next put will ring."""
+        with self._lock:
+            self._asleep = not self._items
+            return self._asleep
+
+    def awake(self) -> None:
+        """The owner is up again: no need to ring."""
+        self._asleep = False
+
+
+class Tally:
+    """A count that many threads change: bytes a whole bridge holds one way, sessions, handshakes."""
+
+    __slots__ = ("_limit", "_lock", "used")
+
+    def __init__(self, limit: int) -> None:
+        self._lock = threading.Lock()
+        self._limit = limit
+        self.used = 0
+
+    def add(self, count: int) -> None:
+        """Count *count* in (or, negative, out).  Any thread."""
+        with self._lock:
+            self.used += count
+
+    def has_room(self) -> bool:
+        """Whether the limit is not reached.  Any thread."""
+        return self.used < self._limit
+
+
+TALLY_STEP = 4096
+"""A session reports to its bridge's `Tally` when it has changed by so much, or is empty: not at each message."""
+
+
+class Outbox:
+    """What one session's senders have handed over and the kernel has not yet taken.
+
+    Senders `put`, in the order they came; the coordinator `take`s; the owner of the socket gives credit
+    back.  A message larger than the whole budget goes when it is alone.
+    """
+
+    __slots__ = (
+        "_accepted",
+        "_closed",
+        "_gone",
+        "_held",
+        "_limit",
+        "_lock",
+        "_lost",
+        "_notify",
+        "_pending",
+        "_reported",
+        "_room",
+        "_sleepers",
+        "_tally",
+        "_waiting",
+    )
+
+    def __init__(self, limit: int, tally: Tally, notify: Callable[[], None]) -> None:
+        self._lock = threading.Lock()
+        self._room: threading.Condition | None = None  # made for the first who has to wait
+        self._sleepers = 0
+        self._pending: list[bytes] = []
+        self._waiting: list[list[int]] = []  # what senders without room want, first come first served
+        self._limit = limit
+        self._tally = tally
+        self._reported = 0  # to the tally
+        self._notify = notify
+        self._accepted = 0  # bytes, since the beginning
+        self._gone = 0  # of these, with the kernel
+        self._held = 0  # accepted, and neither with the kernel nor lost
+        self._closed: SessionEnded | None = None  # why nothing more is accepted
+        self._lost: SessionEnded | None = None  # why what is held will never leave
+
+    # Called by any application thread.
+
+    def put(self, data: bytes, timeout: float | None) -> None:
+        """Hand over *data* whole, or raise and have handed over nothing.
+
+        Waits for room at most *timeout* seconds (None: for ever), then raises SendTimeout; raises the cause
+        when the session ended or this side closed it.
+        """
+        size = len(data)
+        with self._lock:
+            if self._closed is not None:
+                raise fresh(self._closed)
+            if not size:
+                return
+            if self._held and (self._waiting or not self._fits(size)):
+                self._wait_for_room(size, timeout)
+            self._accepted += size
+            self._change(size)
+            self._pending.append(data)
+            first = len(self._pending) == 1
+        if first:
+            self._notify()
+
+    def _fits(self, size: int) -> bool:
+        return not self._held or (self._held + size <= self._limit and self._tally.has_room())
+
+    def _change(self, count: int) -> None:
+        self._held += count
+        unreported = self._held - self._reported
+        if unreported and (not self._held or not -TALLY_STEP < unreported < TALLY_STEP):
+            self._reported = self._held
+            self._tally.add(unreported)
+
+    def _sleep(self, timeout: float | None) -> bool:
+        """Wait, with the lock held, for something to change; False if nothing did in time."""
+        if self._room is None:
+            self._room = threading.Condition(self._lock)
+        self._sleepers += 1
+        try:
+            return timeout != 0.0 and self._room.wait(timeout)
+        finally:
+            self._sleepers -= 1
+
+    def _wake_all(self) -> None:
+        if self._sleepers:
+            assert self._room is not None
+            self._room.notify_all()
+
+    def _wait_for_room(self, size: int, timeout: float | None) -> None:
+        deadline = deadline_after(timeout)
+        ticket = [size]
+        self._waiting.append(ticket)
+        try:
+            while self._waiting[0] is not ticket or not self._fits(size):
+                woken = self._sleep(_left(deadline))
+                if self._closed is not None:
+                    raise fresh(self._closed)
+                if not woken and (self._waiting[0] is not ticket or not self._fits(size)):
+                    raise SendTimeout(
+                        f"no room for {size} bytes within {timeout:g} seconds; nothing was sent"
+                    )
+        finally:
+            self._waiting.remove(ticket)
+            self._wake_all()  # the next in line has come to the front
+
+    def flush(self, timeout: float | None) -> None:
+        """Wait until the kernel has every byte handed over before this call.
+
+        OperationTimeout after *timeout* seconds; the cause, if the session ended before that.
+        """
+        deadline = deadline_after(timeout)
+        with self._lock:
+            target = self._accepted
+            while (behind := target - self._gone) > 0:
+                if self._lost is not None:
+                    raise fresh(self._lost)
+                if not self._sleep(_left(deadline)) and self._gone < target and self._lost is None:
+                    raise OperationTimeout(f"flush: {behind} bytes had not left within {timeout:g} seconds")
+
+    def held(self) -> int:
+        """Bytes accepted and not yet taken by the kernel."""
+        return self._held
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more is accepted."""
+        return self._closed is not None
+
+    def full(self) -> bool:
+        """Whether even one more byte would have to wait."""
+        return not self._fits(1)
+
+    # Called by the coordinator.
+
+    def take(self) -> list[bytes]:
+        """Everything accepted since the last call, in order."""
+        with self._lock:
+            pending = self._pending
+            self._pending = []
+        return pending
+
+    # Called by the owner of the socket.
+
+    def give_back(self, count: int) -> None:
+        """The kernel took *count* bytes."""
+        with self._lock:
+            self._gone += count
+            self._change(-count)
+            if self._sleepers > len(self._waiting) or (self._waiting and self._fits(self._waiting[0][0])):
+                self._wake_all()  # somebody flushes, or the first in line has room
+
+    # Called by any thread.
+
+    def close(self, why: SessionEnded) -> None:
+        """Accept no more; waiting senders raise *why*.  What was accepted still leaves."""
+        with self._lock:
+            self._closed = self._closed or why
+            self._wake_all()
+
+    def discard(self, why: SessionEnded) -> int:
+        """Accept no more, and what is held will never leave.  How many bytes that is."""
+        with self._lock:
+            self._closed = self._closed or why
+            self._lost = self._lost or why
+            lost = self._held
+            self._pending = []
+            self._change(-lost)
+            self._wake_all()
+        return lost
+
+
+class ReadCredit:
+    """How much more one session may read before the application takes what is there.
+
+    The owner of the socket `spend`s, the application `give_back`s.  When the owner stops for want of
+    credit, the give-back that makes enough room calls *resume*, once.
+    """
+
+    __slots__ = ("_forfeit", "_limit", "_lock", "_paused", "_reported", "_resume", "_tally", "used")
+
+    def __init__(self, limit: int, tally: Tally, resume: Callable[[], None]) -> None:
+        self._lock = threading.Lock()
+        self._limit = limit
+        self._tally = tally
+        self._reported = 0  # to the tally
+        self._resume = resume
+        self._paused = False
+        self._forfeit = False
+        self.used = 0
+
+    def room(self) -> int:
+        """How many bytes the owner may read.  If none, it will be called back; asked by the owner only."""
+        if self.used < self._limit and (not self.used or self._tally.has_room()):
+            return self._limit - self.used
+        with self._lock:
+            self._paused = self.used > 0
+            return 0 if self._paused else self._limit
+
+    def overdraft(self) -> int:
+        """By how much the owner has read more than it may."""
+        return self.used - self._limit
+
+    def spend(self, count: int) -> None:
+        """The owner read *count* bytes; or the coordinator found that messages take *count* more, or less."""
+        with self._lock:
+            if not self._forfeit:
+                self._change(count)
+
+    def give_back(self, count: int) -> None:
+        """*count* bytes have left the inbox, or turned out to be no message yet.  Any thread."""
+        with self._lock:
+            if self._forfeit:
+                return
+            self._change(-count)
+            resume = self._paused and self.used <= self._limit // 2
+            if resume:
+                self._paused = False
+        if resume:
+            self._resume()
+
+    def forfeit(self) -> None:
+        """Nobody will ever take what is in the inbox.  The coordinator."""
+        with self._lock:
+            self._change(-self.used)
+            self._forfeit = True
+
+    def _change(self, count: int) -> None:
+        self.used += count
+        unreported = self.used - self._reported
+        if unreported and (not self.used or not -TALLY_STEP < unreported < TALLY_STEP):
+            self._reported = self.used
+            self._tally.add(unreported)
+
+
+Entry = tuple[Any, Any, "ReadCredit | None", int, "Callable[[], None] | None"]
+"""One message on its way to the application: session, message, the credit and how much of it comes back when
+the message is taken, and what to call when the handler comes back for the next one."""
+
+
+class _Turn:
+    """The turn that one handler thread has with one session: until it comes back, or the thread ends."""
+
+    __slots__ = ("_inbox", "done", "session")
+
+    def __init__(self, inbox: Inbox) -> None:
+        self._inbox = inbox
+        self.session: object = None
+        self.done: Callable[[], None] | None = None
+
+    def end(self) -> None:
+        """Let another handler have the session; close it, if it has ended."""
+        done, self.done = self.done, None
+        if done is not None:
+            done()
+        if self.session is not None:
+            with self._inbox._lock:
+                self._inbox._release(self)
+
+    __del__ = end
+
+
+class Inbox:
+    """Messages of any number of sessions, for any number of handler threads.
+
+    `get` returns ``(session, message)``, and ``(session, None)`` once when the session has ended
+    (`session.end` says how).  The messages of one session go to one handler at a time, in order: the next
+    one waits until the thread that took the last comes back for more, calls `task_done`, or ends.  So a pool
+    does not reorder a session's answers, and a session that stalls holds one handler and no more.
+
+    It is bounded by the sessions' read credit: a session whose messages are not
+    taken stops reading, and the others go on.  Otherwise as `queue.Queue`; when every Bridge that feeds it
+    is closed and all is taken, `get` raises ShutDown.
+
+    A handler that has been given ``(session, None)`` may still send (the peer may have closed only its
+    half).  When it comes back for the next message it is done, and the session is closed for it.
+    """
+
+    def __init__(self) -> None:
+        # Of each session at most one entry is ready or in a handler's hands; the others wait behind it.
+        self._entries: collections.deque[Entry] = collections.deque()
+        self._behind: dict[object, collections.deque[Entry] | None] = {}
+        self._waiting = 0  # how many those are
+        self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)
+        self._sleepers = 0
+        self._over: Exception | None = None
+        self._feeders = 0
+        self._handler = threading.local()
+        self._born = forks.generation()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        """The next ``(session, message)``.  Any thread.
+
+        Raises ReceiveTimeout (a `queue.Empty` and a `TimeoutError`) if nothing arrived within *timeout*
+        seconds, or at once if *block* is false; ShutDown after the end.
+        """
+        forks.check(self._born)
+        check_timeout("timeout", timeout)
+        try:
+            turn: _Turn = self._handler.turn
+        except AttributeError:
+            turn = self._handler.turn = _Turn(self)
+        if turn.done is not None:
+            turn.end()
+        with self._lock:
+            if turn.session is not None:
+                self._release(turn)
+            if not self._entries:
+                self._wait(timeout if block else 0.0)
+            session, message, credit, cost, turn.done = self._entries.popleft()
+            turn.session = session
+        if credit is not None:
+            credit.give_back(cost)
+        return session, message
+
+    def task_done(self) -> None:
+        """This thread is done with the message it got last; the session's next may go to any handler.
+
+        `get` implies it.  Only a thread that goes on to something else has to call it.
+        """
+        turn = getattr(self._handler, "turn", None)
+        if turn is not None:
+            turn.end()
+
+    def get_nowait(self) -> Any:
+        """`get`, without waiting."""
+        return self.get(block=False)
+
+    def put(self, item: tuple[Any, Any]) -> None:
+        """Add *item*, a pair, as if its session had delivered it: a word to the handlers.  Never waits.
+
+        If its session is None, it is a word to any handler, and waits for no other.
+        """
+        session, message = item
+        self._deliver([(session, message, None, 0, None)])
+
+    def qsize(self) -> int:
+        """How many messages are waiting."""
+        return len(self._entries) + self._waiting
+
+    def empty(self) -> bool:
+        """Whether nothing is waiting."""
+        return not self.qsize()
+
+    def full(self) -> bool:
+        """False: room is counted in bytes and for each session."""
+        return False
+
+    def shutdown(self) -> None:
+        """After what is waiting, `get` raises ShutDown in every thread (as `queue.Queue.shutdown`)."""
+        self._finish(ShutDown("the inbox was shut down"))
+
+    def _wait(self, timeout: float | None) -> None:
+        deadline = deadline_after(timeout)
+        while not self._entries:
+            if self._over is not None and not self._waiting:
+                raise fresh(self._over)
+            left = _left(deadline)
+            self._sleepers += 1
+            try:
+                woken = left != 0.0 and self._arrived.wait(left)
+            finally:
+                self._sleepers -= 1
+            if not woken and not self._entries and (self._over is None or self._waiting):
+                raise ReceiveTimeout(f"no message within {timeout or 0:g} seconds")
+
+    # Called by the coordinator, and by the wiring.
+
+    def _deliver(self, entries: list[Entry]) -> None:
+        with self._lock:
+            for entry in entries:
+                self._push(entry)
+            if self._sleepers:
+                self._arrived.notify(len(entries))
+
+    def _push(self, entry: Entry) -> None:
+        session = entry[0]
+        if session in self._behind:
+            behind = self._behind[session]
+            if behind is None:
+                behind = self._behind[session] = collections.deque()
+            behind.append(entry)
+            self._waiting += 1
+        else:
+            self._entries.append(entry)
+            if session is not None:
+                self._behind[session] = None
+
+    def _release(self, turn: _Turn) -> None:
+        """A handler's *turn* is over, so the session's next entry is ready."""
+        session, turn.session = turn.session, None
+        behind = self._behind[session]
+        if behind:
+            self._entries.append(behind.popleft())
+            self._waiting -= 1
+            if self._sleepers:
+                self._arrived.notify()
+        else:
+            del self._behind[session]
+        if self._over is not None:
+            self._arrived.notify_all()
+
+    def _finish(self, why: Exception) -> None:
+        with self._lock:
+            self._over = self._over or why
+            self._arrived.notify_all()
+
+    def _attach(self) -> None:
+        with self._lock:
+            self._feeders += 1
+            self._over = None
+
+    def _detach(self) -> None:
+        with self._lock:
+            self._feeders -= 1
+            if self._feeders:
+                return
+        self._finish(ShutDown("every Bridge that fed this inbox is closed"))
+
+    def _end(self, session: Any, why: SessionEnded, opened: bool, done: Callable[[], None]) -> None:
+        """A session that feeds this inbox has ended."""
+        if opened:  # one that never opened was never here: its `connect` raises, its listener logs
+            self._deliver([(session, None, None, 0, done)])
+
+
+class SessionInbox(Inbox):
+    """One session's own inbox: `get` returns just the message, and raises the cause after the end."""
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        """The next message.  Any thread.  ReceiveTimeout, or how the session ended."""
+        _, message, credit, cost, _ = self._next(block, timeout)
+        if credit is not None:
+            credit.give_back(cost)
+        return message
+
+    def peek(self, timeout: float | None = None) -> Any:
+        """As `get`, and the message stays the next one."""
+        return self._next(True, timeout, remove=False)[1]
+
+    def _next(self, block: bool, timeout: float | None, remove: bool = True) -> Entry:
+        with self._lock:
+            if not self._entries:
+                self._wait(timeout if block else 0.0)
+            if remove:
+                return self._entries.popleft()
+            if self._sleepers:
+                self._arrived.notify()  # this wake-up takes nothing: pass it on
+            return self._entries[0]
+
+    def _push(self, entry: Entry) -> None:
+        self._entries.append(entry)  # one session needs no turns, and its receivers take none
+
+    def _end(self, session: Any, why: SessionEnded, opened: bool, done: Callable[[], None]) -> None:
+        self._finish(why)
+
+
+class Registry(Generic[T]):
+    """The members of something, until it is sealed.  Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._members: dict[T, None] = {}
+        self._sealed = False
+
+    def add(self, member: T) -> bool:
+        """One more; False, and nothing done, if it is too late."""
+        with self._lock:
+            if not self._sealed:
+                self._members[member] = None
+            return not self._sealed
+
+    def remove(self, member: T) -> None:
+        """One less."""
+        with self._lock:
+            self._members.pop(member, None)
+
+    def seal(self) -> list[T]:
+        """From now on nothing is added.  Who is a member."""
+        with self._lock:
+            self._sealed = True
+            return list(self._members)
+
+    def __contains__(self, member: T) -> bool:
+        return member in self._members
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __iter__(self) -> Iterator[T]:
+        with self._lock:
+            return iter(list(self._members))

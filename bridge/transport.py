@@ -1,0 +1,830 @@
+"""The owner's half of a session: the socket, the engine over it, and what is still to be done.
+
+Theory of operation
+-------------------
+Four *operations* may be under way at once: handshake (or renegotiation), read, write, shutdown.  Each is
+either ready to be called, or waits for a want.  A step calls whatever is ready, in the order read, write,
+shutdown, until nothing is.  The poll mask is the sum of the wants; an event readies the operations it was
+wanted for.
+
+The one rule that is easy to miss: an operation that made progress *after having waited* may have swallowed
+the very bytes another one waits for.  (TLS 1.2: the server renegotiates; our write wants to read; our read
+consumes the server's handshake bytes, finds no data and wants to read too.  Now the socket is silent and
+the write would succeed at once.)  So such progress readies all others, and the step goes on.
+
+Reading stops a step early for three reasons: its budget is used up (fairness: the step asks for another
+turn), the application's credit is (the read stays ready and costs nothing until credit returns), or the
+record was short and nothing is left inside OpenSSL (poll is level-triggered: if there is more it says so,
+and one futile SSL_read a message is saved).  A write that wants to read overrides the credit, because only
+reading can move it on.
+
+A session writes only through `self._chunk`, which does not change until OpenSSL took it.  Credit goes back
+when the kernel has it, which is later only if the engine is on its detour (see `engine`).
+
+Ends.  `close` waits for the chunks, says close_notify, half-closes the socket, and reads on until the peer
+has answered or its time is up.  Closing a socket with unread input makes the kernel send RST, which may
+destroy what the peer has not read yet, an alert of ours for instance; so a failed session lingers likewise, with
+plain reads.  `abort` does none of that.
+
+Which thread: everything here belongs to the session's owner.  Others reach it by its worker's mailbox.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import socket
+import struct
+from collections.abc import Callable, Hashable
+from typing import Any, Final
+
+from bridge import events
+from bridge.context import Context
+from bridge.dialer import Address, Dialer
+from bridge.engine import TLSEngine
+from bridge.errors import (
+    CloseTimeout,
+    CodecError,
+    ConnectTimeout,
+    DeadlineExceeded,
+    EndOfStream,
+    HandshakeTimeout,
+    IdleTimeout,
+    PeerReset,
+    SessionClosed,
+    SessionEnded,
+    TLSError,
+    Truncated,
+    WriteStalled,
+)
+from bridge.limits import RECORD_BYTES, Timeouts
+from bridge.poll import NOTHING, Want
+from bridge.queues import Outbox, ReadCredit
+from bridge.states import TRANSITIONS, State
+
+READ: Final = Want.READ
+READ_BUDGET = 16 * RECORD_BYTES
+"""Bytes a session may read in one step before the others have their turn."""
+WRITE_BUDGET = 16 * RECORD_BYTES
+"""Bytes a session may write in one step."""
+FORCED_READ_BYTES = 1024 * 1024
+"""How far a write that wants to read may overdraw the read credit."""
+ANSWER_BYTES = 64 * 1024
+"""How much OpenSSL may have to say, on its own account, to a peer that does not read, before we stop reading."""
+LINGER_BYTES = 16 * 1024 * 1024
+"""How much late input a lingering close swallows before it closes anyway."""
+
+
+class Told:
+    """What a transport tells the coordinator."""
+
+    OPEN: Final = "open"  # payload: SessionInfo
+    DATA: Final = "data"  # payload: bytes
+    EOF: Final = "eof"  # the peer's close_notify; payload: None
+    CLOSED: Final = "closed"  # payload: Ending
+
+
+@dataclasses.dataclass(frozen=True)
+class CloseReport:
+    """How far a polite close got.  True in a boolean context if everything accepted had left."""
+
+    unsent: int
+    """Bytes accepted by `send` that never left."""
+    close_notify_sent: bool
+    close_notify_received: bool
+
+    def __bool__(self) -> bool:
+        return self.unsent == 0 and self.close_notify_sent
+
+
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """The last word about a session: its first cause, how far the close got, and the socket if it was unwrapped."""
+
+    cause: SessionEnded
+    report: CloseReport
+    wants: dict[tuple[str, Want], int]
+    sock: socket.socket | None = None
+    leftover: bytes = b""
+
+
+class _Operation:
+    """One kind of OpenSSL call: ready to be made, or waiting for a want, or neither (nothing to do)."""
+
+    __slots__ = ("ready", "want")
+
+    def __init__(self) -> None:
+        self.ready = False
+        self.want: Want | None = None
+
+    def wait_for(self, want: Want) -> None:
+        self.ready, self.want = False, want
+
+    def rest(self) -> None:
+        self.ready, self.want = False, None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a session is to be made: everything its transport is told by the wiring."""
+
+    context: Context
+    server_hostname: str | None
+    timeouts: Timeouts
+    sock: socket.socket | None = None
+    addresses: tuple[Address, ...] = ()
+    resume_key: Hashable | None = None
+    peer: str = ""
+    """The peer's address, as people write it."""
+
+
+class Transport:
+    """What a worker owns of one session.  See the module's essay; no method may be called by another thread."""
+
+    __slots__ = (
+        "_accepted",
+        "_chunk",
+        "_chunks",
+        "_close_by",
+        "_deadlines",
+        "_dialer",
+        "_discarding",
+        "_drain_when_open",
+        "_engine",
+        "_exchanging",
+        "_handshake",
+        "_hello",
+        "_linger_left",
+        "_lingering",
+        "_operations",
+        "_peer_closed",
+        "_plan",
+        "_read",
+        "_read_left",
+        "_said_close",
+        "_sent_close",
+        "_shutdown",
+        "_tell",
+        "_unwrapping",
+        "_wants",
+        "_write",
+        "_write_left",
+        "again",
+        "cause",
+        "credit",
+        "deadline",
+        "finished",
+        "mask",
+        "name",
+        "now",
+        "outbox",
+        "retired",
+        "since",
+        "sock",
+        "state",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        plan: Plan,
+        outbox: Outbox,
+        credit: ReadCredit,
+        tell: Callable[[str, Any], None],
+    ) -> None:
+        self.name = name
+        self.outbox = outbox
+        self.credit = credit
+        self._plan = plan
+        self._tell = tell
+        # What the worker reads after each step.
+        self.sock = plan.sock
+        self.mask = NOTHING
+        self.again = False
+        self.deadline: float | None = None
+        self.finished = False
+        self.retired: list[socket.socket] = []
+        # Where the session is.
+        self.state = State.CONNECTING
+        self.cause: SessionEnded | None = None
+        self.now = 0.0
+        self.since = 0.0
+        self._dialer: Dialer | None = None
+        self._engine: TLSEngine | None = None
+        self._hello = b""  # what is left to send of a client's first flight
+        self._exchanging = False  # the handshake is done, and the end has not come
+        self._deadlines: dict[type[DeadlineExceeded], float] = {}
+        # What is to be done.
+        self._handshake = _Operation()
+        self._read = _Operation()
+        self._write = _Operation()
+        self._shutdown = _Operation()
+        self._operations = (self._read, self._write, self._shutdown, self._handshake)
+        self._chunks: collections.deque[bytes] = collections.deque()
+        self._chunk: bytes | memoryview | None = None
+        self._read_left = self._write_left = 0  # of this turn's budgets
+        self._accepted = 0  # bytes that OpenSSL took and the kernel may not have yet
+        self._wants: dict[tuple[str, Want], int] = {}
+        # How it ends.
+        self._drain_when_open: str | None = None
+        self._discarding = False  # close(): nobody will read what still comes
+        self._unwrapping = False
+        self._close_by: float | None = None
+        self._said_close = False  # OpenSSL has our close_notify
+        self._sent_close = False  # the kernel has it
+        self._peer_closed = False
+        self._lingering = False
+        self._linger_left = LINGER_BYTES
+
+    @property
+    def allows_renegotiation(self) -> bool:
+        """Whether the context permits it.  Any thread: the context never changes."""
+        return self._plan.context.renegotiation
+
+    # What the worker calls.
+
+    def on_ready(self, mask: int) -> None:
+        """The poll says *mask*: ready the operations that waited for it."""
+        for operation in self._operations:
+            if operation.want is not None and operation.want & mask:
+                operation.ready = True
+
+    def step(self, now: float) -> None:
+        """Make all progress that is possible without sleeping, within this turn's budgets."""
+        self.now = now
+        self.again = False
+        try:
+            if self.deadline is not None and now >= self.deadline:
+                self._check_deadlines()
+            self._advance()
+        except SessionEnded as error:
+            self.end(error)
+        except OSError as error:
+            self.end(PeerReset(error.errno, f"the connection failed: {error.strerror}"))
+        self._settle()
+
+    def _advance(self) -> None:
+        if self._exchanging:
+            self._exchange()
+            return
+        if self.state is State.CONNECTING:
+            self._connect()
+        if self.state is State.HANDSHAKING:
+            self._shake_hands()
+        if self._lingering:
+            self._linger()
+        elif self._exchanging:
+            self._exchange()
+
+    def _settle(self) -> None:
+        """Say what to wait for, and until when."""
+        mask = NOTHING
+        for operation in self._operations:
+            if operation.want is not None and not operation.ready:
+                mask |= operation.want
+        if self._read.ready and not self.again:
+            mask &= ~READ  # no credit to read, and only reading could move whoever wants input
+        self.mask = NOTHING if self.finished else mask
+        self.deadline = min(self._deadlines.values()) if self._deadlines else None
+        if self._dialer is not None and self._dialer.deadline is not None:
+            self.deadline = min(self._dialer.deadline, self.deadline or self._dialer.deadline)
+
+    def gone(self) -> None:
+        """The socket is closed, or handed on.  The coordinator was told already."""
+
+    # Commands, by way of the worker's mailbox.
+
+    def start(self) -> None:
+        """The first command: the session has come to its worker."""
+        self.since = self.now
+        if self.cause is not None:
+            return
+        if self.sock is None:
+            self._set_deadline(ConnectTimeout, self._plan.timeouts.connect)
+            self._dialer = Dialer(self._plan.addresses, self._deadlines.get(ConnectTimeout))
+        else:
+            self._begin_handshake()
+
+    def send(self, chunks: list[bytes]) -> None:
+        """More bytes to send, in order."""
+        if self.cause is None:
+            self._chunks.extend(chunks)
+            if self._write.want is None:
+                self._write.ready = True
+
+    def resume_reading(self) -> None:
+        """Read credit has come back: the step that follows finds it."""
+
+    def renegotiate(self) -> None:
+        """Ask the peer for a new handshake (TLS 1.2)."""
+        if self.state is State.OPEN:
+            self._handshake.ready = True
+
+    def send_eof(self) -> None:
+        """Half close: after what was accepted, close_notify.  Receiving goes on."""
+        self._start_draining("send_eof()")
+
+    def close(self, timeout: float | None) -> None:
+        """Polite close, within *timeout* seconds altogether (None: the session's own timeouts)."""
+        self._discarding = True
+        self._bounded_close("close()", timeout)
+
+    def unwrap(self, timeout: float | None) -> None:
+        """End TLS both ways and hand the socket back, within *timeout* seconds altogether."""
+        self._unwrapping = True
+        self._bounded_close("unwrap()", timeout)
+
+    def abort(self, why: SessionEnded) -> None:
+        """End now; nothing more is sent, nothing waited for."""
+        if not self.finished:
+            self._reset_on_close()
+            self.end(why, linger=False)
+
+    def _bounded_close(self, why: str, timeout: float | None) -> None:
+        if self.cause is not None:
+            return
+        if timeout is not None and (self._close_by is None or self.now + timeout < self._close_by):
+            self._close_by = self.now + timeout
+        if self._start_draining(why):
+            if self._sent_close:
+                self._after_close_notify()
+            else:
+                self._set_deadline(CloseTimeout, self._plan.timeouts.flush, self._close_by)
+
+    def _start_draining(self, why: str) -> bool:
+        """Whether there is anything to drain: the session is, or was until now, open, or will send what it has."""
+        if self.state in (State.CONNECTING, State.HANDSHAKING):
+            if not self._chunks and (self._discarding or self._unwrapping):
+                self.end(SessionClosed(f"{why} before the session was open"))
+            else:
+                self._drain_when_open = why
+        elif self.state in (State.OPEN, State.PEER_CLOSED):
+            self._move(State.DRAINING, why)
+            self._shutdown.ready = True
+        return self.state is not State.CLOSED
+
+    # Connecting and shaking hands.
+
+    def _connect(self) -> None:
+        assert self._dialer is not None
+        try:
+            connected = self._dialer.dial(self.now)
+        finally:
+            self.sock = self._dialer.sock
+            self.retired += self._dialer.retired
+            self._dialer.retired.clear()
+        if isinstance(connected, Want):
+            self._handshake.wait_for(connected)
+        else:
+            self._dialer = None
+            self._begin_handshake()
+
+    def _begin_handshake(self) -> None:
+        self._deadlines.pop(ConnectTimeout, None)
+        self._set_deadline(HandshakeTimeout, self._plan.timeouts.handshake)
+        self._move(State.HANDSHAKING, "TCP is connected")
+        self._handshake.wait_for(READ)
+        self._handshake.ready = (
+            not self._plan.context.server_side
+        )  # a mute client shall not cost an SSL object
+
+    def _shake_hands(self) -> None:
+        if not self._handshake.ready:
+            return
+        assert self.sock is not None
+        plan = self._plan
+        if self._engine is None:
+            _no_delay(self.sock)
+            self._engine = TLSEngine(
+                plan.context, self.sock, server_hostname=plan.server_hostname, resume_key=plan.resume_key
+            )
+            self._wants = self._engine.wants
+            if not plan.context.server_side:
+                self._hello = self._engine.hello(self.sock)
+        if self._hello:
+            self._send_hello()
+            return
+        if not self._engine.first_bytes:
+            self._engine.first_bytes = _peek(self.sock)
+        want = self._engine.handshake()
+        if want is not None:
+            self._handshake.wait_for(want)
+            return
+        info = self._engine.established(plan.server_hostname, _peername(self.sock), self.sock)
+        self._handshake.rest()
+        self._exchanging = True
+        self._deadlines.pop(HandshakeTimeout, None)
+        self._read.wait_for(READ)
+        self._read.ready = True
+        self._write.ready = bool(self._chunks)
+        self._touch()
+        self._move(State.OPEN, "handshake done")
+        self._tell(Told.OPEN, info)
+        if self._drain_when_open is not None:
+            self._start_draining(self._drain_when_open)
+
+    def _send_hello(self) -> None:
+        assert self.sock is not None
+        try:
+            self._hello = self._hello[self.sock.send(self._hello) :]
+        except BlockingIOError:
+            pass
+        self._handshake.wait_for(Want.WRITE if self._hello else READ)
+
+    # Open.
+
+    def _exchange(self) -> None:
+        engine = self._engine
+        assert engine is not None
+        self._read_left, self._write_left = READ_BUDGET, WRITE_BUDGET
+        progress = True
+        while progress and self.cause is None:
+            progress = False
+            if self._read.ready:
+                progress = self._read_some()
+            if self._write.ready:
+                progress |= self._write_some()
+            if self._handshake.ready:
+                progress |= self._renegotiate_now()
+            if self._shutdown.ready and not self._write_pending():
+                progress |= self._say_close_notify()
+            if engine.on_detour and self.cause is None and self._write.want is None and engine.unflushed():
+                progress |= not self._write.ready
+                self._write.ready = True  # to bring out what a read or a shutdown had to say
+        if HandshakeTimeout in self._deadlines and not engine.renegotiating():
+            del self._deadlines[HandshakeTimeout]
+        self.again = (self._read.ready and self._read_left <= 0) or (
+            self._write.ready and self._write_left <= 0
+        )
+
+    def _read_some(self) -> bool:
+        """Read what there is, and hand it over in one piece; also what came before an error or the end."""
+        room = min(self._read_left, self._room())
+        if room <= 0:
+            return False
+        received: list[bytes] = []
+        try:
+            self._read_into(received, room)
+        finally:
+            if received:
+                data = received[0] if len(received) == 1 else b"".join(received)
+                self._read_left -= len(data)
+                if not self._discarding:
+                    self.credit.spend(len(data))
+                    self._touch()
+                    self._tell(Told.DATA, data)
+        if self._peer_closed:
+            self._on_peer_closed()
+        return bool(received) or self._peer_closed
+
+    def _read_into(self, received: list[bytes], room: int) -> None:
+        engine = self._engine
+        assert engine is not None
+        while room > 0:
+            data = engine.read(RECORD_BYTES)
+            if isinstance(data, Want):
+                self._read.wait_for(data)
+                break
+            if not data:
+                self._peer_closed = True
+                self._read.rest()
+                break
+            received.append(data)
+            size = len(data)
+            room -= size
+            if size < RECORD_BYTES and not (engine.on_detour and engine.has_more()):
+                self._read.wait_for(READ)  # SSL_read takes a record to its end, so nothing decrypted is left
+                break
+        else:
+            return
+        self._input_was_consumed()
+
+    def _room(self) -> int:
+        """How many bytes may be read now; a record more does no harm."""
+        engine = self._engine
+        assert engine is not None
+        if engine.on_detour and engine.unflushed() > ANSWER_BYTES:
+            return 0  # a peer that asks for answers and does not take them
+        if self._discarding:
+            return READ_BUDGET
+        room = self.credit.room()
+        if room > 0 or self.credit.overdraft() >= FORCED_READ_BYTES:
+            return room
+        starving = any(o.want is READ for o in self._operations if o is not self._read)
+        return RECORD_BYTES if starving else 0  # somebody waits for input, and only reading can move it
+
+    def _input_was_consumed(self) -> None:
+        """The lost wake-up: what the others wait for may have been swallowed by the call just made."""
+        for operation in self._operations:
+            if operation.want is READ and operation is not self._read:
+                operation.ready = True
+
+    def _write_some(self) -> bool:
+        engine = self._engine
+        assert engine is not None
+        moved = False
+        waited_for_input = self._write.want is READ
+        while self._write_left > 0:
+            if engine.on_detour:
+                want = engine.flush()
+                if want is not None:
+                    self._wait_to_write(want)
+                    break
+                moved |= self._written()
+            if self._chunk is None and not self._next_chunk():
+                self._write.rest()
+                break
+            assert self._chunk is not None
+            count = engine.write(self._chunk)
+            if isinstance(count, Want):
+                self._wait_to_write(count)
+                break
+            self._write_left -= count
+            self._accepted += count
+            self._chunk = None if count == len(self._chunk) else memoryview(self._chunk)[count:]
+        if not (engine.on_detour and engine.unflushed()):
+            moved |= self._written()
+        if moved and waited_for_input and self._read.want is READ:
+            self._read.ready = True
+        return moved
+
+    def _wait_to_write(self, want: Want) -> None:
+        self._write.wait_for(want)
+        if WriteStalled not in self._deadlines:
+            self._set_deadline(WriteStalled, self._plan.timeouts.write_stall)
+
+    def _written(self) -> bool:
+        """The kernel has all that OpenSSL accepted: give the credit back.  Whether that is anything."""
+        accepted, self._accepted = self._accepted, 0
+        if not accepted:
+            return False
+        if self._deadlines:
+            self._deadlines.pop(WriteStalled, None)
+        self.outbox.give_back(accepted)
+        self._touch()
+        return True
+
+    def _next_chunk(self) -> bool:
+        """Freeze the next bytes to write: one large message, or what is queued up to the size of a record."""
+        if not self._chunks or self._handshake.ready:
+            return False
+        first = self._chunks.popleft()
+        if not self._chunks or len(first) >= RECORD_BYTES:
+            self._chunk = first
+            return True
+        parts, size = [first], len(first)
+        while self._chunks and size + len(self._chunks[0]) <= RECORD_BYTES:
+            parts.append(self._chunks.popleft())
+            size += len(parts[-1])
+        self._chunk = b"".join(parts)
+        return True
+
+    def _write_pending(self) -> bool:
+        assert self._engine is not None
+        return self._chunk is not None or bool(self._chunks) or self._engine.unflushed() > 0
+
+    def _renegotiate_now(self) -> bool:
+        assert self._engine is not None
+        if self._chunk is not None:
+            return False
+        if self._handshake.want is None:
+            self._engine.renegotiate()
+            self._set_deadline(HandshakeTimeout, self._plan.timeouts.handshake)
+        want = self._engine.handshake()
+        if want is not None:
+            self._handshake.wait_for(want)
+            return False
+        self._handshake.rest()
+        self._write.ready = self._write_pending()
+        return True
+
+    def _on_peer_closed(self) -> None:
+        if self.state is State.OPEN:
+            self._move(State.PEER_CLOSED, "the peer's close_notify")
+        if not self._discarding:
+            self._tell(Told.EOF, None)
+        if self._sent_close:
+            self._complete()
+        elif self._engine is not None and self._engine.mid_handshake():
+            raise TLSError(
+                1,
+                "the peer closed the session in the middle of a renegotiation: nothing can be sent any more",
+            )
+
+    # Closing.
+
+    def _say_close_notify(self) -> bool:
+        assert self._engine is not None
+        if not self._said_close:
+            answer = self._engine.shutdown()
+            if isinstance(answer, Want):
+                self._shutdown.wait_for(answer)
+                return False
+            self._said_close = True
+        if not self._engine.unflushed():
+            self._shutdown.rest()
+            self._sent_close = True
+            if not self._unwrapping:  # there, what follows the peer's close_notify is to stay in the kernel
+                self._engine.mute()
+            self._after_close_notify()
+        return True
+
+    def _after_close_notify(self) -> None:
+        """Ours is sent.  Wait for the peer's: for good after send_eof(), for a while otherwise."""
+        self._deadlines.pop(CloseTimeout, None)
+        if self._peer_closed:
+            self._complete()
+        elif self._discarding or self._unwrapping:
+            self._set_deadline(CloseTimeout, self._plan.timeouts.close_notify, self._close_by)
+            if self._discarding:
+                self._half_close()
+
+    def _half_close(self) -> None:
+        assert self.sock is not None
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:  # the peer was faster
+            pass
+
+    def _complete(self) -> None:
+        """Nothing is left to be said: the good end."""
+        if self._peer_closed and not self._discarding:
+            cause: SessionEnded = EndOfStream("the peer closed the session")
+        else:
+            cause = SessionClosed("this side closed the session")
+        self._finish(cause)
+
+    def end(self, cause: SessionEnded, linger: bool = True) -> None:
+        """The bad end: *cause* becomes the session's cause, unless it has one already."""
+        if self.cause is not None:
+            self._release()
+        elif isinstance(cause, (Truncated, PeerReset)):
+            said = self._sent_close and self._discarding  # then all was said, and the answer is not owed
+            self._finish(SessionClosed("this side closed the session") if said else cause)
+        elif linger and self.state is not State.CONNECTING:
+            self._finish(cause, lingering=True)
+        else:
+            self._finish(cause)
+
+    def _finish(self, cause: SessionEnded, lingering: bool = False) -> None:
+        self.cause = cause
+        report = CloseReport(self.outbox.discard(cause), self._sent_close, self._peer_closed)
+        if self._engine is not None and self.state is not State.HANDSHAKING:
+            self._engine.remember()
+        self._move(State.CLOSED, TRANSITIONS[self.state][State.CLOSED])
+        unwrapped = self.sock if self._unwrapping and self._sent_close and self._peer_closed else None
+        leftover = self._engine.leftover() if self._engine is not None and unwrapped is not None else b""
+        self._exchanging = False
+        self._engine = self._dialer = self._chunk = None
+        self._chunks.clear()
+        self._deadlines.clear()
+        for operation in self._operations:
+            operation.rest()
+        if lingering and self.sock is not None:
+            self._lingering = True
+            self._half_close()
+            self._read.wait_for(READ)
+            self._set_deadline(CloseTimeout, self._plan.timeouts.close_notify)
+        else:
+            if unwrapped is not None:
+                self.sock = None
+            self._release()
+        self._tell(Told.CLOSED, Ending(cause, report, dict(self._wants), unwrapped, leftover))
+
+    def _release(self) -> None:
+        self.finished = True
+        self._lingering = False
+        if self.sock is not None:
+            self.retired.append(self.sock)
+            self.sock = None
+
+    def _linger(self) -> None:
+        """After a failure: swallow what still comes, so that the kernel does not take our alert back by a RST."""
+        assert self.sock is not None
+        try:
+            while self._linger_left > 0:
+                data = self.sock.recv(64 * 1024)
+                self._linger_left -= len(data)
+                if not data:
+                    break
+        except BlockingIOError:
+            self._read.wait_for(READ)
+            return
+        except OSError:
+            pass
+        self._release()
+
+    def _reset_on_close(self) -> None:
+        if self.sock is not None and self.sock.family != getattr(socket, "AF_UNIX", None):
+            try:
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            except OSError:
+                pass
+
+    # Bookkeeping.
+
+    def _touch(self) -> None:
+        if self._plan.timeouts.idle is not None:
+            self._set_deadline(IdleTimeout, self._plan.timeouts.idle)
+
+    def _set_deadline(
+        self, kind: type[DeadlineExceeded], seconds: float | None, at_most: float | None = None
+    ) -> None:
+        when = min(
+            math.inf if seconds is None else self.now + seconds, math.inf if at_most is None else at_most
+        )
+        if when < math.inf:
+            self._deadlines[kind] = when
+
+    def _check_deadlines(self) -> None:
+        for kind, when in list(self._deadlines.items()):
+            if when <= self.now:
+                del self._deadlines[kind]
+                self._expire(kind)
+
+    def _expire(self, kind: type[DeadlineExceeded]) -> None:
+        timeouts = self._plan.timeouts
+        if self._lingering:
+            self._release()
+        elif kind is CloseTimeout and self._sent_close and self._discarding:
+            self._complete()
+        elif kind is CloseTimeout:
+            missing = (
+                "the peer's close_notify" if self._sent_close else f"{self.outbox.held()} bytes to leave"
+            )
+            raise CloseTimeout(f"closing took too long: still waiting for {missing}")
+        elif kind is WriteStalled:
+            raise WriteStalled(f"the peer did not take one record within {timeouts.write_stall:g} seconds")
+        elif kind is HandshakeTimeout:
+            if self.state is not State.HANDSHAKING:
+                raise HandshakeTimeout(f"the peer did not renegotiate within {timeouts.handshake:g} seconds")
+            raise HandshakeTimeout(f"the TLS handshake was not done within {timeouts.handshake:g} seconds")
+        elif kind is ConnectTimeout:
+            raise ConnectTimeout(f"no TCP connection within {timeouts.connect:g} seconds")
+        else:
+            self._part_politely()
+            raise IdleTimeout(f"no application byte in either direction for {timeouts.idle:g} seconds")
+
+    def _part_politely(self) -> None:
+        """One close_notify if it can be said without waiting."""
+        if self._engine is not None and not self._write_pending() and not self._said_close:
+            self._sent_close = not isinstance(self._engine.shutdown(), Want) and not self._engine.unflushed()
+
+    def _move(self, new: State, why: str) -> None:
+        """The only place where the state changes, and where that is logged."""
+        old = self.state
+        assert new in TRANSITIONS[old], f"{old} cannot become {new}"
+        self.state = new
+        self.since = self.now
+        if events.wanted():
+            fields = {
+                "session": self.name,
+                "peer": self._plan.peer,
+                "old": old.value,
+                "new": new.value,
+                "why": why,
+            }
+            if self.cause is not None:
+                fields |= {"cause": type(self.cause).__name__, "error": _loggable(self.cause)}
+            events.debug("session.state", **fields)
+
+    def describe(self) -> dict[str, Any]:
+        """What the session is doing now.  From any thread: single reads of plain values, none of them acted on."""
+        names = ("read", "write", "shutdown", "handshake")
+        return {
+            "state": self.state.value,
+            "wants": {
+                name: want.name.lower()
+                for name, operation in zip(names, self._operations, strict=True)
+                if (want := operation.want) is not None and not operation.ready
+            },
+            "since": self.since,
+            "inbox_bytes": self.credit.used,
+            "outbox_bytes": self.outbox.held(),
+            "counts": dict(self._wants),
+        }
+
+
+def _loggable(cause: SessionEnded) -> str:
+    """What a log may hold: a codec's error quotes what the peer said, which may be anybody's secret."""
+    return "the codec refused what the peer sent" if isinstance(cause, CodecError) else str(cause)
+
+
+def _no_delay(sock: socket.socket) -> None:
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _peek(sock: socket.socket) -> bytes:
+    try:
+        return sock.recv(24, socket.MSG_PEEK)
+    except OSError:
+        return b""
+
+
+def _peername(sock: socket.socket) -> Any:
+    try:
+        return sock.getpeername()
+    except OSError:  # gone already; the next read will say so
+        return None

@@ -1,0 +1,238 @@
+"""A worker: one thread that owns many sessions' sockets and sleeps in poll for all of them.
+
+Theory of operation
+-------------------
+A step is: look at (or sleep in) the poll, take the words from the mailbox, see whose deadline has passed,
+give each session concerned one turn, and hand everything the turns produced to the coordinator in *one*
+batch.  Sessions that stopped for want of budget have their turn again in the next step, after the others,
+and the worker does not sleep before that.
+
+`step` never sleeps unless it is told to, so a test can drive workers and coordinator from one thread in
+any order; `run` is the thread.  Whatever one session's turn raises ends that session and nothing else.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from bridge import events
+from bridge.errors import SessionAborted, SessionEnded
+from bridge.poll import NOTHING, Doorbell, Poller
+from bridge.queues import Mailbox
+
+HAND_OVER = 64
+"""Events a turn may gather before the coordinator gets the first of them."""
+
+
+class Pollable(Protocol):
+    """What a worker can own: sessions' transports, and listening sockets.  All of it is the worker's alone."""
+
+    sock: socket.socket | None
+    mask: int
+    again: bool
+    deadline: float | None
+    finished: bool
+    retired: list[socket.socket]
+    now: float
+
+    def on_ready(self, mask: int) -> None:
+        """The poll says *mask*."""
+
+    def step(self, now: float) -> None:
+        """Do all that is possible without sleeping, within a turn's budget."""
+
+    def end(self, cause: SessionEnded) -> None:
+        """Come to an end; a second time: at once."""
+
+    def gone(self) -> None:
+        """It has finished, and its sockets are closed."""
+
+
+class _Watch:
+    """What the poll set holds for one pollable, and the deadline its timer is set to.
+
+    Timers that are out of date stay in the heap until their time comes; they keep only this alive.
+    """
+
+    __slots__ = ("mask", "pollable", "sock", "timer")
+
+    def __init__(self, pollable: Pollable) -> None:
+        self.pollable: Pollable | None = pollable
+        self.sock: socket.socket | None = None
+        self.mask = NOTHING
+        self.timer = math.inf
+
+
+Command = tuple[Pollable | None, str, tuple[Any, ...]]
+
+
+class Worker:
+    """Owns the poll set and every pollable given to it.  `post` is for all threads, the rest for its own."""
+
+    def __init__(self, name: str, hand_over: Callable[[list[Any]], None]) -> None:
+        self.name = name
+        self._hand_over = hand_over
+        self._doorbell = Doorbell()
+        self._mailbox: Mailbox[Command] = Mailbox(self._doorbell.ring)
+        self._poller: Poller[Pollable | None] = Poller()
+        self._poller.watch(self._doorbell.socket, 1, None)
+        self._watched: dict[Pollable, _Watch] = {}
+        self._runnable: dict[Pollable, None] = {}
+        self._timers: list[tuple[float, int, _Watch]] = []
+        self._order = itertools.count()
+        self._produced: list[Any] = []
+        self._stopping = False
+
+    # Any thread.
+
+    def post(self, pollable: Pollable, method: str, *arguments: Any) -> None:
+        """Have *method* of *pollable* called by this worker, and then a step.  Never waits."""
+        self._mailbox.put((pollable, method, arguments))
+
+    def post_all(self, commands: list[Command]) -> None:
+        """`post`, many at once."""
+        self._mailbox.put(*commands)
+
+    def stop(self) -> None:
+        """The last command: end what is left, close everything, leave `run`.  Never waits."""
+        self._mailbox.put((None, "stop", ()))
+
+    def load(self) -> int:
+        """How many pollables it owns."""
+        return len(self._watched)
+
+    # Its own thread.
+
+    def produce(self, event: Any) -> None:
+        """Note something for the coordinator; it gets it before this step ends."""
+        self._produced.append(event)
+
+    def run(self) -> None:
+        """The thread: step and sleep until `stop`."""
+        try:
+            while not self._stopping:
+                self.step(None)
+        finally:
+            if not self._stopping:  # only a bug leads here; nobody shall wait for us in vain
+                self._shut_down()
+
+    def step(self, timeout: float | None = 0.0) -> bool:
+        """Sleep until there is something to do, at most *timeout* seconds; then do all that is possible.
+
+        Whether anything was done.
+        """
+        ready = self._look(timeout)
+        now = time.monotonic()
+        runnable, self._runnable = self._runnable, {}
+        for pollable, mask in ready:
+            if pollable is None:
+                self._doorbell.silence()
+            else:
+                pollable.on_ready(mask)
+                runnable[pollable] = None
+        self._obey(runnable, now)
+        self._fire_timers(runnable, now)
+        for pollable in runnable:
+            self._turn(pollable, now)
+            if len(self._produced) >= HAND_OVER:
+                self._flush()
+        self._flush()
+        if self._stopping:
+            self._shut_down()
+        return bool(runnable)
+
+    def _look(self, timeout: float | None) -> list[tuple[Pollable | None, int]]:
+        if self._runnable or timeout == 0.0 or not self._mailbox.may_sleep():
+            return self._poller.wait(0)
+        while self._timers and self._timers[0][2].timer != self._timers[0][0]:
+            heapq.heappop(self._timers)
+        if self._timers:
+            left = max(0.0, self._timers[0][0] - time.monotonic())
+            timeout = left if timeout is None else min(left, timeout)
+        ready = self._poller.wait(timeout)
+        self._mailbox.awake()
+        return ready
+
+    def _obey(self, runnable: dict[Pollable, None], now: float) -> None:
+        for pollable, method, arguments in self._mailbox.take():
+            if pollable is None:
+                self._stopping = True
+                continue
+            if pollable not in self._watched:
+                if pollable.finished:
+                    continue
+                self._watched[pollable] = _Watch(pollable)
+            pollable.now = now
+            getattr(pollable, method)(*arguments)
+            runnable[pollable] = None
+
+    def _fire_timers(self, runnable: dict[Pollable, None], now: float) -> None:
+        while self._timers and self._timers[0][0] <= now:
+            when, _, watch = heapq.heappop(self._timers)
+            if watch.timer == when and watch.pollable is not None:
+                watch.timer = math.inf
+                runnable[watch.pollable] = None
+
+    def _turn(self, pollable: Pollable, now: float) -> None:
+        watch = self._watched.get(pollable)
+        if watch is None:
+            return
+        try:
+            pollable.step(now)
+        except Exception as error:  # a bug of ours, or of a callback: it costs this session, not the worker
+            events.warning("worker.failed", worker=self.name, error=repr(error))
+            failure = SessionAborted(f"internal error: {error!r}")
+            failure.__cause__ = error
+            pollable.end(failure)
+        self._attend(pollable, watch)
+        if pollable.again:
+            self._runnable[pollable] = None
+
+    def _attend(self, pollable: Pollable, watch: _Watch) -> None:
+        """Bring poll set and timers in line with what the pollable wants now."""
+        sock, mask = pollable.sock, pollable.mask
+        if sock is None or pollable.finished:
+            mask = NOTHING
+        if watch.mask != NOTHING and (watch.sock is not sock or mask == NOTHING):
+            assert watch.sock is not None
+            self._poller.forget(watch.sock)
+            watch.mask = NOTHING
+        if mask != watch.mask:
+            assert sock is not None
+            if watch.mask == NOTHING:
+                self._poller.watch(sock, mask, pollable)
+            else:
+                self._poller.change(sock, mask, pollable)
+            watch.mask = mask
+        watch.sock = sock
+        for old in pollable.retired:
+            old.close()
+        pollable.retired.clear()
+        if pollable.finished:
+            del self._watched[pollable]
+            watch.pollable, watch.timer = None, math.inf
+            pollable.gone()
+        elif pollable.deadline is not None and pollable.deadline < watch.timer:
+            watch.timer = pollable.deadline
+            heapq.heappush(self._timers, (watch.timer, next(self._order), watch))
+
+    def _flush(self) -> None:
+        if self._produced:
+            produced, self._produced = self._produced, []
+            self._hand_over(produced)
+
+    def _shut_down(self) -> None:
+        for pollable, watch in list(self._watched.items()):
+            for _ in range(2):  # once to end it, once more to end its lingering
+                pollable.end(SessionAborted("the bridge was closed"))
+            pollable.step(time.monotonic())
+            self._attend(pollable, watch)
+        self._flush()
+        self._poller.close()
+        self._doorbell.close()

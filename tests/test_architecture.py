@@ -1,0 +1,371 @@
+"""The architecture, as rules a program can check: who imports whom, who may sleep, who may lock, who knows OpenSSL.
+
+The tables here are the rules.  A module that needs more changes a table, and whoever reviews that sees the
+architecture change.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bridge
+
+PACKAGE = Path(bridge.__file__).parent
+
+FLOORS = (
+    ("errors", "limits", "events", "states", "forks"),  # vocabulary
+    ("poll", "names", "credentials", "connection", "context", "codecs", "engine", "dialer"),  # one thread
+    ("queues",),  # crossing
+    ("transport", "acceptor", "worker", "coordinator"),  # threads
+    ("session", "listener", "bridge"),  # handles, and the only wiring
+    ("__init__", "demo", "cli", "__main__"),  # the door, and faces that come in by it
+)
+"""A module imports only from lower floors, and on its own floor only from its left."""
+
+ORDER = [module for floor in FLOORS for module in floor]
+
+OPENSSL = {"names", "credentials", "connection", "context", "engine", "listener", "bridge"}
+"""Who may import OpenSSL."""
+OPENSSL_TYPES_ONLY = {"listener": {"Context"}, "bridge": {"Context"}}
+"""Of these: for the type of an argument, and nothing else."""
+OPENSSL_PRIVATE = {"connection", "credentials"}
+"""Who may use private names of pyOpenSSL, if they are there."""
+OPENSSL_ERRORS = {"engine", "connection", "context", "credentials"}
+"""Who may catch OpenSSL's exceptions: where sessions' errors are translated, and where contexts are built."""
+
+THREADING = {
+    "queues": {"Condition", "Lock", "RLock", "TIMEOUT_MAX", "local"},
+    "context": {"Lock"},  # of the sessions to resume, which all workers share
+    "connection": {
+        "Lock",
+        "local",
+    },  # a line of the key log, which all workers write; a buffer for each thread
+    "bridge": {"Event", "Thread", "current_thread"},
+    "demo": {"Event", "Thread"},
+    "cli": {"Event", "Thread"},
+}
+"""What of `threading` each module may use."""
+
+POLLS = {"select", "selectors"}
+NEVER = {"asyncio", "multiprocessing", "concurrent", "trio", "gevent", "rich", "pytest"}
+LAZILY = {("cli", "rich")}
+"""Who may import what inside a function, although nobody may at the top."""
+
+LONGEST_FUNCTION = 40
+"""Lines of a function, from its first statement to its last."""
+TABLES_OF_FIELDS = {("transport", "__init__")}
+"""Longer, but without a single branch: they say what an object is made of."""
+
+
+def modules() -> Iterator[str]:
+    return (path.stem for path in sorted(PACKAGE.glob("*.py")))
+
+
+each_module = pytest.mark.parametrize("module", list(modules()))
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those that only a type checker sees."""
+    if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        return
+    yield node
+    for child in ast.iter_child_nodes(node):
+        yield from runtime_nodes(child)
+
+
+def imports(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """``(module, name)`` for each name imported; the name of ``import x`` is empty."""
+    for found in runtime_nodes(node):
+        if isinstance(found, ast.Import):
+            yield from ((alias.name, "") for alias in found.names)
+        elif isinstance(found, ast.ImportFrom):
+            assert found.level == 0, "imports are absolute"
+            yield from ((found.module or "", alias.name) for alias in found.names)
+
+
+def imported_from_us(module: str) -> set[str]:
+    """The modules of ours that *module* imports, wherever."""
+    found = set()
+    for source, name in imports(tree(module)):
+        package, _, inner = source.partition(".")
+        if package != "bridge":
+            continue
+        if inner:
+            found.add(inner)
+        elif name in ORDER:
+            found.add(name)
+        else:
+            found.add("__init__")
+    return found
+
+
+def roots(node: ast.AST) -> set[str]:
+    return {source.partition(".")[0] for source, _ in imports(node)}
+
+
+def uses(module: str, of: str) -> set[str]:
+    """The names of *of* that *module* uses: ``of.name``, or imported from it."""
+    found = {name for source, name in imports(tree(module)) if source == of and name}
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == of:
+            found.add(node.attr)
+    return found
+
+
+# ── floors ──
+
+
+def test_every_module_has_its_place_on_one_floor() -> None:
+    assert sorted(ORDER) == list(modules())
+    assert len(set(ORDER)) == len(ORDER)
+
+
+@each_module
+def test_a_module_imports_only_from_lower_floors_or_from_its_left(module: str) -> None:
+    below = set(ORDER[: ORDER.index(module)])
+    assert imported_from_us(module) <= below
+
+
+def test_only_the_wiring_knows_all_the_others() -> None:
+    known = {module: len(imported_from_us(module)) for module in modules() if module != "__init__"}
+    assert max(known, key=lambda module: known[module]) == "bridge"
+
+
+def test_faces_come_in_by_the_door() -> None:
+    for module in ("demo", "cli"):
+        assert imported_from_us(module) <= {"__init__", "demo"}
+
+
+def test_the_rule_of_floors_can_be_broken() -> None:
+    """What the checks above stand on sees an import at the top, in a function, and by either form."""
+    source = ast.parse(
+        "import bridge.worker\nfrom bridge import poll\ndef f():\n    from select import poll as p"
+    )
+    assert set(imports(source)) == {("bridge.worker", ""), ("bridge", "poll"), ("select", "poll")}
+    hidden = ast.parse("if TYPE_CHECKING:\n    from bridge.session import Session")
+    assert set(imports(hidden)) == set()
+
+
+# ── who knows OpenSSL ──
+
+
+def test_only_these_import_openssl() -> None:
+    assert {module for module in modules() if "OpenSSL" in roots(tree(module))} == OPENSSL
+
+
+@pytest.mark.parametrize("module", sorted(OPENSSL_TYPES_ONLY))
+def test_handles_know_openssl_as_the_type_of_an_argument(module: str) -> None:
+    assert uses(module, "SSL") == OPENSSL_TYPES_ONLY[module]
+
+
+@each_module
+def test_only_one_door_translates_openssls_errors(module: str) -> None:
+    caught = [
+        ast.unparse(handler.type)
+        for handler in ast.walk(tree(module))
+        if isinstance(handler, ast.ExceptHandler) and handler.type is not None
+    ]
+    catches = any(re.search(r"\b(SSL|crypto)\.", what) for what in caught)
+    assert not catches or module in OPENSSL_ERRORS
+
+
+@each_module
+def test_private_names_of_pyopenssl_are_used_in_few_places(module: str) -> None:
+    named = any(
+        (isinstance(node, ast.Constant) and node.value == "_util")
+        or (isinstance(node, ast.Attribute) and node.attr == "_util")
+        or (isinstance(node, ast.ImportFrom) and "_util" in (node.module or ""))
+        for node in ast.walk(tree(module))
+    )
+    assert named == (module in OPENSSL_PRIVATE)
+
+
+# ── who sleeps, who locks, who starts threads ──
+
+
+def test_only_poll_waits_for_descriptors() -> None:
+    assert {module for module in modules() if POLLS & roots(tree(module))} == {"poll"}
+
+
+@each_module
+def test_nobody_sleeps_for_a_time(module: str) -> None:
+    assert "sleep" not in uses(module, "time")
+
+
+@each_module
+def test_locks_live_in_the_queues(module: str) -> None:
+    assert uses(module, "threading") <= THREADING.get(module, set())
+
+
+@each_module
+def test_nobody_imports_another_kind_of_concurrency_or_a_face(module: str) -> None:
+    everywhere = roots(tree(module)) & NEVER
+    assert {(module, name) for name in everywhere} <= LAZILY
+    top = [node for node in tree(module).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not roots(ast.Module(body=list(top), type_ignores=[])) & NEVER
+
+
+def test_import_bridge_needs_no_face_and_no_test_tool() -> None:
+    # structlog imports rich and asyncio by itself if they are there, so the first are taken away here
+    program = (
+        "import sys\n"
+        "for name in ('rich', 'pytest', 'hypothesis', 'trustme'): sys.modules[name] = None\n"
+        "import bridge, bridge.cli, bridge.demo\n"
+        "print(*bridge.__all__)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == list(bridge.__all__)
+
+
+# ── states and size ──
+
+
+@each_module
+def test_the_state_changes_in_one_place(module: str) -> None:
+    places = {
+        f"{module}.{function.name}"
+        for function in ast.walk(tree(module))
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Attribute) and target.attr == "state"
+    }
+    assert places == ({"transport.__init__", "transport._move"} if module == "transport" else set())
+
+
+@each_module
+def test_no_function_is_longer_than_a_reader_can_hold(module: str) -> None:
+    lengths = {
+        function.name: body[-1].end_lineno - body[0].lineno + 1
+        for function in ast.walk(tree(module))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (body := function.body[ast.get_docstring(function) is not None :])
+        and body[-1].end_lineno is not None
+    }
+    too_long = {(module, name): length for name, length in lengths.items() if length > LONGEST_FUNCTION}
+    assert too_long.keys() <= TABLES_OF_FIELDS, too_long
+
+
+# ── the public face ──
+
+
+def test_public_names_are_sorted_and_exist() -> None:
+    assert list(bridge.__all__) == sorted(set(bridge.__all__))
+    for name in bridge.__all__:
+        assert hasattr(bridge, name)
+
+
+def test_whatever_else_the_package_shows_is_a_module_or_private() -> None:
+    others = {name for name in vars(bridge) if name not in bridge.__all__ and not name.startswith("_")}
+    assert all(isinstance(getattr(bridge, name), types.ModuleType) for name in others), others
+
+
+def documented(name: str, thing: Any) -> Iterator[tuple[str, str | None]]:
+    """*thing* and, if it is a class or a module of ours, its public members, with their docstrings."""
+    yield name, inspect.getdoc(thing)
+    if isinstance(thing, types.ModuleType):
+        for member in thing.__all__:
+            yield from documented(f"{name}.{member}", getattr(thing, member))
+    elif inspect.isclass(thing):
+        for member, value in vars(thing).items():
+            if not member.startswith("_") and (inspect.isroutine(value) or isinstance(value, property)):
+                yield f"{name}.{member}", inspect.getdoc(getattr(thing, member))
+
+
+@pytest.mark.parametrize("name", bridge.__all__)
+def test_every_public_name_is_documented(name: str) -> None:
+    missing = [where for where, text in documented(name, getattr(bridge, name)) if not (text or "").strip()]
+    assert missing == []
+
+
+@each_module
+def test_every_module_says_what_it_is(module: str) -> None:
+    text = ast.get_docstring(tree(module))
+    assert (text and text[0].isupper()) or module == "__main__"
+
+
+def test_the_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+# ── the ownership table ──
+
+OWNERSHIP = {
+    "Bridge, Session, queues": [
+        "bridge.Bridge",
+        "session.Session",
+        "session.InboxView",
+        "session.OutboxView",
+    ],
+    "SSL.Context": ["context.Context.raw"],
+    "coordinator's mailbox": ["coordinator.Coordinator._mailbox"],
+    "channels, codecs' decode": ["coordinator.Channel.codec", "codecs.Codec.decode"],
+    "codecs' encode": ["codecs.Codec.encode"],
+    "session inbox (messages)": ["queues.SessionInbox.get", "coordinator.Channel.inbox"],
+    "send credit (outbox)": ["queues.Outbox.put", "queues.Outbox.take", "queues.Outbox.give_back"],
+    "read credit": ["queues.ReadCredit.spend", "queues.ReadCredit.give_back"],
+    "worker's mailbox + doorbell": [
+        "worker.Worker._mailbox",
+        "worker.Worker._doorbell",
+        "poll.Doorbell.ring",
+    ],
+    "SSL.Connection, socket, poller": [
+        "engine.TLSEngine._connection",
+        "transport.Transport.sock",
+        "worker.Worker._poller",
+    ],
+    "state, deadlines": ["transport.Transport.state", "transport.Transport._deadlines"],
+    "SessionInfo (peer, ALPN, …)": ["engine.SessionInfo.peer_certificate", "engine.SessionInfo.alpn"],
+}
+"""What each row of the table in the package's docstring is in the code."""
+
+
+def table() -> dict[str, list[str]]:
+    """The rows of the ownership table: what, and what each kind of thread may do with it."""
+    assert bridge.__doc__ is not None
+    header, *rows = (
+        inspect.cleandoc(bridge.__doc__).split("::\n")[1].strip("\n").split("\n\n")[0].splitlines()
+    )
+    edges = [header.index(kind) for kind in ("application", "coordinator", "worker")]
+    spans = list(zip([0, *edges], [*edges, None], strict=True))
+    cells = [[row[start:end].strip() for start, end in spans] for row in rows]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_the_ownership_table_names_what_exists() -> None:
+    assert list(table()) == list(OWNERSHIP)
+    for names in OWNERSHIP.values():
+        for name in names:
+            module, owner, *attribute = name.split(".")
+            kind = getattr(importlib.import_module(f"bridge.{module}"), owner)
+            assert all(has(kind, wanted) for wanted in attribute), name
+
+
+def has(kind: type, attribute: str) -> bool:
+    """Whether *kind* or its instances have *attribute*."""
+    annotated = attribute in getattr(kind, "__annotations__", {})
+    return annotated or hasattr(kind, attribute) or f"self.{attribute}" in inspect.getsource(kind)
+
+
+def test_the_ownership_table_gives_every_mutable_thing_at_most_one_owner() -> None:
+    for what, cells in table().items():
+        assert len(cells) == 3, what
+        assert sum(cell.startswith("OWN") for cell in cells) <= 1, what
+    assert sum(cell.startswith("OWN") for cells in table().values() for cell in cells) == 3

@@ -1,0 +1,910 @@
+"""From birth to burial: bridges, sessions, threads, descriptors, processes, and what happens to the forgotten."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from conftest import KeyPair
+from structlog.testing import capture_logs
+
+import bridge
+
+PATIENCE = 30.0
+ROOT = str(Path(bridge.__file__).parents[1])
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
+needs_signals = pytest.mark.skipif(os.name != "posix", reason="signals between processes are POSIX's")
+
+
+@pytest.fixture(scope="module")
+def server_ctx(server_cert: KeyPair) -> bridge.Context:
+    return bridge.server_context(server_cert.certfile, server_cert.keyfile)
+
+
+@pytest.fixture(scope="module")
+def client_ctx(ca_file: str) -> bridge.Context:
+    return bridge.client_context(ca_file)
+
+
+class StdlibServer:
+    """The stdlib's server for one client at a time: what it receives, it keeps, and it notes how that ended."""
+
+    def __init__(self, cert: KeyPair) -> None:
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(cert.certfile, cert.keyfile)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = self.listener.getsockname()
+
+    def serve(self, greeting: bytes = b"", read: bool = True) -> tuple[bytes, str]:
+        """One client, until it ends.  What it sent, and "clean" or the name of the error."""
+        self.listener.settimeout(PATIENCE)
+        raw = self.listener.accept()[0]
+        raw.settimeout(PATIENCE)
+        with self.context.wrap_socket(raw, server_side=True, suppress_ragged_eofs=False) as sock:
+            sock.sendall(greeting)
+            received = b""
+            try:
+                while data := sock.recv(65536):
+                    received += data
+            except OSError as error:
+                return received, type(error).__name__
+            with contextlib.suppress(OSError):
+                sock.unwrap()
+            return received, "clean"
+
+
+@pytest.fixture
+def server(server_cert: KeyPair) -> Iterator[StdlibServer]:
+    made = StdlibServer(server_cert)
+    with made.listener:
+        yield made
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor() as made:
+        yield made
+
+
+def until(condition: Callable[[], Any]) -> None:
+    deadline, pause = time.monotonic() + PATIENCE, threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        pause.wait(0.005)
+
+
+def threads_of_bridges() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("bridge-")]
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc here")
+
+# ── Bridge.close ──
+
+
+@needs_proc
+def test_closing_a_bridge_ends_every_thread_and_descriptor(
+    server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    before = descriptors()
+    b = bridge.Bridge(workers=3)
+    assert sorted(threads_of_bridges()) == [
+        "bridge-coordinator",
+        "bridge-worker-0",
+        "bridge-worker-1",
+        "bridge-worker-2",
+    ]
+    listener = b.listen(("127.0.0.1", 0), server_ctx)
+    sessions = [b.connect(listener.address, client_ctx, server_hostname="localhost") for _ in range(10)]
+    mute = socket.create_connection(listener.address)
+    accepted = [listener.accept(PATIENCE) for _ in range(8)]  # two are left waiting
+    b.close()
+    assert threads_of_bridges() == []
+    mute.close()
+    assert descriptors() == before
+    assert b.snapshot().sessions == ()
+    for session in (*sessions, *accepted):
+        assert session.state == "closed" and isinstance(session.end, bridge.SessionEnded)
+        assert session.close().close_notify_sent
+        session.abort()
+    b.close()
+
+
+def test_closing_a_bridge_wakes_everybody_who_waits(
+    server_ctx: bridge.Context, client_ctx: bridge.Context, pool: ThreadPoolExecutor
+) -> None:
+    b = bridge.Bridge(workers=1)
+    shared = bridge.Inbox()
+    listener = b.listen(("127.0.0.1", 0), server_ctx)
+    b.listen(("127.0.0.1", 0), server_ctx, inbox=shared)
+    session = b.connect(listener.address, client_ctx, server_hostname="localhost")
+    peer = listener.accept(PATIENCE)
+    waiting = {
+        "recv": pool.submit(session.recv),
+        "peek": pool.submit(peer.peek),
+        "accept": pool.submit(listener.accept),
+        "get": pool.submit(shared.get),
+    }
+    b.close()
+    errors = {name: future.exception(PATIENCE) for name, future in waiting.items()}
+    assert all(isinstance(error, bridge.ShutDown) for error in errors.values()), errors
+    assert isinstance(errors["recv"], bridge.SessionClosed)
+
+
+def test_closing_a_bridge_carries_out_what_was_sent(
+    server: StdlibServer, client_ctx: bridge.Context, pool: ThreadPoolExecutor
+) -> None:
+    message = bytes(2_000_000)
+    with bridge.Bridge(workers=1) as b:
+        served = pool.submit(server.serve)
+        session = b.connect(server.address, client_ctx, server_hostname="localhost")
+        session.send(message)
+    assert served.result(PATIENCE) == (message, "clean")
+
+
+def test_a_bridge_is_closed_once_however_many_threads_close_it(
+    server: StdlibServer, client_ctx: bridge.Context, pool: ThreadPoolExecutor
+) -> None:
+    b = bridge.Bridge(workers=1)
+    served = pool.submit(server.serve)
+    session = b.connect(server.address, client_ctx, server_hostname="localhost")
+    barrier = threading.Barrier(8)
+
+    def close() -> list[str]:
+        barrier.wait(PATIENCE)
+        b.close()
+        return threads_of_bridges()
+
+    with ThreadPoolExecutor(8) as closers:
+        assert [future.result(PATIENCE) for future in [closers.submit(close) for _ in range(8)]] == [[]] * 8
+    assert served.result(PATIENCE) == (b"", "clean")
+    assert isinstance(session.end, bridge.SessionClosed)
+
+
+def test_a_connect_that_meets_the_end_of_its_bridge_does_not_wait_for_ever(
+    server: StdlibServer, client_ctx: bridge.Context
+) -> None:
+    """The bridge is closed while the call is under way (here in its codec factory; elsewhere, resolving a name)."""
+    b = bridge.Bridge(workers=1)
+    outcome: list[BaseException] = []
+
+    def codec() -> bridge.codecs.Raw:
+        b.close()
+        return bridge.codecs.Raw()
+
+    def connect() -> None:
+        try:
+            b.connect(server.address, client_ctx, server_hostname="localhost", codec=codec)
+        except BaseException as error:
+            outcome.append(error)
+
+    connecting = threading.Thread(target=connect, daemon=True)
+    connecting.start()
+    connecting.join(5)
+    assert not connecting.is_alive(), "it waits for threads that have ended"
+    assert isinstance(outcome[0], (bridge.BridgeClosed, bridge.SessionEnded))
+
+
+def test_a_thread_of_the_bridge_cannot_close_it(
+    server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    """It would wait for itself: refused, as the codec's own failure, and nothing hangs."""
+
+    class Suicidal(bridge.codecs.Raw):
+        def decode(self, data: bytes) -> Any:
+            b.close()
+
+    with bridge.Bridge(workers=1) as b:
+        listener = b.listen(("127.0.0.1", 0), server_ctx, codec=Suicidal)
+        session = b.connect(listener.address, client_ctx, server_hostname="localhost")
+        peer = listener.accept(PATIENCE)
+        session.send(b"now")
+        with pytest.raises(bridge.CodecError, match="would wait for"):
+            peer.recv(PATIENCE)
+
+
+@needs_proc
+def test_two_hundred_connects_leave_nothing_behind(
+    server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    with bridge.Bridge(workers=1) as b, b.listen(("127.0.0.1", 0), server_ctx) as listener:
+        counts = []
+        for round_trip in range(200):
+            with b.connect(listener.address, client_ctx, server_hostname="localhost") as session:
+                peer = listener.accept(PATIENCE)
+                session.send(b"hello")
+                assert peer.recv(PATIENCE) == b"hello"
+                peer.send_eof()
+            assert peer.close()
+            if round_trip % 50 == 49:
+                until(lambda: not b.snapshot().sessions)
+                counts.append((descriptors(), threading.active_count(), len(b._workers[0]._watched)))
+        assert counts[0] == counts[-1], counts
+
+
+@needs_proc
+def test_failed_connects_leave_nothing_behind(
+    server_ctx: bridge.Context, client_ctx: bridge.Context, server: StdlibServer
+) -> None:
+    timeouts = bridge.Timeouts(close_notify=0.2)
+    with (
+        bridge.Bridge(workers=1, timeouts=timeouts) as b,
+        b.listen(("127.0.0.1", 0), server_ctx) as listener,
+        socket.socket() as nobody,
+    ):
+        nobody.bind(("127.0.0.1", 0))
+        counts = []
+        for number in range(60):
+            with pytest.raises(bridge.HostnameMismatch):
+                b.connect(listener.address, client_ctx, server_hostname="wrong.example")
+            with contextlib.suppress(bridge.ShutDown):
+                listener.accept(PATIENCE).abort()
+            with pytest.raises(bridge.ConnectFailed):
+                b.connect(nobody.getsockname(), client_ctx, server_hostname="localhost")
+            if number % 20 == 19:
+                until(lambda: not b.snapshot().sessions and len(b._workers[0]._watched) == 1)
+                counts.append((descriptors(), threading.active_count()))
+        assert counts[0] == counts[-1], counts
+
+
+# ── closing while another thread is inside ──
+
+
+def test_closing_from_another_thread_never_makes_a_receiver_read_a_reused_descriptor(
+    server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    """As fast as descriptors are freed by `abort`, others take them; no receiver may see a byte from those."""
+    with (
+        bridge.Bridge(workers=2) as b,
+        b.listen(("127.0.0.1", 0), server_ctx) as listener,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        for _ in range(100):
+            sessions = [
+                b.connect(listener.address, client_ctx, server_hostname="localhost") for _ in range(2)
+            ]
+            peers = [listener.accept(PATIENCE) for _ in range(2)]
+            receiving = [pool.submit(session.recv) for session in (*sessions, *peers)]
+            for session in sessions:
+                session.abort()
+            pairs = [socket.socketpair() for _ in range(4)]
+            for near, far in pairs:
+                near.send(b"\x17\x03\x03\x00\x04trap")
+                far.send(b"\x17\x03\x03\x00\x04trap")
+            for future in receiving:
+                assert isinstance(future.exception(PATIENCE), (bridge.SessionAborted, bridge.PeerReset))
+            for near, far in pairs:
+                assert near.recv(100) == far.recv(100) == b"\x17\x03\x03\x00\x04trap", (
+                    "somebody read or wrote here"
+                )
+                near.close()
+                far.close()
+            for peer in peers:
+                peer.close()
+
+
+# ── the forgotten ──
+
+
+def test_a_forgotten_session_is_closed_with_a_warning_and_a_clean_end(
+    server: StdlibServer, client_ctx: bridge.Context, pool: ThreadPoolExecutor
+) -> None:
+    with bridge.Bridge(workers=1) as b:
+        served = pool.submit(server.serve)
+        session = b.connect(server.address, client_ctx, server_hostname="localhost")
+        session.send(b"remember me")
+        name = session.name
+        with pytest.warns(ResourceWarning, match=rf"session {name} was forgotten and is being closed"):
+            del session
+            gc.collect()
+        assert served.result(PATIENCE) == (b"remember me", "clean")
+        until(lambda: not b.snapshot().sessions)
+
+
+def test_a_closed_session_is_forgotten_in_silence(
+    server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    with (
+        bridge.Bridge(workers=1) as b,
+        b.listen(("127.0.0.1", 0), server_ctx) as listener,
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        client = b.connect(listener.address, client_ctx, server_hostname="localhost")
+        server = listener.accept(PATIENCE)
+        client.send_eof()
+        assert list(server) == []
+        server.close()
+        with pytest.raises(bridge.EndOfStream):
+            client.recv(PATIENCE)
+        client.abort()
+        del client, server
+        gc.collect()
+        assert [str(warning.message) for warning in caught] == []
+
+
+@pytest.mark.parametrize("kept", ["inbox", "outbox"])
+def test_the_queues_of_a_session_keep_it_alive(
+    server_ctx: bridge.Context, client_ctx: bridge.Context, kept: str
+) -> None:
+    with bridge.Bridge(workers=1) as b, b.listen(("127.0.0.1", 0), server_ctx) as listener:
+        queue = getattr(b.connect(listener.address, client_ctx, server_hostname="localhost"), kept)
+        server = listener.accept(PATIENCE)
+        gc.collect()
+        if kept == "inbox":
+            server.send(b"still here")
+            assert queue.get(timeout=PATIENCE) == b"still here"
+        else:
+            queue.put(b"still here", timeout=PATIENCE)
+            assert server.recv(PATIENCE) == b"still here"
+        queue._session.abort()
+        server.abort()
+
+
+def test_sessions_on_a_shared_inbox_are_kept_alive_by_it(
+    server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    shared = bridge.Inbox()
+    with bridge.Bridge(workers=1) as b:
+        listener = b.listen(("127.0.0.1", 0), server_ctx, inbox=shared)
+        client = b.connect(listener.address, client_ctx, server_hostname="localhost")
+        client.send(b"one")
+        assert shared.get(timeout=PATIENCE)[1] == b"one"
+        gc.collect()
+        client.send(b"two")
+        assert shared.get(timeout=PATIENCE)[1] == b"two"
+        client.abort()
+
+
+# ── whole processes ──
+
+PRELUDE = """
+import os, queue, signal, socket, sys, threading
+import bridge
+host, port, cafile, certfile, keyfile = sys.argv[1], int(sys.argv[2]), *sys.argv[3:6]
+client_ctx = bridge.client_context(cafile)
+server_ctx = bridge.server_context(certfile, keyfile)
+def connect(b, **options):
+    return b.connect((host, port), client_ctx, server_hostname="localhost", **options)
+"""
+
+
+class Program:
+    """A Python program of ours, with every warning an error, facing a stdlib server in this process."""
+
+    def __init__(self, code: str, server: StdlibServer, ca_file: str, cert: KeyPair) -> None:
+        options = ["-X", "dev", "-X", "faulthandler", "-W", "error"]
+        host, port = server.address
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                *options,
+                "-c",
+                PRELUDE + code,
+                host,
+                str(port),
+                ca_file,
+                cert.certfile,
+                cert.keyfile,
+            ],
+            env={**os.environ, "PYTHONPATH": ROOT, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def end(self, timeout: float = PATIENCE) -> tuple[int, str, str]:
+        """Exit status, the rest of what it said, and its complaints."""
+        out, err = self.process.communicate(timeout=timeout)
+        return self.process.returncode, out.strip(), err.strip()
+
+
+@pytest.fixture
+def program(server: StdlibServer, ca_file: str, server_cert: KeyPair) -> Iterator[Callable[[str], Program]]:
+    started: list[Program] = []
+
+    def start(code: str) -> Program:
+        started.append(Program(code, server, ca_file, server_cert))
+        return started[-1]
+
+    yield start
+    for made in started:
+        made.process.kill()
+        made.process.communicate()
+
+
+def test_a_program_without_fault_ends_without_a_word_in_development_mode(
+    program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor
+) -> None:
+    served = pool.submit(server.serve, b"welcome")
+    running = program(
+        """
+with bridge.Bridge() as b:
+    with connect(b) as session:
+        session.send(b"hello")
+        print(session.recv(30))
+"""
+    )
+    assert running.end() == (0, "b'welcome'", "")
+    assert served.result(PATIENCE) == (b"hello", "clean")
+
+
+def test_a_forgotten_bridge_does_not_keep_the_interpreter_and_still_sends_what_is_queued(
+    program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor
+) -> None:
+    served = pool.submit(server.serve)
+    running = program(
+        """
+b = bridge.Bridge()
+listener = b.listen(("127.0.0.1", 0), server_ctx)
+session = connect(b)
+session.send(bytes(1_000_000))
+"""
+    )
+    assert running.end() == (0, "", "")
+    received, end = served.result(PATIENCE)
+    assert len(received) == 1_000_000 and end == "clean"
+
+
+def test_a_forgotten_bridge_delays_the_exit_only_for_a_while_if_the_peer_takes_nothing(
+    program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor
+) -> None:
+    running = program(
+        """
+b = bridge.Bridge()
+session = connect(b, wait=False, timeouts=bridge.Timeouts(handshake=None, flush=None, close_notify=None))
+session.send(b"never")
+print("over")
+"""
+    )
+    assert running.line() == "over"
+    begin = time.monotonic()
+    assert running.end() == (0, "", "")
+    assert time.monotonic() - begin < 15
+
+
+@pytest.mark.parametrize("call", ["session.recv()", "shared.get()", "listener.accept()", "list(session)"])
+def test_a_daemon_thread_that_waits_does_not_keep_the_interpreter(
+    program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor, call: str
+) -> None:
+    served = pool.submit(server.serve)
+    running = program(
+        f"""
+b = bridge.Bridge()
+session, shared = connect(b), bridge.Inbox()
+listener = b.listen(("127.0.0.1", 0), server_ctx)
+b.listen(("127.0.0.1", 0), server_ctx, inbox=shared)
+started = threading.Event()
+def wait():
+    started.set()
+    try:
+        {call}
+    except bridge.ShutDown:
+        pass
+threading.Thread(target=wait, daemon=True).start()
+started.wait()
+"""
+    )
+    assert running.end() == (0, "", "")
+    assert served.result(PATIENCE)[1] == "clean"
+
+
+def test_a_program_whose_threads_are_no_daemons_goes_on_when_its_main_thread_has_ended(
+    program: Callable[[str], Program], server: StdlibServer
+) -> None:
+    """Python waits for such threads, so a server may live in them alone: its bridge is not forgotten, but at work."""
+    running = program(
+        """
+b = bridge.Bridge()
+session = connect(b)
+def work():
+    threading.main_thread().join()
+    print("main thread has ended", flush=True)
+    print(session.recv(30).decode(), flush=True)
+    b.close()
+threading.Thread(target=work).start()
+"""
+    )
+    with (
+        server.listener.accept()[0] as raw,
+        server.context.wrap_socket(raw, server_side=True) as sock,
+    ):
+        assert running.line() == "main thread has ended"
+        sock.sendall(b"still here")
+        assert running.line() == "still here"
+        with contextlib.suppress(OSError):
+            sock.unwrap()
+    assert running.end() == (0, "", "")
+
+
+def test_a_thread_that_waits_is_let_go_when_its_session_ends(
+    program: Callable[[str], Program], server: StdlibServer
+) -> None:
+    """Whatever becomes of the bridge: the peer's end is enough."""
+    running = program(
+        """
+b = bridge.Bridge()
+session = connect(b)
+threading.Thread(target=lambda: print(list(session))).start()
+"""
+    )
+    with (
+        server.listener.accept()[0] as raw,
+        server.context.wrap_socket(raw, server_side=True) as sock,
+    ):
+        sock.sendall(b"last")
+        with contextlib.suppress(OSError):
+            sock.unwrap()
+    status, out, err = running.end()
+    assert (status, err) == (0, "") and out in ("[b'last']", "")
+
+
+@needs_signals
+@pytest.mark.parametrize("call", ["session.recv()", "shared.get()", "listener.accept()", "session.info"])
+def test_ctrl_c_interrupts_whoever_waits(
+    program: Callable[[str], Program], server: StdlibServer, call: str
+) -> None:
+    running = program(
+        f"""
+with bridge.Bridge(timeouts=bridge.Timeouts(handshake=None, close_notify=0.1)) as b:
+    session, shared = connect(b, wait=False), bridge.Inbox()
+    listener = b.listen(("127.0.0.1", 0), server_ctx)
+    b.listen(("127.0.0.1", 0), server_ctx, inbox=shared)
+    try:
+        print("ready")
+        {call}
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+    )
+    assert running.line() == "ready"
+    running.process.send_signal(signal.SIGINT)
+    assert running.line() == "interrupted"
+    assert running.end() == (0, "", "")
+
+
+@needs_signals
+def test_ctrl_c_interrupts_a_send_without_room(
+    program: Callable[[str], Program], server: StdlibServer
+) -> None:
+    running = program(
+        """
+with bridge.Bridge(timeouts=bridge.Timeouts(flush=0.1, close_notify=0.1)) as b:
+    session = connect(b)
+    while True:
+        try:
+            session.send(bytes(100_000), timeout=0.2)
+        except bridge.SendTimeout:
+            break
+    try:
+        print("ready")
+        session.send(bytes(1_000_000))
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+    )
+    with server.listener.accept()[0] as raw, server.context.wrap_socket(raw, server_side=True):
+        assert running.line() == "ready"
+        running.process.send_signal(signal.SIGINT)
+        assert running.line() == "interrupted"
+        assert running.end() == (0, "", "")
+
+
+@needs_signals
+def test_a_second_ctrl_c_while_closing_does_not_make_the_exit_hang(
+    program: Callable[[str], Program], server: StdlibServer
+) -> None:
+    """Closing may take half a minute if the peer takes nothing: a person presses Ctrl-C again, and means it."""
+    running = program(
+        """
+b = bridge.Bridge()
+session = connect(b)
+while True:
+    try:
+        session.send(bytes(100_000), timeout=0.2)
+    except bridge.SendTimeout:
+        break
+try:
+    print("closing")
+    b.close()
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    )
+    with server.listener.accept()[0] as raw, server.context.wrap_socket(raw, server_side=True):
+        assert running.line() == "closing"
+        until(lambda: "S" in state_of(running.process.pid))
+        running.process.send_signal(signal.SIGINT)
+        assert running.line() == "interrupted"
+        try:
+            assert running.end(timeout=10)[:2] == (0, "")
+        except subprocess.TimeoutExpired:
+            pytest.fail("the interpreter waits at exit for a close that was interrupted", pytrace=False)
+
+
+def state_of(pid: int) -> str:
+    """The main thread's state: S when it sleeps, as it does once it waits inside close."""
+    stat = Path(f"/proc/{pid}/task/{pid}/stat")
+    return stat.read_text().rpartition(")")[2].split()[0] if stat.exists() else "S"
+
+
+# ── fork ──
+
+
+FORK = """
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # fork() with threads: that is the point
+b = bridge.Bridge()
+shared = bridge.Inbox()
+session = connect(b)
+listener = b.listen(("127.0.0.1", 0), server_ctx)
+b.listen(("127.0.0.1", 0), server_ctx, inbox=shared)
+"""
+
+
+@needs_fork
+def test_after_fork_every_handle_says_so_in_the_child_and_the_parent_goes_on(
+    program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor
+) -> None:
+    served = pool.submit(server.serve, b"welcome")
+    running = program(
+        FORK
+        + """
+calls = {
+    "send": lambda: session.send(b"from the child"),
+    "put": lambda: session.outbox.put_nowait(b"from the child"),
+    "recv": lambda: session.recv(1),
+    "peek": lambda: session.peek(1),
+    "iterate": lambda: list(session),
+    "inbox": lambda: session.inbox.get(timeout=1),
+    "flush": lambda: session.flush(1),
+    "send_eof": session.send_eof,
+    "unwrap": lambda: session.unwrap(1),
+    "info": lambda: session.info,
+    "close": lambda: session.close(1),
+    "abort": session.abort,
+    "with": lambda: session.__exit__(None, None, None),
+    "connect": lambda: connect(b, timeout=1),
+    "listen": lambda: b.listen(("127.0.0.1", 0), server_ctx),
+    "accept": lambda: listener.accept(1),
+    "replace_context": lambda: listener.replace_context(server_ctx),
+    "listener.close": listener.close,
+    "shared.get": lambda: shared.get(timeout=1),
+    "bridge.close": b.close,
+}
+pid = os.fork()
+if not pid:
+    wrong = []
+    for name, call in calls.items():
+        try:
+            call()
+            wrong.append(f"{name}: no error")
+        except bridge.ForkedError as error:
+            if "fork" not in str(error) or "new one" not in str(error):
+                wrong.append(f"{name}: {error}")
+        except BaseException as error:
+            wrong.append(f"{name}: {error!r}")
+    del session, calls
+    os.write(1, (repr(wrong) + "\\n").encode())
+    os._exit(0)
+os.waitpid(pid, 0)
+print(session.recv(30))
+session.send(b"from the parent")
+b.close()
+"""
+    )
+    assert running.line() == "[]"
+    assert running.end() == (0, "b'welcome'", "")
+    assert served.result(PATIENCE) == (b"from the parent", "clean")
+
+
+@needs_fork
+def test_the_child_of_a_fork_may_make_its_own_bridge_and_exit_as_usual(
+    program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor
+) -> None:
+    """Its exit runs finalizers and exit handlers, which must leave the parent's sessions alone."""
+    served = pool.submit(server.serve, b"welcome")
+    running = program(
+        FORK
+        + """
+pid = os.fork()
+if not pid:
+    with bridge.Bridge() as mine:
+        own = mine.listen(("127.0.0.1", 0), server_ctx)
+        client = mine.connect(own.address, client_ctx, server_hostname="localhost")
+        client.send(b"hello, me")
+        print("child:", own.accept(30).recv(30), flush=True)
+        client.abort()
+    sys.exit(7)
+status = os.waitpid(pid, 0)[1]
+print("parent:", os.waitstatus_to_exitcode(status), session.recv(30))
+session.send(b"from the parent")
+b.close()
+"""
+    )
+    assert running.line() == "child: b'hello, me'"
+    status, out, err = running.end()
+    assert (status, out) == (0, "parent: 7 b'welcome'"), err
+    assert served.result(PATIENCE) == (b"from the parent", "clean")
+
+
+# ── the story in the log ──
+
+
+@pytest.fixture
+def logs() -> Iterator[list[Any]]:
+    """What is logged during the test; structlog is as before afterwards."""
+    with capture_logs() as entries:
+        yield entries
+    structlog.reset_defaults()
+
+
+def story(logs: list[Any], session: bridge.Session) -> list[tuple[str, str]]:
+    """The moves of *session*; each event is checked for the fields that the table in bridge.events promises."""
+    moves = []
+    for entry in list(logs):
+        if entry["event"] == "session.state" and entry["session"] == session.name:
+            fields = {"event", "log_level", "session", "peer", "old", "new", "why"}
+            if entry["new"] == "closed":
+                fields |= {"cause", "error"}
+            assert set(entry) == fields, entry
+            assert entry["log_level"] == "debug"
+            assert all(isinstance(value, str) for value in entry.values())
+            moves.append((entry["old"], entry["new"]))
+    return moves
+
+
+def test_one_event_a_change_of_state(
+    server_ctx: bridge.Context, client_ctx: bridge.Context, logs: list[Any]
+) -> None:
+    with bridge.Bridge(workers=1) as b, b.listen(("127.0.0.1", 0), server_ctx) as listener:
+        client = b.connect(listener.address, client_ctx, server_hostname="localhost")
+        server = listener.accept(PATIENCE)
+        client.send(b"not in the log")
+        client.send_eof()
+        assert list(server) == [b"not in the log"]
+        server.close()
+        assert list(client) == []
+        client.close()
+        aborted = b.connect(listener.address, client_ctx, server_hostname="localhost")
+        aborted.abort()
+        aborted.close()
+        listener.accept(PATIENCE).abort()
+        until(lambda: not b.snapshot().sessions)
+    opening = [("connecting", "handshaking"), ("handshaking", "open")]
+    assert story(logs, client) == [*opening, ("open", "draining"), ("draining", "closed")]
+    assert story(logs, server) == [
+        *opening,
+        ("open", "peer_closed"),
+        ("peer_closed", "draining"),
+        ("draining", "closed"),
+    ]
+    assert story(logs, aborted) == [*opening, ("open", "closed")]
+    causes = {entry["session"]: entry["cause"] for entry in logs if entry.get("new") == "closed"}
+    assert causes[client.name] == "EndOfStream" and causes[aborted.name] == "SessionAborted"
+    assert "not in the log" not in repr(logs)
+    assert [entry for entry in logs if entry["event"] == "bridge.closed"] == [
+        {"event": "bridge.closed", "log_level": "debug", "sessions": 0, "unsent": 0}
+    ]
+
+
+def test_a_failed_handshake_is_told_to_servers(server_ctx: bridge.Context, logs: list[Any]) -> None:
+    with bridge.Bridge(workers=1) as b, b.listen(("127.0.0.1", 0), server_ctx) as listener:
+        with socket.create_connection(listener.address) as sock:
+            peer = "{}:{}".format(*sock.getsockname())
+            sock.send(b"GET / HTTP/1.0\r\n\r\n")
+            until(lambda: [entry for entry in list(logs) if entry["event"] == "handshake.failed"])
+    (failed,) = [entry for entry in logs if entry["event"] == "handshake.failed"]
+    assert set(failed) == {"event", "log_level", "session", "peer", "cause", "error"}
+    assert failed["log_level"] == "info" and failed["cause"] == "NotTLS" and peer in failed["peer"]
+
+
+def test_a_log_that_fails_harms_no_session(
+    server_ctx: bridge.Context, client_ctx: bridge.Context, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise KeyError("a processor with a bug")
+
+    structlog.configure(processors=[fail])
+    try:
+        with bridge.Bridge(workers=1) as b, b.listen(("127.0.0.1", 0), server_ctx) as listener:
+            client = b.connect(listener.address, client_ctx, server_hostname="localhost")
+            server = listener.accept(PATIENCE)
+            client.send(b"unharmed")
+            assert server.recv(PATIENCE) == b"unharmed"
+            client.abort()
+            server.abort()
+    finally:
+        structlog.reset_defaults()
+    assert "a log processor failed on event session.state" in caplog.text
+
+
+@pytest.mark.parametrize("level", [None, "INFO", "DEBUG"])
+def test_without_structlog_configured_the_standard_logging_tells_it(
+    program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor, level: str | None
+) -> None:
+    served = pool.submit(server.serve)
+    setup = f"logging.basicConfig(level=logging.{level}, stream=sys.stdout)" if level else ""
+    running = program(
+        f"""
+import logging
+{setup}
+with bridge.Bridge() as b:
+    listener = b.listen(("127.0.0.1", 0), server_ctx)
+    connect(b).close()
+"""
+    )
+    status, out, err = running.end()
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert served.result(PATIENCE)[1] == "clean"
+    assert all(line.startswith(("INFO:bridge:event='", "DEBUG:bridge:event='")) for line in lines), out
+    events = [line.split("event='")[1].split("'")[0] for line in lines]
+    listening = ["listener.started", "listener.closed"]
+    if level is None:
+        assert events == []
+    elif level == "INFO":
+        assert events == listening
+    else:
+        assert events.count("session.state") == 4 and set(events) == {
+            *listening,
+            "session.state",
+            "bridge.closed",
+        }
+
+
+def test_a_snapshot_tells_what_every_session_is_doing(
+    server_ctx: bridge.Context, client_ctx: bridge.Context, pool: ThreadPoolExecutor
+) -> None:
+    with bridge.Bridge(workers=2) as b, b.listen(("127.0.0.1", 0), server_ctx) as listener:
+        assert b.snapshot() == bridge.Snapshot((), ("bridge-worker-0", "bridge-worker-1"), {}, 0, 0)
+        client = b.connect(listener.address, client_ctx, server_hostname="localhost")
+        server = listener.accept(PATIENCE)
+        client.send(bytes(1_000))
+        server.peek(PATIENCE)
+        with socket.create_connection(listener.address):
+            until(lambda: len(b.snapshot().sessions) == 3)
+            seen = {one.name: one for one in b.snapshot().sessions}
+            assert seen[client.name].state == seen[server.name].state == "open"
+            (mute,) = set(seen) - {client.name, server.name}
+            until(lambda: [s.state for s in b.snapshot().sessions if s.name == mute] == ["handshaking"])
+        until(lambda: len(b.snapshot().sessions) == 2)
+        snapshot = b.snapshot()
+        for one in snapshot.sessions:
+            assert one.worker in snapshot.workers and 0 <= one.seconds < PATIENCE
+            assert one.wants == {"read": "read"} and one.outbox_bytes == 0
+        assert 1_000 <= snapshot.inbox_bytes < 2_000
+        assert {one.name: one.inbox_bytes for one in snapshot.sessions} == {
+            client.name: 0,
+            server.name: snapshot.inbox_bytes,
+        }
+        assert snapshot.wants["handshake", "read"] >= 1 and set(snapshot.wants) <= {
+            (call, want)
+            for call in ("handshake", "read", "write", "shutdown", "flush", "peek")
+            for want in ("read", "write")
+        }
+        client.abort()
+        server.abort()
