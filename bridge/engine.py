@@ -260,11 +260,9 @@ class TLSEngine:
     # The detour.
 
     def flush(self) -> Want | None:
-        """Carry what is in memory to the socket; None when all is out and OpenSSL has its socket back, if it can."""
+        """Carry what is in memory to the socket; None when all is out and OpenSSL has its socket back, if it may."""
         assert self._sock is not None
         self.unflushed()
-        if self._mute:
-            return None
         while self._output:
             try:
                 sent = self._sock.send(self._output)
@@ -273,7 +271,7 @@ class TLSEngine:
             except OSError as error:
                 raise self._failed(error) from error
             self._output = self._output[sent:]
-        if not self._fed:
+        if not self._fed and not self._mute:
             self._connection.over_socket(self._sock)
             self.on_detour = False
         return None
@@ -282,7 +280,8 @@ class TLSEngine:
         """Bytes of ciphertext that are waiting for `flush`."""
         if self.on_detour:
             output = self.take_output()  # also when mute: memory must not fill
-            self._output = b"" if self._mute else self._output + output
+            if not self._mute:
+                self._output += output
         return len(self._output)
 
     def mute(self) -> None:
@@ -290,9 +289,10 @@ class TLSEngine:
 
         OpenSSL would answer.  A peer that has read our close_notify and closed its socket answers *that* with a
         reset, which destroys what of the peer's last bytes we have not read yet.  So from here on it is a detour
-        from which nothing comes out.
+        from which nothing comes out but what is in it already.
         """
-        assert self._sock is not None and not self.unflushed()
+        assert self._sock is not None
+        self.unflushed()
         if not self.on_detour:
             self._connection.over_memory()
         self.on_detour = self._mute = True

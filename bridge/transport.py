@@ -622,11 +622,11 @@ class Transport:
                 self._shutdown.wait_for(answer)
                 return False
             self._said_close = True
+            if not self._unwrapping:  # there, what follows the peer's close_notify is to stay in the kernel
+                self._engine.mute()
         if not self._engine.unflushed():
             self._shutdown.rest()
             self._sent_close = True
-            if not self._unwrapping:  # there, what follows the peer's close_notify is to stay in the kernel
-                self._engine.mute()
             self._after_close_notify()
         return True
 

@@ -216,7 +216,9 @@ class EchoPeer:
             self._make_trouble()
             if not moved:
                 self._sleep(poll)
-        self.lib.SSL_shutdown(self.ssl)
+        self.mask = 0
+        while self.call("SSL_shutdown") == 0:  # for the other side has said close_notify: done, or a want
+            self._sleep(poll)
 
     def _sleep(self, poll: Any) -> None:
         poll.modify(self.sock, self.mask)

@@ -18,6 +18,8 @@ from bridge.session import Session
 PATIENCE = 20.0
 """Seconds that a test waits for anything before it takes it for failed."""
 VERSIONS = {"TLSv1.2": SSL.TLS1_2_VERSION, "TLSv1.3": SSL.TLS1_3_VERSION}
+MOVING_WRITE_BUFFER = 2
+"""SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER (SSL_CTX_set_mode(3)), which pyOpenSSL sets by itself since version 25.2."""
 BLOCK = 16_000
 """Bytes that fill one record, and do not fit the smallest buffers of a socket pair."""
 
@@ -49,6 +51,7 @@ def shrink(sock: socket.socket) -> socket.socket:
 def raw_context(version: str, identity: KeyPair | None = None) -> SSL.Context:
     """A context as people write it: a server's with *identity*, else a client's that verifies nobody."""
     context = SSL.Context(SSL.TLS_METHOD)
+    context.set_mode(MOVING_WRITE_BUFFER)
     context.set_min_proto_version(VERSIONS[version])
     context.set_max_proto_version(VERSIONS[version])
     if identity is not None:

@@ -226,6 +226,34 @@ def test_fact_00_a_half_written_record_does_not_make_a_read_fail_that_must_answe
     assert b"".join(found) == message, "and the keys did change in the middle of it"
 
 
+@pytest.mark.skipif(peers.libssl() is None, reason="needs a libssl that ctypes can use")
+def test_fact_14_nothing_follows_our_close_notify_even_if_the_socket_is_full_when_it_is_said(
+    rig: Lockstep, tls13: Contexts
+) -> None:
+    """The answer to a KeyUpdate would meet a closed socket, and its reset the peer's last bytes on their way."""
+    near, far = rig.small_tcp_pair()
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
+    client, server = TLSEngine(tls13.client, near, server_hostname="localhost"), key_updater(far, tls13.identity)
+    shake(client, server)
+    client.established("localhost", None, near)
+    assert client.read(1) is Want.READ, "takes the tickets"
+    for _ in range(2):
+        server.ask_for_new_keys()
+    assert client.write(numbered(8_000)) == 8_000
+    assert client.shutdown() is False
+    close_notify = client.unflushed()
+    assert close_notify > 0, "the socket is full"
+    client.mute()
+    assert [client.read(8), client.read(8)] == [b"new keys"] * 2
+    assert client.unflushed() == close_notify
+    while client.flush() is not None:
+        assert server.call("SSL_read", server.room, server.CHUNK) >= 0
+    while server.call("SSL_read", server.room, server.CHUNK) >= 0:
+        pass
+    with pytest.raises(BlockingIOError):
+        far.recv(1)
+
+
 class KeyUpdater(peers.EchoPeer):
     """A TLS 1.3 server that asks its client for new keys."""
 
