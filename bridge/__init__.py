@@ -52,12 +52,14 @@ from bridge.errors import (
     ShutDown,
     TLSError,
     Truncated,
+    WouldBlock,
     WriteStalled,
 )
 from bridge.limits import Limits, Timeouts
 from bridge.listener import Listener
 from bridge.queues import Inbox
 from bridge.session import Session
+from bridge.stream import Stream
 from bridge.transport import CloseReport
 
 __version__ = "0.1.0"
@@ -98,9 +100,11 @@ __all__ = (
     "SessionSnapshot",
     "ShutDown",
     "Snapshot",
+    "Stream",
     "TLSError",
     "Timeouts",
     "Truncated",
+    "WouldBlock",
     "WriteStalled",
     "client_context",
     "codecs",

@@ -33,8 +33,9 @@ from bridge.errors import (
 from bridge.limits import Limits, Timeouts, check_timeout
 from bridge.listener import Listener
 from bridge.poll import Want
-from bridge.queues import Inbox, Outbox, ReadCredit, Registry, SessionInbox, Tally
+from bridge.queues import Counts, Inbox, Outbox, ReadCredit, Registry, SessionInbox, Tally
 from bridge.session import Session
+from bridge.stream import Stream
 from bridge.transport import Ending, Plan, Transport
 from bridge.worker import Worker
 
@@ -106,8 +107,9 @@ class Bridge:
         self._sessions_tally = Tally(self._limits.sessions)
         self._channels: Registry[Channel] = Registry()
         self._listeners: Registry[Listener] = Registry()
+        self._streams: Registry[Stream] = Registry()
         self._inboxes: Registry[Inbox] = Registry()
-        self._ended_wants: dict[tuple[str, Want], int] = {}
+        self._ended_wants: Counts[tuple[str, Want]] = Counts()
         self._coordinator = Coordinator()
         self._workers = [Worker(f"bridge-worker-{i}", self._coordinator.post_all) for i in range(workers)]
         self._turns = itertools.cycle(self._workers)
@@ -185,13 +187,7 @@ class Bridge:
         """
         self._check_open()
         deadline = _deadline(timeout)
-        if isinstance(context, Context):
-            server_side = context.server_side if server_side is None else server_side
-        elif server_side is None:
-            raise ConfigurationError(
-                "an OpenSSL.SSL.Context does not say which side it is: pass server_side=True or False"
-            )
-        config = Context.adopt(context, server_side=server_side)
+        config, server_side = _sided(context, server_side)
         if not server_side:
             config.peer_name(server_hostname)
         _check_socket(sock)
@@ -205,6 +201,43 @@ class Bridge:
         )
         session = self._make(plan, codec, inbox, limits, "over")
         return _opened(session, deadline, timeout) if wait else session
+
+    def stream(
+        self,
+        sock: socket.socket,
+        context: AnyContext,
+        *,
+        server_hostname: str | None = None,
+        server_side: bool | None = None,
+        timeouts: Timeouts | None = None,
+        resume: SSL.Session | None = None,
+        owner: Callable[[], object] | None = None,
+    ) -> Stream:
+        """A session over *sock* as a stream of bytes, worked by the threads that call it: for look-alikes of sockets.
+
+        As `adopt`, but nothing has been sent yet: the handshake starts with the first call.  *resume* is what
+        `Stream.session` gave; callbacks find *owner* on their connection's record.  To be closed by `Stream.close`.
+        """
+        self._check_open()
+        config, server_side = _sided(context, server_side)
+        if not server_side:
+            config.peer_name(server_hostname)
+        _check_socket(sock)
+        peer = show_address(_peername(sock))
+        plan = Plan(
+            context=config,
+            server_hostname=server_hostname,
+            timeouts=self._nearest_timeouts(timeouts),
+            sock=_take_over(sock),
+            peer=peer,
+            resume=resume,
+            owner=owner or _nobody,
+        )
+        stream = Stream(f"{next(_names)} over {plan.peer}", plan, next(self._turns), self._on_gone)
+        if not self._streams.add(stream):
+            stream.close()
+            raise BridgeClosed("this Bridge is closed; make a new one")
+        return stream
 
     def listen(
         self,
@@ -262,16 +295,15 @@ class Bridge:
     def snapshot(self) -> Snapshot:
         """What every session is doing now.  Cheap; any thread; takes no part in anything."""
         now = time.monotonic()
-        wants = dict(self._ended_wants)
+        wants = self._ended_wants.copy()
         sessions = []
-        for channel in self._channels:
-            seen = channel.transport.describe()
-            for key, count in seen.pop("counts").items():
+        seen = [(c.name, c.worker.name, c.transport.describe()) for c in self._channels]
+        seen += [(stream.name, stream.worker, stream.describe()) for stream in self._streams]
+        for name, worker, doing in seen:
+            for key, count in doing.pop("counts").items():
                 wants[key] = wants.get(key, 0) + count
-            since = seen.pop("since")
-            sessions.append(
-                SessionSnapshot(channel.name, channel.worker.name, seconds=max(0.0, now - since), **seen)
-            )
+            seconds = max(0.0, now - doing.pop("since"))
+            sessions.append(SessionSnapshot(name, worker, seconds=seconds, **doing))
         return Snapshot(
             sessions=tuple(sessions),
             workers=tuple(worker.name for worker in self._workers),
@@ -310,10 +342,14 @@ class Bridge:
     def _close_sessions(self, timeout: float | None) -> None:
         for listener in self._listeners.seal():
             listener.close()
-        channels = self._channels.seal()
+        channels, streams = self._channels.seal(), self._streams.seal()
         for channel in channels:
             self._coordinator.close(channel, timeout)
+        for stream in streams:
+            stream.close(timeout)
         if self._threads[0].is_alive():
+            for stream in streams:
+                stream.gone.wait(None, "close")
             reports = [channel.closed.wait(None, "close").report for channel in channels]
             events.debug(
                 "bridge.closed", sessions=len(reports), unsent=sum(report.unsent for report in reports)
@@ -329,6 +365,11 @@ class Bridge:
         self._coordinator.stop()
         if coordinator.ident is not None:
             coordinator.join()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called: nothing new can start."""
+        return self._closing
 
     def __enter__(self) -> Bridge:
         return self
@@ -431,8 +472,12 @@ class Bridge:
         """The coordinator: a session is over."""
         self._channels.remove(channel)
         self._sessions_tally.add(-1)
-        for key, count in ending.wants.items():
-            self._ended_wants[key] = self._ended_wants.get(key, 0) + count
+        self._ended_wants.add(ending.wants)
+
+    def _on_gone(self, stream: Stream, ending: Ending) -> None:
+        """Any thread: a stream's socket is closed, or handed back."""
+        self._streams.remove(stream)
+        self._ended_wants.add(ending.wants)
 
     def _feed(self, inbox: Inbox) -> None:
         if inbox not in self._inboxes:
@@ -446,6 +491,20 @@ class Bridge:
 
     def _nearest_timeouts(self, timeouts: Timeouts | None) -> Timeouts:
         return _instance("timeouts", timeouts, Timeouts) or self._timeouts
+
+
+def _sided(context: AnyContext, server_side: bool | None) -> tuple[Context, bool]:
+    if isinstance(context, Context):
+        server_side = context.server_side if server_side is None else server_side
+    elif server_side is None:
+        raise ConfigurationError(
+            "an OpenSSL.SSL.Context does not say which side it is: pass server_side=True or False"
+        )
+    return Context.adopt(context, server_side=server_side), server_side
+
+
+def _nobody() -> None:
+    return None
 
 
 def _deadline(timeout: float | None) -> float | None:

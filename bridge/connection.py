@@ -64,6 +64,8 @@ class Record:
     """The context that made the connection."""
     routed: Context
     """The context whose certificate and rules hold: another one if SNI chose it."""
+    owner: Callable[[], object] | None = None
+    """Whose connection it is, for callbacks that want to know."""
     error: SessionEnded | None = None
     """The first reason to refuse the peer.  A user's exception is its ``__cause__``."""
     to_be_remembered: bool = False
@@ -176,6 +178,21 @@ def session_reused(connection: SSL.Connection) -> bool:
     """SSL_session_reused(3); False if `cryptography` lacks it.  The connection's owner's thread."""
     reused = getattr(_lib, "SSL_session_reused", None)
     return reused is not None and bool(reused(_native(connection)))
+
+
+def tls_unique(connection: SSL.Connection, server_side: bool) -> bytes:
+    """The first Finished message of the newest handshake (RFC 5929, 3.1): the client's, or of a resumption the
+    server's.  The connection's owner's thread."""
+    ours = server_side == session_reused(connection)
+    return (connection.get_finished() if ours else connection.get_peer_finished()) or b""
+
+
+def session_der(session: SSL.Session) -> bytes:
+    """i2d_SSL_SESSION(3).  It holds the session's secret.  Any thread."""
+    native = getattr(session, "_session", None)
+    buffer = _ffi.new("unsigned char[]", _lib.i2d_SSL_SESSION(native, _ffi.NULL))
+    _lib.i2d_SSL_SESSION(native, _ffi.new("unsigned char **", buffer))
+    return bytes(_ffi.buffer(buffer))
 
 
 def same_session(session: SSL.Session, other: SSL.Session | None) -> bool:

@@ -17,7 +17,7 @@ import socket
 import ssl
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Literal, NoReturn
 
 from OpenSSL import SSL
@@ -175,17 +175,22 @@ class Context:
         )
 
     def connection(
-        self, sock: socket.socket | None, server_hostname: str | None, resume_key: Hashable | None
+        self,
+        sock: socket.socket | None,
+        server_hostname: str | None,
+        resume_key: Hashable | None,
+        resume: SSL.Session | None = None,
+        owner: Callable[[], object] | None = None,
     ) -> Connection:
         """A connection over *sock*, or over memory if None, ready for its handshake.
 
         Any thread may call this; the connection then belongs to one at a time.  A client puts
-        *server_hostname* into SNI unless it is an IP address (RFC 6066, 3), and offers the session it
-        remembers under *resume_key*.  ConfigurationError if the name is needed and missing, or is no name.
+        *server_hostname* into SNI unless it is an IP address (RFC 6066, 3), and offers the session *resume*, or
+        the one it remembers under *resume_key*.  Callbacks find *owner* on the record.  ConfigurationError if the name is needed and missing, or is no name.
         """
         name = None if self.server_side else self.peer_name(server_hostname)
         connection = Connection(self.raw, sock)
-        record = Record(self, self)
+        record = Record(self, self, owner)
         connection.set_app_data(record)
         if self.verifies_peer and self._versions is None:
             adopt_verification(connection, self.raw)
@@ -197,7 +202,9 @@ class Context:
             connection.set_tlsext_host_name(name.ascii.encode())
         if self._staple_wanted:
             connection.request_ocsp()
-        if self._sessions is not None and resume_key is not None:
+        if resume is not None:
+            connection.set_session(resume)
+        elif self._sessions is not None and resume_key is not None:
             record.to_be_remembered = True
             remembered = self._sessions.take(resume_key)
             if remembered is not None:
@@ -263,7 +270,7 @@ class Context:
         """
         return session_reused(connection)
 
-    def _take_over(self, connection: SSL.Connection, record: Record) -> None:
+    def take_over(self, connection: SSL.Connection, record: Record) -> None:
         """Make this context's rules *connection*'s, in the SNI callback.
 
         SSL_set_SSL_CTX(3) brings the certificate, ALPN, OCSP and the trusted CAs, but neither options nor,
@@ -311,7 +318,7 @@ def _route(routes: Routes, connection: SSL.Connection) -> None:
     record: Record = connection.get_app_data()
     target = routes.find(connection.get_servername(), record.context)
     if target is not record.routed:
-        target._take_over(connection, record)
+        target.take_over(connection, record)
 
 
 class Routes(Mapping[str, Context]):

@@ -50,10 +50,11 @@ from typing import Any, TypeVar
 from cryptography import x509
 from OpenSSL import SSL
 
+from bridge.connection import tls_unique
 from bridge.context import Context, Record
 from bridge.errors import NotTLS, PeerReset, SessionEnded, TLSError, Truncated, fresh
 from bridge.limits import RECORD_BYTES
-from bridge.names import peer_certificate
+from bridge.names import peer_certificate, presented_chain
 from bridge.poll import Want
 
 T = TypeVar("T")
@@ -98,6 +99,12 @@ class SessionInfo:
     peername: Any
     """The peer's address, as `socket.getpeername()` gives it."""
     resumed: bool
+    presented_chain: tuple[x509.Certificate, ...] = ()
+    """What the peer sent, its own certificate first, verified or not."""
+    tls_unique: bytes = b""
+    """The channel binding of that name (RFC 5929, 3).  In TLS 1.3 it binds nothing (RFC 9266)."""
+    cipher_version: str = ""
+    """The protocol that brought the cipher suite, as OpenSSL calls it: not always the one in use."""
 
 
 class TLSEngine:
@@ -127,9 +134,11 @@ class TLSEngine:
         *,
         server_hostname: str | None = None,
         resume_key: Hashable | None = None,
+        resume: SSL.Session | None = None,
+        owner: Callable[[], object] | None = None,
     ) -> None:
         self._context = context
-        self._connection = context.connection(sock, server_hostname, resume_key)
+        self._connection = context.connection(sock, server_hostname, resume_key, resume, owner)
         self._resume_key = resume_key
         self._sock: socket.socket | None = None  # once the handshake is done: what a detour leads round
         self._output = b""  # taken from memory, not yet on the socket
@@ -215,6 +224,14 @@ class TLSEngine:
         """Whether a handshake is under way, so that application data cannot be written."""
         return self._steps_back and self._connection.get_state_string() != _ESTABLISHED
 
+    def pending(self) -> int:
+        """Decrypted bytes that are still inside OpenSSL."""
+        return self._connection.pending()
+
+    def session(self) -> SSL.Session | None:
+        """SSL_get1_session(3): with TLS 1.3, of the newest ticket that was read."""
+        return self._connection.get_session()
+
     def has_more(self) -> bool:
         """Whether something is inside, decrypted or not, that no poll will announce."""
         return self._fed or self._connection.pending() > 0
@@ -250,6 +267,9 @@ class TLSEngine:
             server_name=name.decode("ascii", "replace") if name else server_hostname,
             peername=peername,
             resumed=self._context.resumed(connection),
+            presented_chain=presented_chain(connection),
+            tls_unique=tls_unique(connection, self._context.server_side),
+            cipher_version=connection.get_cipher_version() or "",
         )
 
     def remember(self) -> None:

@@ -9,6 +9,7 @@ One tree.  Each class also has the standard parent that a user's `except` clause
     ├── ReceiveTimeout          TimeoutError, queue.Empty   nothing arrived in time; the session lives on
     ├── SendTimeout             TimeoutError, queue.Full    no room in time; nothing of the message was sent
     ├── OperationTimeout        TimeoutError            flush, accept, close: not done in time; the session lives on
+    ├── WouldBlock              BlockingIOError         timeout=0: not without waiting; `want` says for what
     ├── LimitExceeded           RuntimeError            a configured limit refuses something new
     └── SessionEnded            ShutDown                the session is over; the subclass says why, for good
         ├── EndOfStream         EOFError                clean: the peer sent close_notify
@@ -37,6 +38,7 @@ who asks later is given a copy of it, so tracebacks of different threads do not 
 from __future__ import annotations
 
 import copy
+import errno
 import queue
 import ssl
 import sys
@@ -76,6 +78,17 @@ class SendTimeout(BridgeError, TimeoutError, queue.Full):
 
 class OperationTimeout(BridgeError, TimeoutError):
     """A bounded wait ended before the thing waited for.  The session is unharmed."""
+
+
+class WouldBlock(BridgeError, BlockingIOError):
+    """The call was told not to wait (``timeout=0``), and would have to.  The session is unharmed."""
+
+    def __init__(self, want: int) -> None:
+        super().__init__(
+            errno.EWOULDBLOCK, f"wait until the socket is {'readable' if want == 1 else 'writable'}"
+        )
+        self.want = want
+        """For what to wait before calling again: `selectors.EVENT_READ` or `selectors.EVENT_WRITE`."""
 
 
 class LimitExceeded(BridgeError, RuntimeError):
@@ -162,6 +175,13 @@ class CodecError(SessionEnded, ValueError):
 
 class MessageTooLarge(CodecError):
     """The peer's message is over the codec's limit."""
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Keep *error* without what it would keep alive: the frames it came through, and their variables."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 _E = TypeVar("_E", bound=BaseException)

@@ -111,6 +111,15 @@ def peer_certificate(connection: SSL.Connection) -> x509.Certificate | None:
         raise refusal(f"the peer's certificate is malformed: {error}") from error
 
 
+def presented_chain(connection: SSL.Connection) -> tuple[x509.Certificate, ...]:
+    """What *connection*'s peer sent, its own certificate first.  Its owner's thread."""
+    try:
+        chain = connection.get_peer_cert_chain(as_cryptography=True)
+    except (ValueError, x509.InvalidVersion) as error:
+        raise refusal(f"a certificate in the peer's chain is malformed: {error}") from error
+    return tuple(chain or ())
+
+
 def refusal(
     message: str,
     code: int = 1,

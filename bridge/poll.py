@@ -18,9 +18,17 @@ Three rules keep the sleep honest:
 from __future__ import annotations
 
 import enum
+import io
+import math
+import os
+import select
 import selectors
 import socket
-from typing import Generic, TypeVar
+import sys
+import threading
+from typing import Any, Generic, TypeVar
+
+from bridge import forks
 
 T = TypeVar("T")
 
@@ -36,13 +44,46 @@ class Want(enum.IntEnum):
     WRITE = selectors.EVENT_WRITE
 
 
+class _Select:
+    """`select.poll` for systems that lack it (Windows), as far as `Sleeper` uses it."""
+
+    def __init__(self) -> None:
+        self._masks: dict[int, int] = {}
+
+    def register(self, fd: int, mask: int) -> None:
+        self._masks[fd] = mask
+
+    def unregister(self, fd: int) -> None:
+        del self._masks[fd]
+
+    def poll(self, milliseconds: int | None) -> list[tuple[int, int]]:
+        readers, writers = (
+            [fd for fd, mask in self._masks.items() if mask & bit] for bit in (READABLE, WRITABLE)
+        )
+        timeout = None if milliseconds is None else milliseconds / 1000
+        can_read, can_write, failed = select.select(readers, writers, writers, timeout)
+        found = dict.fromkeys((*can_read, *can_write, *failed), 0)
+        for fds, bit in ((can_read, READABLE), (can_write, WRITABLE), (failed, WRITABLE)):
+            for fd in fds:
+                found[fd] |= bit
+        return list(found.items())
+
+
+_Poll: Any = getattr(select, "poll", _Select)
+READABLE: int = getattr(select, "POLLIN", 1)
+WRITABLE: int = getattr(select, "POLLOUT", 4)
+_TO_POLL = {int(Want.READ): READABLE, int(Want.WRITE): WRITABLE, Want.READ | Want.WRITE: READABLE | WRITABLE}
+_RING = (1).to_bytes(8, sys.byteorder)
+_of_this_thread = threading.local()
+
+
 class Poller(Generic[T]):
     """Sockets, what each is waited for, and who is to be told.  Owned by one thread."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
 
-    def watch(self, sock: socket.socket, mask: int, told: T) -> None:
+    def watch(self, sock: socket.socket | Doorbell, mask: int, told: T) -> None:
         """Wait for *mask* on *sock* from now on, for *told*."""
         self._selector.register(sock, mask, told)
 
@@ -65,33 +106,100 @@ class Poller(Generic[T]):
 
 
 class Doorbell:
-    """Wakes a thread out of `Poller.wait`.  `ring` from any thread; the rest belongs to the sleeper.
+    """Wakes a thread out of its sleep.  `ring` from any thread; the rest belongs to the sleeper.
 
-    A socket pair, because it works with every selector on every system.  A ring that finds the pair full is
-    dropped: whoever filled it has rung already.
+    An eventfd where the system has one (eventfd(2)): a descriptor, not two.  A pair of sockets elsewhere: it works
+    with every selector on every system.  A ring that finds either full is dropped: whoever filled it has rung.
     """
 
     def __init__(self) -> None:
-        self.socket, self._button = socket.socketpair()
-        self.socket.setblocking(False)
-        self._button.setblocking(False)
+        self._ear: socket.socket | io.FileIO
+        self._button: socket.socket | io.FileIO
+        if hasattr(os, "eventfd"):
+            self._ear = self._button = io.FileIO(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), "r+")
+            self._press = self._button.write
+        else:
+            self._ear, self._button = socket.socketpair()
+            self._ear.setblocking(False)
+            self._button.setblocking(False)
+            self._press = self._button.send
+
+    def fileno(self) -> int:
+        """What becomes readable when it rings."""
+        return self._ear.fileno()
 
     def ring(self) -> None:
         """Wake the sleeper, now or at its next sleep.  Never waits; reentrant; harmless after `close`."""
         try:
-            self._button.send(b"\0")
-        except OSError:
+            self._press(_RING)
+        except (OSError, ValueError):
             pass
 
     def silence(self) -> None:
         """Forget all rings so far."""
         try:
-            while self.socket.recv(1024):
-                pass
+            if isinstance(self._ear, socket.socket):
+                while self._ear.recv(1024):
+                    pass
+            else:
+                self._ear.read(8)
         except BlockingIOError:
             pass
 
     def close(self) -> None:
-        """Release both ends."""
-        self.socket.close()
+        """Release what it is made of."""
+        self._ear.close()
         self._button.close()
+
+
+class Sleeper:
+    """A thread's bed beside one socket at a time.  `ring` from any thread; the rest belongs to the sleeper."""
+
+    __slots__ = ("_doorbell", "_poll", "asleep", "ring")
+
+    def __init__(self) -> None:
+        self.asleep = False
+        self._doorbell = Doorbell()
+        self.ring = self._doorbell.ring
+        self._poll = _Poll()
+        self._poll.register(self._doorbell.fileno(), READABLE)
+
+    def sleep(self, sock: socket.socket | None, mask: int, timeout: float | None) -> int:
+        """Sleep until *sock* is ready for something in *mask*, or a ring, or *timeout* seconds (None: for ever).
+
+        For what it is ready; nothing if that was not why the sleep ended.
+        """
+        poll, fd = self._poll, -1 if sock is None else sock.fileno()
+        self.asleep = True
+        if mask != NOTHING:
+            poll.register(fd, _TO_POLL[mask])
+        try:
+            found = poll.poll(None if timeout is None else math.ceil(min(timeout, LONGEST_SLEEP) * 1000))
+        finally:
+            self.asleep = False
+            if mask != NOTHING:
+                poll.unregister(fd)
+        ready = NOTHING
+        for number, event in found:
+            if number != fd:
+                self._doorbell.silence()
+            else:
+                ready |= (mask & Want.READ if event & ~WRITABLE else 0) | (
+                    mask & Want.WRITE if event & ~READABLE else 0
+                )
+        return ready
+
+    def __del__(self) -> None:
+        self._doorbell.close()
+
+
+def my_sleeper() -> Sleeper:
+    """The calling thread's own, made at its first sleep.
+
+    Another one in a child of fork(), which would share the bell, and in a signal handler that interrupts its sleep.
+    """
+    born, sleeper = getattr(_of_this_thread, "bed", (None, None))
+    if sleeper is None or sleeper.asleep or born != forks.generation():
+        sleeper = Sleeper()
+        _of_this_thread.bed = forks.generation(), sleeper
+    return sleeper

@@ -151,6 +151,25 @@ class Tally:
         return self.used < self._limit
 
 
+class Counts(Generic[T]):
+    """How often each of many things happened.  Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[T, int] = {}
+
+    def add(self, more: dict[T, int]) -> None:
+        """Count *more* in."""
+        with self._lock:
+            for key, count in more.items():
+                self._counts[key] = self._counts.get(key, 0) + count
+
+    def copy(self) -> dict[T, int]:
+        """As they are now."""
+        with self._lock:
+            return dict(self._counts)
+
+
 TALLY_STEP = 4096
 """A session reports to its bridge's `Tally` when it has changed by so much, or is empty: not at each message."""
 

@@ -37,7 +37,7 @@ import math
 import socket
 import struct
 from collections.abc import Callable, Hashable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from bridge import events
 from bridge.context import Context
@@ -57,11 +57,14 @@ from bridge.errors import (
     TLSError,
     Truncated,
     WriteStalled,
+    forget_frames,
 )
 from bridge.limits import RECORD_BYTES, Timeouts
 from bridge.poll import NOTHING, Want
-from bridge.queues import Outbox, ReadCredit
 from bridge.states import TRANSITIONS, State
+
+if TYPE_CHECKING:
+    from OpenSSL import SSL
 
 READ: Final = Want.READ
 READ_BUDGET = 16 * RECORD_BYTES
@@ -83,6 +86,34 @@ class Told:
     DATA: Final = "data"  # payload: bytes
     EOF: Final = "eof"  # the peer's close_notify; payload: None
     CLOSED: Final = "closed"  # payload: Ending
+
+
+class SendCredit(Protocol):
+    """Who is told what becomes of the bytes a transport was given: `bridge.queues.Outbox`, mostly."""
+
+    def give_back(self, count: int) -> None:
+        """The kernel took *count* bytes."""
+
+    def discard(self, why: SessionEnded) -> int:
+        """What is held will never leave.  How many bytes that is."""
+
+    def held(self) -> int:
+        """Bytes accepted and not yet taken by the kernel."""
+
+
+class ReceiveCredit(Protocol):
+    """How much a transport may read: `bridge.queues.ReadCredit`, mostly."""
+
+    used: int
+
+    def room(self) -> int:
+        """How many bytes may be read."""
+
+    def spend(self, count: int) -> None:
+        """So many were."""
+
+    def overdraft(self) -> int:
+        """By how much more was read than may be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +138,10 @@ class Ending:
     wants: dict[tuple[str, Want], int]
     sock: socket.socket | None = None
     leftover: bytes = b""
+
+
+def _nobody() -> None:
+    return None
 
 
 class _Operation:
@@ -137,6 +172,10 @@ class Plan:
     resume_key: Hashable | None = None
     peer: str = ""
     """The peer's address, as people write it."""
+    resume: SSL.Session | None = None
+    """The session that a client offers to resume, whatever its context remembers."""
+    owner: Callable[[], object] = _nobody
+    """What the context's callbacks are told whose session it is."""
 
 
 class Transport:
@@ -153,6 +192,7 @@ class Transport:
         "_drain_when_open",
         "_engine",
         "_exchanging",
+        "_half_closing",
         "_handshake",
         "_hello",
         "_linger_left",
@@ -189,8 +229,8 @@ class Transport:
         self,
         name: str,
         plan: Plan,
-        outbox: Outbox,
-        credit: ReadCredit,
+        outbox: SendCredit,
+        credit: ReceiveCredit,
         tell: Callable[[str, Any], None],
     ) -> None:
         self.name = name
@@ -230,6 +270,7 @@ class Transport:
         self._drain_when_open: str | None = None
         self._discarding = False  # close(): nobody will read what still comes
         self._unwrapping = False
+        self._half_closing = False
         self._close_by: float | None = None
         self._said_close = False  # OpenSSL has our close_notify
         self._sent_close = False  # the kernel has it
@@ -263,6 +304,26 @@ class Transport:
         except OSError as error:
             self.end(PeerReset(error.errno, f"the connection failed: {error.strerror}"))
         self._settle()
+
+    def runnable(self) -> bool:
+        """Whether a step could get anywhere although no poll has announced anything."""
+        return any(operation.ready for operation in self._operations)
+
+    def draining(self) -> bool:
+        """Whether this side has ended its half, so that nothing more may be sent."""
+        return self.state is State.DRAINING
+
+    def said_close(self) -> bool:
+        """Whether the kernel has our close_notify."""
+        return self._sent_close
+
+    def session(self) -> SSL.Session | None:
+        """The newest session that a later connection could resume."""
+        return None if self._engine is None else self._engine.session()
+
+    def pending(self) -> int:
+        """Decrypted bytes that are still inside OpenSSL."""
+        return 0 if self._engine is None else self._engine.pending()
 
     def _advance(self) -> None:
         if self._exchanging:
@@ -321,13 +382,14 @@ class Transport:
         if self.state is State.OPEN:
             self._handshake.ready = True
 
-    def send_eof(self) -> None:
-        """Half close: after what was accepted, close_notify.  Receiving goes on."""
+    def send_eof(self, half_close: bool = False) -> None:
+        """Half close: after what was accepted, close_notify, and on demand that of TCP.  Receiving goes on."""
+        self._half_closing = half_close
         self._start_draining("send_eof()")
 
     def close(self, timeout: float | None) -> None:
         """Polite close, within *timeout* seconds altogether (None: the session's own timeouts)."""
-        self._discarding = True
+        self._discarding, self._unwrapping = True, False
         self._bounded_close("close()", timeout)
 
     def unwrap(self, timeout: float | None) -> None:
@@ -397,7 +459,12 @@ class Transport:
         if self._engine is None:
             _no_delay(self.sock)
             self._engine = TLSEngine(
-                plan.context, self.sock, server_hostname=plan.server_hostname, resume_key=plan.resume_key
+                plan.context,
+                self.sock,
+                server_hostname=plan.server_hostname,
+                resume_key=plan.resume_key,
+                resume=plan.resume,
+                owner=plan.owner,
             )
             self._wants = self._engine.wants
             if not plan.context.server_side:
@@ -635,10 +702,11 @@ class Transport:
         self._deadlines.pop(CloseTimeout, None)
         if self._peer_closed:
             self._complete()
-        elif self._discarding or self._unwrapping:
+            return
+        if self._discarding or self._unwrapping:
             self._set_deadline(CloseTimeout, self._plan.timeouts.close_notify, self._close_by)
-            if self._discarding:
-                self._half_close()
+        if self._discarding or self._half_closing:
+            self._half_close()
 
     def _half_close(self) -> None:
         assert self.sock is not None
@@ -668,6 +736,7 @@ class Transport:
             self._finish(cause)
 
     def _finish(self, cause: SessionEnded, lingering: bool = False) -> None:
+        forget_frames(cause)
         self.cause = cause
         report = CloseReport(self.outbox.discard(cause), self._sent_close, self._peer_closed)
         if self._engine is not None and self.state is not State.HANDSHAKING:

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from bridge import events
 from bridge.errors import SessionAborted, SessionEnded
-from bridge.poll import NOTHING, Doorbell, Poller
+from bridge.poll import NOTHING, Doorbell, Poller, Want
 from bridge.queues import Mailbox
 
 HAND_OVER = 64
@@ -54,6 +54,17 @@ class Pollable(Protocol):
         """It has finished, and its sockets are closed."""
 
 
+def take_turn(pollable: Pollable, now: float, whose: str) -> None:
+    """A step of *pollable*; whatever it raises ends it, and nobody else.  Its owner's thread, called *whose*."""
+    try:
+        pollable.step(now)
+    except Exception as error:  # a bug of ours, or of a callback: it costs this session, not the thread
+        events.warning("worker.failed", worker=whose, error=repr(error))
+        failure = SessionAborted(f"internal error: {error!r}")
+        failure.__cause__ = error
+        pollable.end(failure)
+
+
 class _Watch:
     """What the poll set holds for one pollable, and the deadline its timer is set to.
 
@@ -81,7 +92,7 @@ class Worker:
         self._doorbell = Doorbell()
         self._mailbox: Mailbox[Command] = Mailbox(self._doorbell.ring)
         self._poller: Poller[Pollable | None] = Poller()
-        self._poller.watch(self._doorbell.socket, 1, None)
+        self._poller.watch(self._doorbell, Want.READ, None)
         self._watched: dict[Pollable, _Watch] = {}
         self._runnable: dict[Pollable, None] = {}
         self._timers: list[tuple[float, int, _Watch]] = []
@@ -183,13 +194,7 @@ class Worker:
         watch = self._watched.get(pollable)
         if watch is None:
             return
-        try:
-            pollable.step(now)
-        except Exception as error:  # a bug of ours, or of a callback: it costs this session, not the worker
-            events.warning("worker.failed", worker=self.name, error=repr(error))
-            failure = SessionAborted(f"internal error: {error!r}")
-            failure.__cause__ = error
-            pollable.end(failure)
+        take_turn(pollable, now, self.name)
         self._attend(pollable, watch)
         if pollable.again:
             self._runnable[pollable] = None

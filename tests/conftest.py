@@ -14,8 +14,14 @@ from pathlib import Path
 import pytest
 import trustme
 
+from bridge.poll import my_sleeper
+
+pytest_plugins = ["dropin_rig"]
+
 LEAK_PATIENCE = 5.0
 """Seconds that threads and descriptors have to end after their test did."""
+
+my_sleeper()  # the main thread's bed, which it keeps: made before anybody counts descriptors
 
 _PASSED = pytest.StashKey[bool]()
 _FDS = Path("/proc/self/fd")

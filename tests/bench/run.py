@@ -27,9 +27,9 @@ from harness import Bench, Failed, Server, prepare, run_idle, run_load
 from report import Figures, Goal, Sample, markdown
 
 KIB = 1024
-PEERS = ("c", "stdlib", "pyopenssl", "asyncio", "bridge-inbox", "bridge-threads")
-OURS = ("bridge-inbox", "bridge-threads")
-BULK_PEERS = ("c", "stdlib", "pyopenssl", "asyncio", "bridge-threads")
+PEERS = ("c", "stdlib", "pyopenssl", "asyncio", "bridge-inbox", "bridge-threads", "bridge-dropin")
+OURS = ("bridge-inbox", "bridge-threads", "bridge-dropin")
+BULK_PEERS = ("c", "stdlib", "pyopenssl", "asyncio", "bridge-threads", "bridge-dropin")
 
 
 @dataclasses.dataclass(frozen=True)

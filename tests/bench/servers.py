@@ -77,16 +77,16 @@ def accept_into_threads(handle: Callable[[socket.socket], None]) -> None:
         threading.Thread(target=handle, args=(sock,), daemon=True).start()
 
 
-def stdlib_context(job: Job) -> ssl.SSLContext:
-    """The standard library's defaults for a server."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+def stdlib_context(job: Job, module: Any = ssl) -> ssl.SSLContext:
+    """The defaults for a server, of the standard library or of what stands in its place."""
+    context: ssl.SSLContext = module.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(job.cert, job.key)
     return context
 
 
-def serve_stdlib(job: Job) -> None:
+def serve_stdlib(job: Job, module: Any = ssl) -> None:
     """stdlib `ssl`, a thread per connection."""
-    context = stdlib_context(job)
+    context = stdlib_context(job, module)
 
     def handle(sock: socket.socket) -> None:
         with contextlib.suppress(OSError), context.wrap_socket(sock, server_side=True) as stream:
@@ -189,6 +189,13 @@ def serve_bridge_threads(job: Job) -> None:
             threading.Thread(target=bridge_talk, args=(session, job), daemon=True).start()
 
 
+def serve_bridge_dropin(job: Job) -> None:
+    """The same program as for stdlib `ssl`, with `from bridge import ssl` in place of `import ssl`."""
+    from bridge import ssl as ours
+
+    serve_stdlib(job, ours)
+
+
 def serve_bridge_inbox(job: Job) -> None:
     """The bridge, a pool of handler threads on one shared inbox."""
     import bridge
@@ -215,6 +222,7 @@ SERVERS: dict[str, Callable[[Job], None]] = {
     "pyopenssl": serve_pyopenssl,
     "asyncio": serve_asyncio,
     "bridge-threads": serve_bridge_threads,
+    "bridge-dropin": serve_bridge_dropin,
     "bridge-inbox": serve_bridge_inbox,
 }
 

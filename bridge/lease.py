@@ -1,0 +1,265 @@
+"""A transport without a thread of its own: whoever calls owns it, for a turn at a time.
+
+Theory of operation
+-------------------
+A *lease* is a lock, and a rule: who holds it owns the transport and runs the very same `step` a worker would; and
+*nobody holds it while asleep*.  A thread that has to wait lets the lease go, sleeps in poll for what the transport
+wants, takes the lease again and makes another turn.  So a reader that sleeps is no obstacle to a writer, and a lock
+held across a wait, which is the deadlock of full duplex, cannot be written down.
+
+That a call must be repeated as it was after a want is no obstacle either: what is half done lives in the transport
+and not in the thread that began it, so any thread that comes next goes on with it.
+
+Two sleepers may wait for different things, and one's turn may bring what the other waits for (a write whose turn
+reads in the middle of a renegotiation; a read whose turn sends the rest of a write).  The socket will not say so a
+second time.  So each sleeper lies beside a doorbell, and a turn after which anything has changed rings all bells.
+
+Between calls the session is *parked*: nobody polls, nobody reads ahead, and the descriptor is as truthful for an
+application's own select as that of a plain socket.  What must not wait for a next call goes to a worker, which is
+then one more thread that takes turns: a handshake that nobody waits for, the rest of a write that did not wait,
+and, after the close, what is left to send, close_notify, and the linger.  See `Lease.chores`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from bridge.errors import SessionAborted, SessionEnded
+from bridge.poll import NOTHING, Sleeper, Want, my_sleeper
+from bridge.transport import Transport
+from bridge.worker import Worker, take_turn
+
+
+class Lease:
+    """The turns that many threads take with one transport.  Only ``with lease:`` may anything else be called."""
+
+    __slots__ = (
+        "_attended",
+        "_caretaker",
+        "_lock",
+        "_owner",
+        "_sleepers",
+        "_transport",
+        "_worker",
+        "changes",
+        "closing",
+        "unattended",
+    )
+
+    def __init__(self, transport: Transport, worker: Worker, gone: Callable[[], None]) -> None:
+        self._lock = threading.Lock()
+        self._owner = 0  # the thread that holds it
+        self._transport = transport
+        self._worker = worker
+        self._sleepers: dict[Sleeper, int] = {}  # and what each has its socket polled for
+        self._caretaker = Caretaker(self, transport, gone)
+        self._attended = False  # whether the worker knows of it
+        self.changes = 0
+        """Counted up by whoever is told something by the transport that a sleeper may wait for."""
+        self.closing = False
+        """The application is done with the session; a worker brings it to its end."""
+        self.unattended = False
+        """A handshake is under way and nobody may be waiting for it; a worker brings it to its end."""
+
+    def __enter__(self) -> None:
+        if self._owner == threading.get_ident():
+            raise RuntimeError(
+                "this session was called by a callback or a signal handler in the middle of one of its own calls"
+            )
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self.closing or self.chores():
+                self._delegate()
+        finally:
+            self._owner = 0
+            self._lock.release()
+
+    def turn(self, ready: int = NOTHING) -> None:
+        """Whatever is possible now, of everybody's; *ready* is what a poll said."""
+        transport, changes = self._transport, self.changes
+        if ready:
+            transport.on_ready(ready)
+        try:
+            take_turn(transport, time.monotonic(), transport.name)
+            while transport.again:
+                take_turn(transport, time.monotonic(), transport.name)
+        except BaseException:  # Ctrl-C, and nobody knows in the middle of what: bytes may be lost
+            transport.end(SessionAborted("interrupted in the middle of a call of OpenSSL"))
+            self.ring()
+            raise
+        if self._sleepers and (self.changes != changes or transport.finished):
+            self.ring()
+
+    def until(self, done: Callable[[], object], timeout: float | None) -> bool:
+        """Take turns until *done*, at most *timeout* seconds (None: for ever); false if that was too short."""
+        transport = self._transport
+        give_up = None if timeout is None else time.monotonic() + timeout
+        if transport.runnable():
+            self.turn()
+        while not done():
+            if give_up is not None and time.monotonic() >= give_up:
+                return False
+            self.turn(self._sleep(give_up))
+        return True
+
+    def _sleep(self, until: float | None) -> int:
+        sleeper, transport = my_sleeper(), self._transport
+        if transport.deadline is not None:
+            until = transport.deadline if until is None else min(until, transport.deadline)
+        timeout = None if until is None else max(0.0, until - time.monotonic())
+        sock = transport.sock
+        mask = NOTHING if sock is None else transport.mask
+        self._sleepers[sleeper] = mask
+        self._owner = 0
+        self._lock.release()
+        try:
+            return sleeper.sleep(sock, mask, timeout)
+        finally:
+            try:
+                self._lock.acquire()
+                self._owner = threading.get_ident()
+            finally:
+                del self._sleepers[sleeper]
+
+    def command(self, method: str, *arguments: Any) -> None:
+        """Call a method of the transport that is a command, and see how far it gets."""
+        self._transport.now = time.monotonic()
+        getattr(self._transport, method)(*arguments)
+        self.turn()
+
+    def close(self, timeout: float | None) -> None:
+        """Let everybody go who waits, and have a worker bring the session to a polite end."""
+        if not self.closing:
+            self.closing = True
+            if not self._transport.finished:
+                self.command("close", timeout)
+            self.ring()
+
+    def forget(self) -> None:
+        """`close`, for a finalizer: without the lease, which this very thread may hold.  Never waits."""
+        self._attended = True
+        self._worker.post(self._caretaker, "close")
+
+    def ring(self) -> None:
+        """Have every sleeper look again."""
+        for sleeper in self._sleepers:
+            sleeper.ring()
+
+    def chores(self) -> int:
+        """The mask of what must go on although nobody calls: NOTHING while the session may stay parked."""
+        transport = self._transport
+        if self.closing or self.unattended:
+            return transport.mask
+        return transport.mask & Want.WRITE
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """As ``with lease:``, for the worker, which is whom things are delegated to."""
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = 0
+
+    def _delegate(self) -> None:
+        """Somebody has to go on: a sleeper that polls for it already, or else the worker."""
+        if not self.closing:
+            chores = self.chores()
+            if any(mask & chores == chores for mask in self._sleepers.values()):
+                return
+        elif self._transport.finished and not self._attended:
+            if not self._sleepers:
+                self._attended = True
+                self._caretaker.bury()
+            return
+        self._attended = True
+        self._worker.post(self._caretaker, "wake")
+
+
+class Caretaker:
+    """What a worker does for a leased session.  It belongs to the worker; it owns the transport for its turns only."""
+
+    __slots__ = (
+        "_gone",
+        "_lease",
+        "_ready",
+        "_transport",
+        "again",
+        "deadline",
+        "finished",
+        "mask",
+        "now",
+        "retired",
+        "sock",
+    )
+
+    def __init__(self, lease: Lease, transport: Transport, gone: Callable[[], None]) -> None:
+        self._lease = lease
+        self._transport = transport
+        self._gone = gone
+        self._ready = NOTHING
+        self.sock: socket.socket | None = None
+        self.mask = NOTHING
+        self.again = False
+        self.deadline: float | None = None
+        self.finished = False
+        self.retired: list[socket.socket] = []
+        self.now = 0.0
+
+    def wake(self) -> None:
+        """The command that brings it to its worker, and back to its mind; the step that follows does the work."""
+
+    def close(self) -> None:
+        """The command for a session that the application has lost: close it, by `Lease.close`."""
+        with self._lease.alone():
+            self._lease.close(None)
+
+    def on_ready(self, mask: int) -> None:
+        """The poll says *mask*."""
+        self._ready |= mask
+
+    def step(self, now: float) -> None:
+        """One turn with the transport, and what to wait for after it."""
+        lease, transport = self._lease, self._transport
+        ready, self._ready = self._ready, NOTHING
+        with lease.alone():
+            lease.turn(ready)
+            self.mask = lease.chores()
+            self.sock = transport.sock
+            self.deadline = transport.deadline
+            self.finished = lease.closing and transport.finished and not lease._sleepers
+            if self.finished:
+                self._collect()
+
+    def end(self, cause: SessionEnded) -> None:
+        """The bridge is closed, or there was a bug: at once, whoever is in the middle of a call."""
+        with self._lease.alone():
+            self._lease.closing = True
+            self._transport.end(cause)
+            self._lease.ring()
+
+    def gone(self) -> None:
+        """The socket is closed."""
+        self._gone()
+
+    def bury(self) -> None:
+        """With the lease: close what the transport has done with, without troubling a worker."""
+        self.finished = True
+        self._collect()
+        for sock in self.retired:
+            sock.close()
+        self._gone()
+
+    def _collect(self) -> None:
+        self.retired += self._transport.retired
+        self._transport.retired.clear()
+        self.sock = None

@@ -1,0 +1,448 @@
+"""`SSLSocket`: the stdlib's, with the TLS of the bridge in it.
+
+`ssl.SSLSocket` is a thin class: whatever is TLS it asks of ``self._sslobj``, an object that its context makes.  Ours
+makes a `Wire`, so what the class promises (its checks, its texts, its order of things) is the stdlib's own code.
+Only what the stdlib leaves to the kernel is overridden here: time-outs, `close`, `shutdown`, and `accept`.
+
+The descriptor is the TCP connection itself, always non-blocking, and known to two objects: the application's
+SSLSocket, for `fileno()`, addresses and options, and the stream's inner socket, which alone closes it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import ssl
+import struct
+import threading
+import warnings
+import weakref
+from typing import Any
+
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from bridge.engine import SessionInfo
+from bridge.errors import BridgeError, OperationTimeout
+from bridge.ssl.facts import certificate_dict
+from bridge.ssl.failures import as_stdlib
+from bridge.ssl.process import TIMEOUTS, UNHURRIED, default_bridge
+from bridge.ssl.sessions import SSLSession
+from bridge.stream import Stream
+
+Buffer = Any
+"""Whatever has the buffer interface."""
+
+
+class _Certificate:
+    """As `_ssl.Certificate`, as far as `ssl.SSLSocket` asks."""
+
+    def __init__(self, der: bytes) -> None:
+        self._der = der
+
+    def public_bytes(self, encoding: int) -> bytes:
+        return self._der
+
+
+class Wire:
+    """What `ssl.SSLSocket` expects of its ``_sslobj``, over a `Stream` that begins when the first call needs it."""
+
+    def __init__(
+        self, sock: SSLSocket, context: Any, server_side: bool, hostname: str | None, session: Any
+    ) -> None:
+        self.context = context
+        self.server_side = server_side
+        self.server_hostname = hostname
+        self.timeout: float | None = None
+        self.kernel_timeouts: dict[int, float] = {}
+        """SO_RCVTIMEO and SO_SNDTIMEO, which a non-blocking descriptor does not heed."""
+        self.stream: Stream | None = None
+        self._owner = weakref.ref(sock)
+        self._session: SSLSession | None = None
+        self._pooled = False
+        self._lock = threading.Lock()  # of the beginning: there is only one
+        if session is not None:
+            self.session = session
+
+    @property
+    def owner(self) -> SSLSocket | None:
+        return self._owner()
+
+    # The beginning.
+
+    def begin(self) -> Stream:
+        """The stream; the first call takes the connected descriptor over."""
+        with self._lock:
+            if self.stream is None:
+                sock = self._owner()
+                assert sock is not None
+                sock.getpeername()
+                self.timeout = sock.gettimeout()
+                self.kernel_timeouts = {
+                    option: seconds
+                    for option in _KERNEL_TIMEOUTS
+                    if (seconds := _kernel_timeout(sock, option))
+                }
+                self.stream = self._made(sock)
+            return self.stream
+
+    def _made(self, sock: SSLSocket) -> Stream:
+        inner = socket.socket(sock.family, sock.type, sock.proto, fileno=sock.fileno())
+        try:
+            return default_bridge().stream(
+                inner,
+                self.context.core(self.server_side),
+                server_hostname=self.server_hostname,
+                server_side=self.server_side,
+                resume=None if self._session is None else self._session.raw,
+                owner=self._owner,
+                timeouts=TIMEOUTS if self._pooled else UNHURRIED,
+            )
+        except BaseException:
+            if inner.fileno() != -1:
+                inner.detach()
+            raise
+
+    def begin_in_pool(self) -> None:
+        """Have the handshake made by a worker, for whoever needs it done."""
+        self._pooled = True
+        self.begin().begin()
+
+    def do_handshake(self) -> None:
+        self._shake_hands(self.begin())
+
+    def _shake_hands(self, stream: Stream) -> None:
+        try:
+            stream.handshake(self.timeout)
+        except BridgeError as error:
+            raise self._failure(error) from None
+
+    def _info(self) -> SessionInfo | None:
+        """What the handshake settled; None if it is not done.  One that a worker makes is waited for."""
+        stream = self.stream
+        if stream is None:
+            return None
+        if stream.info is None and self._pooled and stream.end is None and self.timeout != 0:
+            self._shake_hands(stream)
+        return stream.info
+
+    def _failure(self, error: BridgeError, option: int | None = None) -> Exception:
+        if isinstance(error, OperationTimeout) and self.timeout is None and option in self.kernel_timeouts:
+            return BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return as_stdlib(error, self.server_hostname)
+
+    # Bytes.
+
+    def read(self, size: int = 1024, buffer: Buffer = None) -> Any:
+        stream = self.stream or self.begin()
+        if buffer is not None:
+            with memoryview(buffer) as view, view.cast("B") as room:
+                if size <= 0 or size > len(room):
+                    size = len(room)
+                data = self._read(stream, size) if size else b""
+                room[: len(data)] = data
+            return len(data)
+        if size <= 0:
+            if size < 0:
+                raise ValueError("size should not be negative")
+            return b""
+        return self._read(stream, size)
+
+    def _read(self, stream: Stream, size: int) -> bytes:
+        timeout = self.timeout
+        if timeout is None and self.kernel_timeouts:
+            timeout = self.kernel_timeouts.get(socket.SO_RCVTIMEO)
+        try:
+            return stream.read(size, timeout)
+        except BridgeError as error:
+            raise self._failure(error, socket.SO_RCVTIMEO) from None
+
+    def write(self, data: Buffer) -> int:
+        timeout = self.timeout
+        if timeout is None and self.kernel_timeouts:
+            timeout = self.kernel_timeouts.get(socket.SO_SNDTIMEO)
+        try:
+            return (self.stream or self.begin()).write(data, timeout)
+        except BridgeError as error:
+            raise self._failure(error, socket.SO_SNDTIMEO) from None
+
+    def pending(self) -> int:
+        return 0 if self.stream is None else self.stream.pending()
+
+    # Ends.
+
+    def shutdown(self) -> SSLSocket:
+        """The end of TLS, both ways; the socket speaks plain text from then on."""
+        stream, sock = self.begin(), self._owner()
+        assert sock is not None
+        try:
+            inner, leftover = stream.unwrap(self.timeout)
+        except BridgeError as error:
+            raise self._failure(error) from None
+        inner.detach()
+        sock._go_on_in_plain_text(self.timeout, leftover)
+        return sock
+
+    def half_close(self) -> None:
+        """close_notify and the end of our half of TCP; reading goes on, decrypted."""
+        if self.stream is not None:
+            try:
+                self.stream.send_eof(self.timeout)
+            except BridgeError as error:
+                raise self._failure(error) from None
+
+    # Facts.
+
+    def getpeercert(self, binary_form: bool = False) -> Any:
+        info = self._info()
+        if info is None:
+            raise ValueError("handshake not done yet")
+        certificate = info.peer_certificate
+        if certificate is None:
+            return None
+        if binary_form:
+            return _der(certificate)
+        return certificate_dict(certificate) if self.context.verify_mode != ssl.CERT_NONE else {}
+
+    def get_verified_chain(self) -> list[_Certificate] | None:
+        info = self._info()
+        return [_Certificate(_der(c)) for c in info.verified_chain] if info else None
+
+    def get_unverified_chain(self) -> list[_Certificate] | None:
+        info = self._info()
+        return [_Certificate(_der(c)) for c in info.presented_chain] if info else None
+
+    def cipher(self) -> tuple[str, str, int] | None:
+        info = self._info()
+        return (info.cipher, info.cipher_version, info.cipher_bits) if info else None
+
+    def shared_ciphers(self) -> None:
+        return None
+
+    def compression(self) -> None:
+        return None
+
+    def version(self) -> str | None:
+        info = self._info()
+        return info.version if info else None
+
+    def selected_alpn_protocol(self) -> str | None:
+        info = self._info()
+        return info.alpn if info else None
+
+    def get_channel_binding(self, cb_type: str = "tls-unique") -> bytes | None:
+        if cb_type not in ssl.CHANNEL_BINDING_TYPES:
+            raise ValueError(f"'{cb_type}' channel binding type not implemented")
+        info = self._info()
+        return info.tls_unique if info else None
+
+    def verify_client_post_handshake(self) -> None:
+        raise ssl.SSLError(ssl.SSL_ERROR_SSL, "the bridge does not ask for certificates after the handshake")
+
+    @property
+    def session(self) -> SSLSession | None:
+        if self.stream is not None and self.stream.info is not None and not self.server_side:
+            raw = self.stream.session()
+            if raw is not None:
+                self._session = SSLSession(raw, self.context)
+        return self._session
+
+    @session.setter
+    def session(self, session: Any) -> None:
+        if not isinstance(session, SSLSession):
+            raise TypeError("Value is not a SSLSession.")
+        if session.context is not self.context:
+            raise ValueError("Session refers to a different SSLContext.")
+        if self.server_side:
+            raise ValueError("Cannot set session for server-side SSLSocket.")
+        if self.stream is not None:
+            raise ValueError("Cannot set session after handshake.")
+        self._session = session
+
+    @property
+    def session_reused(self) -> bool:
+        info = self._info()
+        return bool(info and info.resumed)
+
+
+class SSLSocket(ssl.SSLSocket):
+    """An `ssl.SSLSocket` whose TLS is the bridge's.  Made by `SSLContext.wrap_socket`."""
+
+    _sslobj: Wire | None
+    _leftover = b""
+
+    # Bytes: the shortest way to the wire.
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        """As `socket.socket.recv`."""
+        if self._sslobj is None or flags:
+            return self._recv_in_plain_text(buflen, flags) if self._leftover else super().recv(buflen, flags)
+        return self._forgiving(buflen, None, b"")
+
+    def recv_into(self, buffer: Buffer, nbytes: int | None = None, flags: int = 0) -> int:
+        """As `socket.socket.recv_into`."""
+        if self._sslobj is None or flags:
+            if not self._leftover:
+                return super().recv_into(buffer, nbytes, flags)
+            with memoryview(buffer) as view, view.cast("B") as room:
+                data = self._recv_in_plain_text(nbytes or len(room), flags)
+                room[: len(data)] = data
+            return len(data)
+        if nbytes is None:
+            nbytes = memoryview(buffer).nbytes or 1024
+        return self._forgiving(nbytes, buffer, 0)
+
+    def read(self, len: int = 1024, buffer: Buffer = None) -> Any:
+        """As `ssl.SSLSocket.read`."""
+        if self._sslobj is None:
+            raise ValueError("Read on closed or unwrapped SSL socket.")
+        return self._forgiving(len, buffer, b"" if buffer is None else 0)
+
+    def _forgiving(self, size: int, buffer: Buffer, nothing: Any) -> Any:
+        assert self._sslobj is not None
+        try:
+            return self._sslobj.read(size, buffer)
+        except ssl.SSLEOFError:
+            if not self.suppress_ragged_eofs:
+                raise
+            return nothing
+
+    def send(self, data: Buffer, flags: int = 0) -> int:
+        """As `socket.socket.send`; short only on a non-blocking socket."""
+        if self._sslobj is None or flags:
+            return super().send(data, flags)
+        return self._sslobj.write(data)
+
+    def sendall(self, data: Buffer, flags: int = 0) -> None:
+        """As `socket.socket.sendall`.  Calls of several threads do not interleave; the time-out is for all of it."""
+        if self._sslobj is None or flags or self._sslobj.timeout == 0:
+            super().sendall(data, flags)
+        else:
+            self._sslobj.write(data)
+
+    # Time-outs: ours, since the descriptor never blocks.
+
+    def settimeout(self, value: float | None) -> None:
+        """As `socket.socket.settimeout`."""
+        wire = self._sslobj
+        if wire is None or wire.stream is None:
+            super().settimeout(value)
+            return
+        if value is not None:
+            value = float(value)
+            if value < 0:
+                raise ValueError("Timeout value out of range")
+        wire.timeout = value
+
+    def gettimeout(self) -> float | None:
+        """As `socket.socket.gettimeout`."""
+        wire = self._sslobj
+        return super().gettimeout() if wire is None or wire.stream is None else wire.timeout
+
+    timeout = property(gettimeout)
+
+    def setblocking(self, flag: bool) -> None:
+        """As `socket.socket.setblocking`."""
+        self.settimeout(None if flag else 0.0)
+
+    def getblocking(self) -> bool:
+        """As `socket.socket.getblocking`."""
+        return self.gettimeout() != 0.0
+
+    def setsockopt(self, level: int, optname: int, *value: Any) -> None:
+        """As `socket.socket.setsockopt`; SO_RCVTIMEO and SO_SNDTIMEO are heeded."""
+        super().setsockopt(level, optname, *value)
+        wire = self._sslobj
+        if wire is not None and level == socket.SOL_SOCKET and optname in _KERNEL_TIMEOUTS:
+            seconds = _kernel_timeout(self, optname)
+            wire.kernel_timeouts = {**wire.kernel_timeouts, optname: seconds} if seconds else {}
+
+    # Ends.
+
+    def shutdown(self, how: int) -> None:
+        """As `socket.socket.shutdown`, of the bytes inside TLS: SHUT_WR is TLS's half close, and reading goes on."""
+        wire = self._sslobj
+        if wire is None or wire.stream is None:
+            super().shutdown(how)
+            return
+        if how != socket.SHUT_RD:
+            wire.half_close()
+        if how != socket.SHUT_WR:
+            wire.stream.stop_reading()
+        if how != socket.SHUT_WR or wire.stream.info is None:
+            socket.socket.shutdown(self, how)
+
+    def detach(self) -> int:
+        """As `socket.socket.detach`.  ValueError while TLS is on: the descriptor alone is of no use to anybody."""
+        if self._sslobj is not None and self._sslobj.stream is not None:
+            raise ValueError(
+                "a TLS socket cannot be detached: its descriptor carries ciphertext; unwrap() it first"
+            )
+        self._sslobj = None
+        return super().detach()
+
+    def _real_close(self) -> None:  # type: ignore[override]
+        wire, self._sslobj = self._sslobj, None
+        if wire is None or wire.stream is None:
+            super()._real_close()
+        else:
+            socket.socket.detach(self)
+            wire.stream.close()
+
+    def _go_on_in_plain_text(self, timeout: float | None, leftover: bytes) -> None:
+        self._sslobj = None
+        self._leftover = leftover
+        socket.socket.settimeout(self, timeout)
+
+    def _recv_in_plain_text(self, size: int, flags: int) -> bytes:
+        data = self._leftover[:size]
+        if not flags & socket.MSG_PEEK:
+            self._leftover = self._leftover[size:]
+        return data
+
+    def __del__(self) -> None:
+        # May run in any thread, at any moment.
+        wire = getattr(self, "_sslobj", None)
+        if wire is None or wire.stream is None:
+            return
+        warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self)
+        self._sslobj = None
+        socket.socket.detach(self)
+        wire.stream.forget()
+
+    # Servers.
+
+    def accept(self) -> tuple[SSLSocket, Any]:
+        """As `ssl.SSLSocket.accept`, but the handshake is made in the background: a mute client stalls nobody.
+
+        Whoever uses the new socket first waits for it; if it failed, that call raises why.
+        """
+        plain, address = socket.socket.accept(self)
+        made = self.context.wrap_socket(
+            plain,
+            server_side=True,
+            do_handshake_on_connect=False,
+            suppress_ragged_eofs=self.suppress_ragged_eofs,
+        )
+        made.do_handshake_on_connect = self.do_handshake_on_connect
+        if self.do_handshake_on_connect and made._sslobj is not None:
+            made._sslobj.begin_in_pool()
+        return made, address
+
+
+def _der(certificate: Any) -> bytes:
+    return bytes(certificate.public_bytes(Encoding.DER))
+
+
+_KERNEL_TIMEOUTS = tuple(
+    option for name in ("SO_RCVTIMEO", "SO_SNDTIMEO") if (option := getattr(socket, name, None)) is not None
+)
+
+
+def _kernel_timeout(sock: socket.socket, option: int) -> float:
+    """What setsockopt(2) set as *option*, in seconds; 0 for none."""
+    found = sock.getsockopt(socket.SOL_SOCKET, option, 16)
+    if len(found) == 16:
+        seconds, microseconds = struct.unpack("ll", found)
+        return float(seconds + microseconds / 1e6)
+    return int.from_bytes(found[:4], "little") / 1000  # Windows: a DWORD of milliseconds

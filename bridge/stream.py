@@ -1,0 +1,427 @@
+"""A TLS session as a stream of bytes, served by the threads that call it: what a socket look-alike stands on.
+
+Where a `Session` reads ahead, in whole messages, through queues, a `Stream` reads when somebody asks for bytes, on
+the thread of whoever asks (see `bridge.lease`).  Every method may be called by any thread, at any time.
+"""
+
+from __future__ import annotations
+
+import collections
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from bridge import forks
+from bridge.engine import SessionInfo
+from bridge.errors import (
+    EndOfStream,
+    OperationTimeout,
+    SessionAborted,
+    SessionClosed,
+    SessionEnded,
+    WouldBlock,
+    fresh,
+)
+from bridge.lease import Lease
+from bridge.limits import RECORD_BYTES
+from bridge.poll import Want
+from bridge.queues import Latch
+from bridge.transport import CloseReport, Ending, Plan, Told, Transport
+from bridge.worker import Worker
+
+if TYPE_CHECKING:
+    from OpenSSL import SSL
+
+PIECE_BYTES = 16 * RECORD_BYTES
+"""How much of a large write is handed to the transport at a time: what one turn may write."""
+AHEAD_BYTES = 1024 * 1024
+"""How much may be read that nobody asked for, to get at a close_notify behind it."""
+ANYTHING = Want.READ | Want.WRITE
+
+
+class _Sent:
+    """What the transport was given and the kernel does not have yet.  Guarded by the lease."""
+
+    __slots__ = ("_held", "_lease")
+
+    def __init__(self) -> None:
+        self._held = 0
+        self._lease: Lease
+
+    def take(self, count: int) -> None:
+        self._held += count
+
+    def give_back(self, count: int) -> None:
+        self._held -= count
+        self._lease.changes += 1
+
+    def discard(self, why: SessionEnded) -> int:
+        lost, self._held = self._held, 0
+        return lost
+
+    def held(self) -> int:
+        return self._held
+
+
+class _Received:
+    """What was decrypted and not asked for yet, and how much may be.  Guarded by the lease."""
+
+    __slots__ = ("asking", "parts", "used")
+
+    def __init__(self) -> None:
+        self.asking = 0
+        """How many bytes somebody wants to see, for whatever reason."""
+        self.parts: collections.deque[bytes] = collections.deque()
+        self.used = 0
+
+    def room(self) -> int:
+        return self.asking if self.used < self.asking else 0
+
+    def spend(self, count: int) -> None:
+        self.used += count
+
+    def overdraft(self) -> int:
+        return self.used - 1
+
+    def take(self, size: int) -> bytes:
+        """At most *size* bytes, of the oldest part."""
+        part = self.parts.popleft()
+        if len(part) > size:
+            self.parts.appendleft(part[size:])
+            part = part[:size]
+        self.used -= len(part)
+        return part
+
+    def peek(self, size: int) -> bytes:
+        return self.parts[0][:size]
+
+
+class Stream:
+    """One TLS session as a stream of bytes.  Made by `Bridge.stream`; the handshake starts with the first call."""
+
+    __slots__ = (
+        "__weakref__",
+        "_born",
+        "_deaf",
+        "_ending",
+        "_eof",
+        "_info",
+        "_lease",
+        "_received",
+        "_sent",
+        "_started",
+        "_transport",
+        "_writers",
+        "gone",
+        "worker",
+    )
+
+    def __init__(self, name: str, plan: Plan, worker: Worker, gone: Callable[[Stream, Ending], None]) -> None:
+        self._born = forks.generation()
+        self._sent, self._received = _Sent(), _Received()
+        self._transport = Transport(name, plan, self._sent, self._received, self._told)
+        self.worker = worker.name
+        self.gone: Latch[Ending] = Latch()
+        self._lease = self._sent._lease = Lease(self._transport, worker, lambda: self._buried(gone))
+        self._writers = (
+            threading.Lock()
+        )  # of large writes one at a time: messages of threads never interleave
+        # Guarded by the lease.
+        self._started = False
+        self._info: SessionInfo | None = None
+        self._ending: Ending | None = None
+        self._eof = False  # the peer's close_notify has come
+        self._deaf = False  # shutdown: reading is over
+
+    # What the transport tells: always in a turn, so with the lease.
+
+    def _told(self, kind: str, payload: Any) -> None:
+        self._lease.changes += 1
+        if kind == Told.DATA:
+            self._received.parts.append(payload)
+        elif kind == Told.OPEN:
+            self._info = payload
+            self._lease.unattended = False
+        elif kind == Told.EOF:
+            self._eof = True
+        else:
+            self._ending = payload
+            self._lease.unattended = False
+
+    def _buried(self, gone: Callable[[Stream, Ending], None]) -> None:
+        assert self._ending is not None
+        gone(self, self._ending)
+        self.gone.set(self._ending)
+
+    # The handshake.
+
+    def begin(self) -> None:
+        """Have a worker make the handshake; whoever needs it done waits for it.  Does not wait."""
+        forks.check(self._born)
+        with self._lease:
+            self._start()
+            self._lease.unattended = self._info is None and self._ending is None
+
+    def handshake(self, timeout: float | None = None) -> SessionInfo:
+        """The handshake, if it is not done yet, and what it settled.
+
+        *timeout* in seconds: OperationTimeout after that, None: never, 0: WouldBlock unless it can be done at once.
+        Raises the cause if it fails.
+        """
+        forks.check(self._born)
+        with self._lease:
+            self._open(timeout)
+            assert self._info is not None
+            return self._info
+
+    def _start(self) -> None:
+        if not self._started:
+            self._started = True
+            self._transport.now = time.monotonic()
+            self._transport.start()
+            self._lease.turn()
+
+    def _open(self, timeout: float | None) -> None:
+        """With the lease: make sure that the handshake is done."""
+        if self._info is not None:
+            return
+        self._start()
+        self._wait(
+            lambda: self._info is not None or self._ending is not None, timeout, "handshake", Want.READ
+        )
+        if self._info is None:
+            assert self._ending is not None
+            raise fresh(self._ending.cause)
+
+    def _wait(self, done: Callable[[], object], timeout: float | None, what: str, first: Want) -> None:
+        """With the lease: until *done*; *first* is the want to name if it would block for both."""
+        if timeout == 0 and not done():
+            self._lease.turn(ANYTHING)
+            if not done():
+                mask = self._transport.mask
+                raise WouldBlock(first if mask & first or not mask else ANYTHING - first)
+        elif not self._lease.until(done, timeout):
+            raise OperationTimeout(f"The {what} operation timed out")
+
+    # Bytes.
+
+    def read(self, size: int, timeout: float | None = None) -> bytes:
+        """At least one byte and at most *size* (which is positive); ``b""`` at the peer's close_notify.
+
+        *timeout* as for `handshake`.  Any other end raises the cause, after all that came before it.
+        """
+        return self._receive(size, timeout, self._received.take)
+
+    def peek(self, size: int, timeout: float | None = None) -> bytes:
+        """As `read`, and the bytes stay."""
+        return self._receive(size, timeout, self._received.peek)
+
+    def _receive(self, size: int, timeout: float | None, take: Callable[[int], bytes]) -> bytes:
+        forks.check(self._born)
+        received = self._received
+        with self._lease:
+            if not received.parts:
+                if self._info is None:
+                    self._open(timeout)
+                received.asking += 1
+                try:
+                    self._wait(self._readable, timeout, "read", Want.READ)
+                finally:
+                    received.asking -= 1
+            if received.parts:
+                return take(size)
+            if self._eof or self._deaf:
+                return b""
+            assert self._ending is not None
+            if isinstance(self._ending.cause, EndOfStream):
+                return b""
+            raise fresh(self._ending.cause)
+
+    def _readable(self) -> bool:
+        return bool(self._received.parts) or self._eof or self._deaf or self._ending is not None
+
+    def pending(self) -> int:
+        """Decrypted bytes that `read` would give without waiting and that no poll announces.  Does not wait."""
+        forks.check(self._born)
+        with self._lease:
+            return self._received.used + self._transport.pending()
+
+    def write(self, data: bytes | bytearray | memoryview, timeout: float | None = None) -> int:
+        """Hand *data* to the kernel, encrypted; returns how many bytes, which is all of them unless *timeout* is 0.
+
+        *timeout* in seconds, total: OperationTimeout after that, and nobody knows how much has left; None: never;
+        0: at least one byte is taken, or WouldBlock raised.  What was taken leaves in any case.  Raises the cause
+        once the session has ended or this side has closed it.
+        """
+        forks.check(self._born)
+        view = memoryview(data).cast("B")
+        if timeout == 0:
+            with self._lease:
+                return self._write_now(view)
+        give_up = None if timeout is None else time.monotonic() + timeout
+        if not self._writers.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
+            raise OperationTimeout("The write operation timed out")
+        try:
+            with self._lease:
+                for start in range(0, len(view), PIECE_BYTES):
+                    left = None if give_up is None else max(0.001, give_up - time.monotonic())
+                    self._hand_over(view[start : start + PIECE_BYTES], left)
+                    self._wait(self._all_gone, left, "write", Want.WRITE)
+                    self._check_writable()
+        finally:
+            self._writers.release()
+        return len(view)
+
+    def _write_now(self, view: memoryview) -> int:
+        done = 0
+        while done < len(view):
+            if self._sent.held():
+                self._lease.turn(ANYTHING)
+            if self._sent.held() and done == 0:
+                self._check_writable()
+                raise WouldBlock(Want.WRITE if self._transport.mask & Want.WRITE else Want.READ)
+            if self._sent.held():
+                break
+            piece = view[done : done + RECORD_BYTES]
+            self._hand_over(piece, 0)
+            self._lease.turn()
+            self._check_writable()
+            done += len(piece)
+        return done
+
+    def _hand_over(self, piece: memoryview, timeout: float | None) -> None:
+        if self._info is None:
+            self._open(timeout)
+        self._check_writable()
+        self._sent.take(len(piece))
+        self._transport.send([bytes(piece)])
+
+    def _all_gone(self) -> bool:
+        return not self._sent.held()
+
+    def _check_writable(self) -> None:
+        if self._ending is not None:
+            raise fresh(self._ending.cause)
+        if self._lease.closing or self._transport.draining():
+            raise SessionClosed("this side has closed its half of the session")
+
+    # Ends.
+
+    def send_eof(self, timeout: float | None = None) -> None:
+        """TLS half close (RFC 8446, 6.1), and then that of TCP.  Reading goes on.  *timeout* as for `handshake`."""
+        forks.check(self._born)
+        with self._lease:
+            if self._info is None or self._ending is not None:
+                return
+            self._lease.command("send_eof", True)
+            try:
+                self._wait(
+                    lambda: self._transport.said_close() or self._ending is not None,
+                    timeout,
+                    "shutdown",
+                    Want.WRITE,
+                )
+            except WouldBlock:  # close_notify leaves when it can
+                pass
+
+    def stop_reading(self) -> None:
+        """From now on `read` gives what is there already and then ``b""``, also to whoever waits in it."""
+        forks.check(self._born)
+        with self._lease:
+            self._deaf = True
+            self._lease.ring()
+
+    def unwrap(self, timeout: float | None = None) -> tuple[socket.socket, bytes]:
+        """End TLS both ways and go on in plain text: the socket, and bytes read too far.
+
+        *timeout* as for `handshake`; with 0, call it again after WouldBlock.  Raises the cause if the peer just
+        hangs up.  Application data that still came before the peer's close_notify is lost.
+        """
+        forks.check(self._born)
+        with self._lease:
+            self._open(timeout)
+            received = self._received
+            received.asking += AHEAD_BYTES
+            try:
+                if self._ending is None:
+                    self._lease.command("unwrap", None)
+                self._wait(lambda: self._ending is not None, timeout, "unwrap", Want.READ)
+            finally:
+                received.asking -= AHEAD_BYTES
+            assert self._ending is not None
+            if self._ending.sock is None:
+                raise fresh(self._ending.cause)
+            self._lease.closing = True
+        return self._ending.sock, self._ending.leftover
+
+    def close(self, timeout: float | None = None) -> None:
+        """Polite close, in the background: what was taken leaves, close_notify is said, late input is drained.
+
+        *timeout* bounds that, in seconds (None: `Timeouts.flush` and `Timeouts.close_notify`).  Whoever waits in a
+        call is let go.  Does not wait; idempotent; in a child of fork() it only closes the child's descriptor.
+        """
+        if self._born != forks.generation():
+            self._abandon()
+            return
+        with self._lease:
+            self._deaf = True
+            self._lease.close(timeout)
+
+    def forget(self) -> None:
+        """`close`, for a finalizer: it may run in the middle of a call of this very session.  Never waits."""
+        if self._born == forks.generation():
+            self._lease.forget()
+        else:
+            self._abandon()
+
+    def abort(self) -> None:
+        """End now; what has not left is lost, and the peer sees a reset.  Idempotent; does not wait."""
+        forks.check(self._born)
+        with self._lease:
+            if not self._lease.closing:
+                self._lease.closing = self._deaf = True
+                self._lease.command("abort", SessionAborted("this side aborted the session"))
+                self._lease.ring()
+
+    def _abandon(self) -> None:
+        """In a child of fork(): nothing but the descriptors is ours."""
+        for sock in (self._transport.sock, *self._transport.retired):
+            if sock is not None:
+                sock.close()
+
+    # Facts.
+
+    @property
+    def info(self) -> SessionInfo | None:
+        """What the handshake settled; None before that.  Stays after the end."""
+        return self._info
+
+    @property
+    def end(self) -> SessionEnded | None:
+        """How it ended: the first cause, which never changes; None while it lives."""
+        return None if self._ending is None else self._ending.cause
+
+    @property
+    def report(self) -> CloseReport | None:
+        """How far the close got; None while the session lives."""
+        return None if self._ending is None else self._ending.report
+
+    def session(self) -> SSL.Session | None:
+        """What a later session may offer to resume: with TLS 1.3, the newest ticket that was read."""
+        forks.check(self._born)
+        with self._lease:
+            return self._transport.session()
+
+    @property
+    def name(self) -> str:
+        """What it is called in events and snapshots."""
+        return self._transport.name
+
+    def describe(self) -> dict[str, Any]:
+        """What it is doing now, for `Bridge.snapshot`."""
+        return self._transport.describe()
+
+    def __repr__(self) -> str:
+        return f"<Stream {self.name} {self._transport.state.value}>"

@@ -1,0 +1,464 @@
+"""Streams: sessions without a thread of their own, worked by whoever calls, one thread at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import random
+import select
+import signal
+import socket
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from conftest import KeyPair
+from peers import PATIENCE, Background, Checker, Pattern, receive_exactly, stdlib_context
+from rig import only, shrink, tcp_pair
+
+import bridge
+from bridge.lease import Lease
+from bridge.poll import Want
+from bridge.stream import Stream
+
+MEGABYTE = 1_000_000
+Pair = tuple[Stream, Stream]
+
+
+@pytest.fixture
+def b() -> Iterator[bridge.Bridge]:
+    with bridge.Bridge(workers=1) as made:
+        yield made
+
+
+@pytest.fixture
+def background() -> Iterator[Background]:
+    with Background() as made:
+        yield made
+
+
+@pytest.fixture
+def contexts(tls_version: str, ca_file: str, server_cert: KeyPair) -> tuple[bridge.Context, bridge.Context]:
+    """A client's and a server's, for each version in turn."""
+    return (
+        bridge.client_context(ca_file, **only(tls_version)),
+        bridge.server_context(server_cert.certfile, server_cert.keyfile, **only(tls_version)),
+    )
+
+
+def streams(b: bridge.Bridge, contexts: Any, near: socket.socket, far: socket.socket) -> Pair:
+    return b.stream(near, contexts[0], server_hostname="localhost"), b.stream(far, contexts[1])
+
+
+def now(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What *call* gives without waiting: its result, or the Want that it would wait for."""
+    try:
+        return call(*arguments, 0)
+    except bridge.WouldBlock as error:
+        return Want(error.want)
+
+
+def shaken(client: Stream, server: Stream) -> Pair:
+    """Both, their handshake done, without a thread."""
+    while isinstance(now(client.handshake), Want) | isinstance(now(server.handshake), Want):
+        pass
+    assert now(client.read, 1) is Want.READ, "takes the tickets"
+    return client, server
+
+
+@pytest.fixture
+def pair(b: bridge.Bridge, contexts: Any) -> Pair:
+    """A client's and a server's stream over TCP."""
+    return shaken(*streams(b, contexts, *tcp_pair()))
+
+
+@pytest.fixture
+def small_pair(b: bridge.Bridge, contexts: Any) -> Pair:
+    """Likewise, with the smallest buffers."""
+    return shaken(*streams(b, contexts, *map(shrink, socket.socketpair())))
+
+
+def finished(stream: Stream) -> bridge.SessionEnded:
+    """How *stream* ended, once its socket is closed."""
+    return stream.gone.wait(PATIENCE, "gone").cause
+
+
+def sleeping(stream: Stream, threads: int = 1) -> None:
+    """Wait until so many threads sleep in calls of *stream*."""
+    deadline = time.monotonic() + PATIENCE
+    while len(stream._lease._sleepers) < threads:
+        assert time.monotonic() < deadline
+
+
+# ── one thread ──
+
+
+def test_a_handshake_and_bytes_both_ways(pair: Pair, tls_version: str) -> None:
+    client, server = pair
+    assert client.info is not None and client.info.version == tls_version
+    assert server.info is not None and server.info.cipher == client.info.cipher
+    assert client.write(b"hello") == 5
+    assert server.read(100, PATIENCE) == b"hello"
+    assert server.write(bytearray(b"good bye")) == 8
+    assert client.read(4, PATIENCE) == b"good" and client.read(100, PATIENCE) == b" bye"
+    assert client.write(b"") == 0
+    assert client.info.tls_unique and client.info.tls_unique == server.info.tls_unique
+
+
+def test_a_read_takes_one_record_and_pending_tells_what_no_poll_will(pair: Pair) -> None:
+    client, server = pair
+    server.write(b"x" * 1000)
+    assert client.peek(2000, PATIENCE) == b"x" * 1000
+    assert client.read(10, PATIENCE) == b"x" * 10
+    assert client.pending() == 990
+    assert client.read(2000, 0) == b"x" * 990
+    assert client.pending() == 0
+
+
+def test_a_parked_session_reads_nothing_so_its_descriptor_tells_the_truth(pair: Pair) -> None:
+    client, server = pair
+    descriptor = client._transport.sock
+    assert not select.select([descriptor], [], [], 0)[0]
+    server.write(b"first")
+    server.write(b"second")
+    for expected in (b"first", b"second"):
+        assert select.select([descriptor], [], [], PATIENCE)[0]
+        assert client.read(100, 0) == expected
+    assert not select.select([descriptor], [], [], 0)[0]
+
+
+def test_a_read_that_times_out_harms_nothing(pair: Pair) -> None:
+    client, server = pair
+    with pytest.raises(bridge.OperationTimeout, match="The read operation timed out"):
+        client.read(1, 0.01)
+    server.write(b"late")
+    assert client.read(10, PATIENCE) == b"late"
+
+
+def test_a_write_that_times_out_says_so_and_what_was_taken_still_leaves(small_pair: Pair) -> None:
+    client, server = small_pair
+    with pytest.raises(bridge.OperationTimeout, match="The write operation timed out"):
+        client.write(bytes(MEGABYTE), 0.01)
+    assert server.read(100, PATIENCE)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_lockstep_of_calls_that_never_wait(b: bridge.Bridge, contexts: Any, seed: int) -> None:
+    """Seeded orders of small and large reads and writes on both ends: every byte arrives, once and in order."""
+    chance = random.Random(seed)
+    ends = shaken(*streams(b, contexts, *map(shrink, socket.socketpair())))
+    total = 200_000
+    pattern, written = Pattern(seed), [0, 0]
+    checkers = [Checker(Pattern(seed)), Checker(Pattern(seed))]
+    while min(checker.received for checker in checkers) < total:
+        side = chance.randrange(2)
+        if chance.random() < 0.5 and written[side] < total:
+            size = min(chance.choice((1, 100, 16_384, 50_000)), total - written[side])
+            count = now(ends[side].write, pattern.at(written[side], size))
+            written[side] += 0 if isinstance(count, Want) else count
+        else:
+            data = now(ends[side].read, chance.choice((1, 77, 20_000)))
+            if not isinstance(data, Want):
+                checkers[side].feed(data)
+    assert [checker.received for checker in checkers] == [total, total]
+
+
+# ── several threads ──
+
+
+def test_a_sleeping_reader_is_no_obstacle_to_a_writer(pair: Pair, background: Background) -> None:
+    client, server = pair
+    reading = background.run(client.read, 100, PATIENCE)
+    sleeping(client)
+    client.write(b"question", PATIENCE)
+    assert server.read(100, PATIENCE) == b"question"
+    assert not reading.done()
+    server.write(b"answer")
+    assert reading.result(PATIENCE) == b"answer"
+
+
+def test_two_threads_are_never_inside_at_once(
+    pair: Pair, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also at the smallest switch interval; and whole writes of several threads never interleave."""
+    client, server = pair
+    inside: list[int] = []
+    turn = Lease.turn
+
+    def watched(self: Lease, ready: int = 0) -> None:
+        inside.append(id(self))
+        assert inside.count(id(self)) == 1
+        turn(self, ready)
+        inside.remove(id(self))
+
+    monkeypatch.setattr(Lease, "turn", watched)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        writers = [
+            background.run(lambda n: [client.write(bytes([n]) * 10_000) for _ in range(20)], n)
+            for n in range(4)
+        ]
+        echo = background.run(lambda: [server.write(server.read(16_384, PATIENCE)) for _ in range(80)])
+        got = bytearray()
+        while len(got) < 800_000:
+            got += client.read(65_536, PATIENCE)
+    finally:
+        sys.setswitchinterval(interval)
+    for job in (*writers, echo):
+        job.result(PATIENCE)
+    assert all(len(set(got[start : start + 10_000])) == 1 for start in range(0, 800_000, 10_000))
+
+
+def test_one_of_two_readers_is_woken_by_the_others_turn(pair: Pair, background: Background) -> None:
+    client, server = pair
+    readers = [background.run(client.read, 1, PATIENCE) for _ in range(2)]
+    sleeping(client, 2)
+    server.write(b"ab")
+    assert sorted(reader.result(PATIENCE) for reader in readers) == [b"a", b"b"]
+
+
+def test_a_writer_without_room_is_woken_by_whoever_sends_the_rest(
+    small_pair: Pair, background: Background
+) -> None:
+    client, server = small_pair
+    writing = background.run(client.write, bytes(300_000), PATIENCE)
+    sleeping(client)
+    got = 0
+    while got < 300_000:
+        now(client.read, 1)  # its turns send for the writer, too
+        data = now(server.read, 65_536)
+        got += 0 if isinstance(data, Want) else len(data)
+    assert writing.result(PATIENCE) == 300_000
+
+
+def test_what_did_not_wait_is_sent_by_a_worker_though_nobody_calls_again(small_pair: Pair) -> None:
+    client, server = small_pair
+    sent = 0
+    while not isinstance(count := now(client.write, bytes(16_000)), Want):
+        sent += count
+    assert count is Want.WRITE
+    got = 0
+    while got < sent:
+        got += len(server.read(65_536, PATIENCE))
+    assert got == sent
+
+
+def test_a_callback_that_calls_its_own_session_gets_an_error_and_no_deadlock(pair: Pair) -> None:
+    client, _ = pair
+    with client._lease, pytest.raises(RuntimeError, match="by a callback or a signal handler"):
+        client.read(1, 0)
+
+
+def test_an_interrupt_in_the_middle_of_a_turn_ends_the_session(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows what was half done, so it is not silently gone on with."""
+    client, server = pair
+    server.write(b"x")
+    engine = type(client._transport._engine)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.read(1, PATIENCE)
+    with pytest.raises(bridge.SessionAborted, match="interrupted"):
+        client.read(1, PATIENCE)
+
+
+# ── handshakes that nobody waits for ──
+
+
+def test_a_worker_makes_the_handshake_and_whoever_needs_it_waits(b: bridge.Bridge, contexts: Any) -> None:
+    near, far = tcp_pair()
+    server = b.stream(far, contexts[1])
+    server.begin()
+    with near:
+        client = b.stream(near, contexts[0], server_hostname="localhost")
+        assert client.handshake(PATIENCE).version
+        client.write(b"x")
+        assert server.read(1, PATIENCE) == b"x"
+
+
+def test_a_mute_client_costs_its_own_session_and_a_bounded_time(b: bridge.Bridge, contexts: Any) -> None:
+    near, far = tcp_pair()
+    with near:
+        server = b.stream(far, contexts[1], timeouts=bridge.Timeouts(handshake=0.05))
+        server.begin()
+        with pytest.raises(bridge.HandshakeTimeout):
+            server.read(1)
+        server.close()
+        assert isinstance(finished(server), bridge.HandshakeTimeout)
+
+
+def test_a_refused_certificate_is_told_to_everybody_who_calls(
+    b: bridge.Bridge, contexts: Any, background: Background
+) -> None:
+    near, far = tcp_pair()
+    client = b.stream(near, contexts[0], server_hostname="elsewhere.example")
+    server = background.run(b.stream(far, contexts[1]).handshake, PATIENCE)
+    for call in (client.handshake, lambda: client.read(1), lambda: client.write(b"x")):
+        with pytest.raises(bridge.HostnameMismatch, match=r"'localhost'.*elsewhere\.example"):
+            call()
+    with contextlib.suppress(bridge.SessionEnded):
+        server.result(PATIENCE)
+
+
+# ── ends ──
+
+
+def test_a_clean_end_and_a_half_close(pair: Pair) -> None:
+    client, server = pair
+    client.write(b"request")
+    client.send_eof()
+    with pytest.raises(bridge.SessionClosed, match="closed its half"):
+        client.write(b"more")
+    assert server.read(100, PATIENCE) == b"request"
+    assert server.read(100, PATIENCE) == b"" == server.read(100, PATIENCE)
+    server.write(b"answer")
+    server.close()
+    assert client.read(100, PATIENCE) == b"answer"
+    assert client.read(100, PATIENCE) == b""
+    client.close()
+    for end in pair:
+        finished(end)
+        assert end.report and end.report.close_notify_received
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_close_lets_everybody_go_before_the_descriptor_is_closed(
+    pair: Pair, background: Background, threads: int
+) -> None:
+    client, server = pair
+    readers = [background.run(client.read, 1) for _ in range(threads)]
+    sleeping(client, threads)
+    client.close()
+    assert [reader.result(PATIENCE) for reader in readers] == [b""] * threads
+    assert server.read(1, PATIENCE) == b""
+    assert isinstance(finished(client), bridge.SessionClosed)
+
+
+def test_a_write_only_client_that_closes_at_once_loses_nothing(
+    b: bridge.Bridge, ca_file: str, server_cert: KeyPair, background: Background
+) -> None:
+    """With unread tickets in its socket the kernel would reset the connection, and megabytes with it."""
+    size = 3 * MEGABYTE
+
+    def serve(sock: ssl.SSLSocket) -> int:
+        return len(receive_exactly(sock, size)) + len(sock.recv(1))
+
+    address, (served,) = background.serve_tls(
+        stdlib_context(True, "TLSv1.3", **dataclasses.asdict(server_cert)), serve
+    )
+    client = b.stream(
+        socket.create_connection(address), bridge.client_context(ca_file), server_hostname="localhost"
+    )
+    client.write(bytes(size))
+    client.close()
+    assert served.result(PATIENCE) == size
+    assert finished(client)
+
+
+def test_a_cut_stream_is_no_end(pair: Pair, background: Background) -> None:
+    client, server = pair
+    reading = background.run(client.read, 1)
+    sleeping(client)
+    assert server._transport.sock is not None
+    server._transport.sock.shutdown(socket.SHUT_WR)
+    with pytest.raises(bridge.Truncated):
+        reading.result(PATIENCE)
+    with pytest.raises(bridge.Truncated):
+        client.read(1)
+    assert isinstance(client.end, bridge.Truncated)
+
+
+def test_abort_resets(pair: Pair) -> None:
+    client, server = pair
+    client.abort()
+    with pytest.raises((bridge.PeerReset, bridge.Truncated)):
+        server.read(1, PATIENCE)
+    assert isinstance(finished(client), bridge.SessionAborted)
+
+
+def test_unwrap_goes_on_in_plain_text(pair: Pair, background: Background) -> None:
+    ends = [background.run(end.unwrap, PATIENCE) for end in pair]
+    (near, early), (far, late) = (end.result(PATIENCE) for end in ends)
+    with near, far:
+        assert early == late == b""
+        near.setblocking(True)
+        far.setblocking(True)
+        near.sendall(b"plain")
+        assert far.recv(10) == b"plain"
+
+
+def test_unwrap_gives_up_in_time(pair: Pair) -> None:
+    with pytest.raises(bridge.OperationTimeout):
+        pair[0].unwrap(0.01)
+
+
+def test_a_forgotten_stream_is_closed_by_its_worker(pair: Pair) -> None:
+    client, server = pair
+    with client._lease:  # as in a finalizer that runs in the middle of a call
+        client.forget()
+    assert server.read(1, PATIENCE) == b""
+    server.close()
+    assert isinstance(finished(client), bridge.SessionClosed)
+
+
+def test_closing_the_bridge_closes_its_streams(contexts: Any, background: Background) -> None:
+    b = bridge.Bridge(workers=1)
+    client, server = shaken(*streams(b, contexts, *tcp_pair()))
+    assert [(seen.name, seen.state) for seen in b.snapshot().sessions] == [
+        (end.name, "open") for end in (client, server)
+    ]
+    reading = background.run(client.read, 1)
+    sleeping(client)
+    b.close()
+    assert reading.result(PATIENCE) == b""
+    assert b.snapshot().sessions == () and b.snapshot().wants[("handshake", "read")] > 0
+    with pytest.raises(bridge.SessionClosed):
+        server.write(b"x")
+    near, far = tcp_pair()
+    with near, far, pytest.raises(bridge.BridgeClosed):
+        streams(b, contexts, near, far)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_of_fork_is_refused_and_its_close_does_not_touch_the_session(pair: Pair) -> None:
+    client, server = pair
+    child = os.fork()
+    if child == 0:
+        try:
+            with pytest.raises(bridge.ForkedError):
+                client.write(b"x")
+            client.close()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    signal.alarm(int(PATIENCE))
+    assert os.waitpid(child, 0)[1] == 0
+    signal.alarm(0)
+    client.write(b"still here")
+    assert server.read(100, PATIENCE) == b"still here"
+
+
+def test_a_thread_that_ends_takes_its_bed_along(pair: Pair) -> None:
+    client, server = pair
+    descriptors = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+    for _ in range(3):
+        reader = threading.Thread(target=client.read, args=(1,))
+        reader.start()
+        sleeping(client)
+        server.write(b"x")
+        reader.join(PATIENCE)
+    if descriptors is not None:
+        assert len(os.listdir("/proc/self/fd")) == descriptors
