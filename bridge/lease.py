@@ -27,12 +27,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from bridge.errors import SessionAborted, SessionEnded
 from bridge.poll import NOTHING, Sleeper, Want, my_sleeper
 from bridge.transport import Transport
 from bridge.worker import Worker, take_turn
+
+T = TypeVar("T")
 
 
 class Lease:
@@ -76,7 +78,7 @@ class Lease:
 
     def __exit__(self, *_: object) -> None:
         try:
-            if self.closing or self.chores():
+            if self.closing or self.unattended or self._transport.mask & Want.WRITE:
                 self._delegate()
         finally:
             self._owner = 0
@@ -87,16 +89,20 @@ class Lease:
         transport, changes = self._transport, self.changes
         if ready:
             transport.on_ready(ready)
-        try:
-            take_turn(transport, time.monotonic(), transport.name)
-            while transport.again:
-                take_turn(transport, time.monotonic(), transport.name)
-        except BaseException:  # Ctrl-C, and nobody knows in the middle of what: bytes may be lost
-            transport.end(SessionAborted("interrupted in the middle of a call of OpenSSL"))
-            self.ring()
-            raise
+        self.at_once(take_turn, transport, time.monotonic(), transport.name)
+        while transport.again:
+            self.at_once(take_turn, transport, time.monotonic(), transport.name)
         if self._sleepers and (self.changes != changes or transport.finished):
             self.ring()
+
+    def at_once(self, call: Callable[..., T], *arguments: Any) -> T:
+        """*call* something of the transport.  If Ctrl-C or a bug cuts it short, the session is over."""
+        try:
+            return call(*arguments)
+        except BaseException:  # nobody knows what was half done, and bytes may be lost
+            self._transport.end(SessionAborted("interrupted in the middle of a call of OpenSSL"))
+            self.ring()
+            raise
 
     def until(self, done: Callable[[], object], timeout: float | None) -> bool:
         """Take turns until *done*, at most *timeout* seconds (None: for ever); false if that was too short."""
@@ -107,10 +113,14 @@ class Lease:
         while not done():
             if give_up is not None and time.monotonic() >= give_up:
                 return False
-            self.turn(self._sleep(give_up))
+            self.turn(self.sleep(give_up))
         return True
 
-    def _sleep(self, until: float | None) -> int:
+    def sleep(self, until: float | None) -> int:
+        """Without the lease, until the transport may get on, or somebody rings, or the monotonic time *until*.
+
+        For what the socket is ready.
+        """
         sleeper, transport = my_sleeper(), self._transport
         if transport.deadline is not None:
             until = transport.deadline if until is None else min(until, transport.deadline)

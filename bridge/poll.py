@@ -73,6 +73,7 @@ _Poll: Any = getattr(select, "poll", _Select)
 READABLE: int = getattr(select, "POLLIN", 1)
 WRITABLE: int = getattr(select, "POLLOUT", 4)
 _TO_POLL = {int(Want.READ): READABLE, int(Want.WRITE): WRITABLE, Want.READ | Want.WRITE: READABLE | WRITABLE}
+_FROM_POLL = {bits: mask for mask, bits in _TO_POLL.items()}
 _RING = (1).to_bytes(8, sys.byteorder)
 _of_this_thread = threading.local()
 
@@ -155,7 +156,7 @@ class Doorbell:
 class Sleeper:
     """A thread's bed beside one socket at a time.  `ring` from any thread; the rest belongs to the sleeper."""
 
-    __slots__ = ("_doorbell", "_poll", "asleep", "ring")
+    __slots__ = ("_doorbell", "_poll", "_watched", "asleep", "ring")
 
     def __init__(self) -> None:
         self.asleep = False
@@ -163,31 +164,40 @@ class Sleeper:
         self.ring = self._doorbell.ring
         self._poll = _Poll()
         self._poll.register(self._doorbell.fileno(), READABLE)
+        self._watched = (-1, NOTHING)  # a thread mostly sleeps beside one socket, for one thing
 
     def sleep(self, sock: socket.socket | None, mask: int, timeout: float | None) -> int:
         """Sleep until *sock* is ready for something in *mask*, or a ring, or *timeout* seconds (None: for ever).
 
         For what it is ready; nothing if that was not why the sleep ended.
         """
-        poll, fd = self._poll, -1 if sock is None else sock.fileno()
+        fd = -1 if sock is None or mask == NOTHING else sock.fileno()
+        if self._watched != (fd, mask):
+            self._watch(fd, mask)
         self.asleep = True
-        if mask != NOTHING:
-            poll.register(fd, _TO_POLL[mask])
         try:
-            found = poll.poll(None if timeout is None else math.ceil(min(timeout, LONGEST_SLEEP) * 1000))
+            found = self._poll.poll(
+                None if timeout is None else math.ceil(min(timeout, LONGEST_SLEEP) * 1000)
+            )
         finally:
             self.asleep = False
-            if mask != NOTHING:
-                poll.unregister(fd)
         ready = NOTHING
         for number, event in found:
             if number != fd:
                 self._doorbell.silence()
+            elif event == READABLE:
+                ready = mask & Want.READ
             else:
-                ready |= (mask & Want.READ if event & ~WRITABLE else 0) | (
-                    mask & Want.WRITE if event & ~READABLE else 0
-                )
+                ready = mask if event & ~(READABLE | WRITABLE) else ready | mask & _FROM_POLL[event]
         return ready
+
+    def _watch(self, fd: int, mask: int) -> None:
+        if self._watched[0] != -1:
+            self._poll.unregister(self._watched[0])
+        self._watched = (-1, NOTHING)
+        if fd != -1:
+            self._poll.register(fd, _TO_POLL[mask])
+            self._watched = (fd, mask)
 
     def __del__(self) -> None:
         self._doorbell.close()

@@ -107,6 +107,7 @@ class Stream:
         "_deaf",
         "_ending",
         "_eof",
+        "_half_closed",
         "_info",
         "_lease",
         "_received",
@@ -134,6 +135,7 @@ class Stream:
         self._ending: Ending | None = None
         self._eof = False  # the peer's close_notify has come
         self._deaf = False  # shutdown: reading is over
+        self._half_closed = False  # this side has said, or is about to say, close_notify
 
     # What the transport tells: always in a turn, so with the lease.
 
@@ -212,32 +214,63 @@ class Stream:
 
         *timeout* as for `handshake`.  Any other end raises the cause, after all that came before it.
         """
-        return self._receive(size, timeout, self._received.take)
-
-    def peek(self, size: int, timeout: float | None = None) -> bytes:
-        """As `read`, and the bytes stay."""
-        return self._receive(size, timeout, self._received.peek)
-
-    def _receive(self, size: int, timeout: float | None, take: Callable[[int], bytes]) -> bytes:
         forks.check(self._born)
         received = self._received
         with self._lease:
             if not received.parts:
-                if self._info is None:
-                    self._open(timeout)
-                received.asking += 1
-                try:
-                    self._wait(self._readable, timeout, "read", Want.READ)
-                finally:
-                    received.asking -= 1
-            if received.parts:
-                return take(size)
-            if self._eof or self._deaf:
+                give_up = None if timeout is None else time.monotonic() + timeout
+                quiet = self._transport.quiet and not self._deaf and timeout != 0
+                data = self._read_quietly(give_up) if quiet else b""
+                if data and len(data) <= size:
+                    return data
+                if data:
+                    received.parts.append(data)
+                    received.used += len(data)
+                    self._lease.ring()
+                elif not self._await_bytes(timeout and _left(give_up)):
+                    return b""
+            return received.take(size)
+
+    def peek(self, size: int, timeout: float | None = None) -> bytes:
+        """As `read`, and the bytes stay."""
+        forks.check(self._born)
+        with self._lease:
+            if not self._received.parts and not self._await_bytes(timeout):
                 return b""
-            assert self._ending is not None
-            if isinstance(self._ending.cause, EndOfStream):
+            return self._received.peek(size)
+
+    def _read_quietly(self, give_up: float | None) -> bytes:
+        """The next record, if it comes before anything else happens."""
+        transport, received = self._transport, self._received
+        if not transport.readable():
+            received.asking += 1
+            try:
+                ready = self._lease.sleep(give_up)
+            finally:
+                received.asking -= 1
+            if ready != Want.READ or not transport.quiet or received.parts:
                 return b""
-            raise fresh(self._ending.cause)
+        data = self._lease.at_once(transport.read_at_once)
+        if not data:
+            self._lease.ring()
+        return data
+
+    def _await_bytes(self, timeout: float | None) -> bool:
+        """Whether there are any; false at the clean end, and other ends raise."""
+        if self._info is None:
+            self._open(timeout)
+        received = self._received
+        received.asking += 1
+        try:
+            self._wait(self._readable, timeout, "read", Want.READ)
+        finally:
+            received.asking -= 1
+        if received.parts or self._eof or self._deaf:
+            return bool(received.parts)
+        assert self._ending is not None
+        if isinstance(self._ending.cause, EndOfStream):
+            return False
+        raise fresh(self._ending.cause)
 
     def _readable(self) -> bool:
         return bool(self._received.parts) or self._eof or self._deaf or self._ending is not None
@@ -266,9 +299,9 @@ class Stream:
         try:
             with self._lease:
                 for start in range(0, len(view), PIECE_BYTES):
-                    left = None if give_up is None else max(0.001, give_up - time.monotonic())
-                    self._hand_over(view[start : start + PIECE_BYTES], left)
-                    self._wait(self._all_gone, left, "write", Want.WRITE)
+                    self._hand_over(bytes(view[start : start + PIECE_BYTES]), _left(give_up))
+                    if self._sent.held():
+                        self._wait(self._all_gone, _left(give_up), "write", Want.WRITE)
                     self._check_writable()
         finally:
             self._writers.release()
@@ -284,19 +317,26 @@ class Stream:
                 raise WouldBlock(Want.WRITE if self._transport.mask & Want.WRITE else Want.READ)
             if self._sent.held():
                 break
-            piece = view[done : done + RECORD_BYTES]
+            piece = bytes(view[done : done + RECORD_BYTES])
             self._hand_over(piece, 0)
-            self._lease.turn()
+            if self._sent.held():
+                self._lease.turn()
             self._check_writable()
             done += len(piece)
         return done
 
-    def _hand_over(self, piece: memoryview, timeout: float | None) -> None:
+    def _hand_over(self, piece: bytes, timeout: float | None) -> None:
         if self._info is None:
             self._open(timeout)
         self._check_writable()
-        self._sent.take(len(piece))
-        self._transport.send([bytes(piece)])
+        transport, sent = self._transport, self._sent
+        sent.take(len(piece))
+        if not transport.quiet or len(piece) > RECORD_BYTES:
+            transport.send([piece])
+        elif self._lease.at_once(transport.write_at_once, piece):
+            sent.give_back(len(piece))
+        else:
+            self._lease.ring()
 
     def _all_gone(self) -> bool:
         return not self._sent.held()
@@ -304,7 +344,7 @@ class Stream:
     def _check_writable(self) -> None:
         if self._ending is not None:
             raise fresh(self._ending.cause)
-        if self._lease.closing or self._transport.draining():
+        if self._lease.closing or self._half_closed:
             raise SessionClosed("this side has closed its half of the session")
 
     # Ends.
@@ -315,6 +355,7 @@ class Stream:
         with self._lease:
             if self._info is None or self._ending is not None:
                 return
+            self._half_closed = True
             self._lease.command("send_eof", True)
             try:
                 self._wait(
@@ -346,6 +387,7 @@ class Stream:
             received.asking += AHEAD_BYTES
             try:
                 if self._ending is None:
+                    self._half_closed = True
                     self._lease.command("unwrap", None)
                 self._wait(lambda: self._ending is not None, timeout, "unwrap", Want.READ)
             finally:
@@ -425,3 +467,8 @@ class Stream:
 
     def __repr__(self) -> str:
         return f"<Stream {self.name} {self._transport.state.value}>"
+
+
+def _left(give_up: float | None) -> float | None:
+    """Seconds until then; never 0, which would mean not to wait."""
+    return None if give_up is None else max(1e-6, give_up - time.monotonic())

@@ -219,6 +219,7 @@ class Transport:
         "name",
         "now",
         "outbox",
+        "quiet",
         "retired",
         "since",
         "sock",
@@ -242,6 +243,7 @@ class Transport:
         self.sock = plan.sock
         self.mask = NOTHING
         self.again = False
+        self.quiet = False  # nothing but reading is under way
         self.deadline: float | None = None
         self.finished = False
         self.retired: list[socket.socket] = []
@@ -305,13 +307,62 @@ class Transport:
             self.end(PeerReset(error.errno, f"the connection failed: {error.strerror}"))
         self._settle()
 
+    # The shortest turns there are, for an owner that wants one thing only of a session that is `quiet`.
+
+    def read_at_once(self) -> bytes:
+        """The next record if it is there and plain data; ``b""`` if it was anything else, which has been dealt with."""
+        engine = self._engine
+        assert engine is not None
+        try:
+            data = engine.read(RECORD_BYTES)
+            if isinstance(data, bytes) and data and not engine.on_detour:
+                self._read.wait_for(READ)
+                self._read.ready = len(data) == RECORD_BYTES
+                self.mask = NOTHING if self._read.ready else READ
+                return data
+            if isinstance(data, Want):
+                self._read.wait_for(data)
+                data = b""
+            elif not data:
+                self._peer_closed = True
+                self._read.rest()
+                self._on_peer_closed()
+        except SessionEnded as error:
+            self.end(error)
+            data = b""
+        if engine.on_detour and self._exchanging:
+            self.step(self.now)  # to bring out what the read had to say
+        self._settle()
+        return data
+
+    def write_at_once(self, data: bytes) -> bool:
+        """Write *data*, at most a record.  Whether the kernel has it; if not it is on its way, as after `send`."""
+        assert self._engine is not None and self._chunk is None
+        try:
+            count = self._engine.write(data)
+        except SessionEnded as error:
+            self._chunks.append(data)
+            self.end(error)
+        else:
+            if count == len(data) and not self._engine.on_detour:
+                return True
+            if isinstance(count, Want):
+                self._chunk = data
+                self._wait_to_write(count)
+            else:
+                self._accepted += count
+                self._chunk = data[count:] or None
+                self._write.ready = True
+        self._settle()
+        return False
+
+    def readable(self) -> bool:
+        """Whether a read could get anywhere although no poll has announced anything."""
+        return self._read.ready
+
     def runnable(self) -> bool:
         """Whether a step could get anywhere although no poll has announced anything."""
         return any(operation.ready for operation in self._operations)
-
-    def draining(self) -> bool:
-        """Whether this side has ended its half, so that nothing more may be sent."""
-        return self.state is State.DRAINING
 
     def said_close(self) -> bool:
         """Whether the kernel has our close_notify."""
@@ -347,6 +398,14 @@ class Transport:
         if self._read.ready and not self.again:
             mask &= ~READ  # no credit to read, and only reading could move whoever wants input
         self.mask = NOTHING if self.finished else mask
+        self.quiet = (
+            self._exchanging
+            and (self._read.ready or self._read.want is READ)
+            and mask in (READ, NOTHING)
+            and not (self._deadlines or self._write.ready or self._shutdown.ready or self._handshake.ready)
+            and self._shutdown.want is self._handshake.want is self._write.want is None
+            and not self._engine.on_detour  # type: ignore[union-attr]
+        )
         self.deadline = min(self._deadlines.values()) if self._deadlines else None
         if self._dialer is not None and self._dialer.deadline is not None:
             self.deadline = min(self._dialer.deadline, self.deadline or self._dialer.deadline)

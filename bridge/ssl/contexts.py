@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.x509.oid import NameOID
 from OpenSSL import SSL, crypto
 from OpenSSL._util import exception_from_error_queue
 from OpenSSL._util import ffi as _ffi
@@ -36,6 +35,7 @@ from bridge.context import Context
 from bridge.credentials import certificates, reasons
 from bridge.errors import HostnameMismatch
 from bridge.names import PeerName, peer_certificate
+from bridge.ssl.facts import certificate_dict
 from bridge.ssl.sockets import SSLSocket, Wire
 
 __all__ = ["SSLContext", "stdlib_properties"]
@@ -114,8 +114,8 @@ class SSLContext(ssl.SSLContext):
         session: Any = None,
     ) -> Wire:
         """What an `ssl.SSLSocket` asks its context for, to speak TLS.  An unusable setting is refused here."""
-        self.core(server_side)
-        return Wire(owner, self, server_side, server_hostname, session)
+        self.core(bool(server_side))
+        return Wire(owner, self, bool(server_side), server_hostname, session)
 
     def core(self, server_side: bool) -> Context:
         """The bridge's context with these settings; the same one until a setting changes.  Any thread.
@@ -299,14 +299,15 @@ def _is_common_name(connection: SSL.Connection, server_hostname: str | None) -> 
         return False
     name = PeerName.parse(server_hostname)
     try:
-        alternatives = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        alternatives = x509.SubjectAlternativeName([])
-    if name.address is not None or alternatives.get_values_for_type(x509.DNSName):
+        facts = certificate_dict(certificate)
+    except ValueError:
         return False
-    for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME):
+    if name.address is not None or any(kind == "DNS" for kind, _ in facts.get("subjectAltName", ())):
+        return False
+    wanted = DNS_ID(name.ascii)
+    for what, value in (attribute for rdn in facts["subject"] for attribute in rdn):
         with contextlib.suppress(UnusableName):
-            if DNS_ID(name.ascii).verify(DNSPattern.from_bytes(str(attribute.value).encode())):
+            if what == "commonName" and wanted.verify(DNSPattern.from_bytes(str(value).encode())):
                 return True
     return False
 

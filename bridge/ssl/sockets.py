@@ -277,7 +277,12 @@ class SSLSocket(ssl.SSLSocket):
         """As `socket.socket.recv`."""
         if self._sslobj is None or flags:
             return self._recv_in_plain_text(buflen, flags) if self._leftover else super().recv(buflen, flags)
-        return self._forgiving(buflen, None, b"")
+        try:
+            return self._sslobj.read(buflen)
+        except ssl.SSLEOFError:
+            if not self.suppress_ragged_eofs:
+                raise
+            return b""
 
     def recv_into(self, buffer: Buffer, nbytes: int | None = None, flags: int = 0) -> int:
         """As `socket.socket.recv_into`."""
@@ -402,13 +407,16 @@ class SSLSocket(ssl.SSLSocket):
 
     def __del__(self) -> None:
         # May run in any thread, at any moment.
-        wire = getattr(self, "_sslobj", None)
-        if wire is None or wire.stream is None:
+        if self.fileno() == -1:
             return
         warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self)
-        self._sslobj = None
-        socket.socket.detach(self)
-        wire.stream.forget()
+        wire = vars(self).get("_sslobj")
+        if wire is None or wire.stream is None:
+            socket.socket.close(self)
+        else:
+            self._sslobj = None
+            socket.socket.detach(self)
+            wire.stream.forget()
 
     # Servers.
 
@@ -418,6 +426,11 @@ class SSLSocket(ssl.SSLSocket):
         Whoever uses the new socket first waits for it; if it failed, that call raises why.
         """
         plain, address = socket.socket.accept(self)
+        try:
+            plain.getpeername()
+        except OSError:  # it has gone already
+            plain.close()
+            raise
         made = self.context.wrap_socket(
             plain,
             server_side=True,

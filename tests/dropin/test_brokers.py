@@ -235,6 +235,9 @@ def test_stomp_receives_what_it_sends(arrangement: Arrangement, server_context: 
     heard: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
 
     class Listener(stomp.ConnectionListener):  # type: ignore[misc]
+        def on_connected(self, frame: Any) -> None:
+            heard.put(("connected", frame.headers["version"]))
+
         def on_message(self, frame: Any) -> None:
             heard.put(("message", frame.body))
 
@@ -249,7 +252,8 @@ def test_stomp_receives_what_it_sends(arrangement: Arrangement, server_context: 
         connection = stomp.Connection12(where, timeout=PATIENCE, auto_decode=False)
         connection.set_ssl(where, ca_certs=ca_file)
         connection.set_listener("", Listener())
-        connection.connect(wait=True)
+        connection.connect()
+        assert heard.get(timeout=PATIENCE) == ("connected", "1.2")
         assert spoken_by(connection.transport.socket) == expected(arrangement.client)
         connection.subscribe("/queue/test", id="1")
         for body in (b"small", LARGE):

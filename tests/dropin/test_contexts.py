@@ -31,8 +31,10 @@ from dropin_rig import (
     make_client_context,
     make_server_context,
 )
-from OpenSSL import crypto
+from OpenSSL import SSL, crypto
 from rig import PATIENCE
+
+import bridge
 
 pytestmark = pytest.mark.usefixtures("default_bridge")
 
@@ -578,14 +580,17 @@ def test_the_protocols_of_old_serve_both_sides(
 
 
 @each_side
-def test_ciphers_hold(side: str, pair: dict[str, Any]) -> None:
+def test_ciphers_hold_and_so_does_their_order(side: str, pair: dict[str, Any]) -> None:
     pair["ours"].maximum_version = ssl.TLSVersion.TLSv1_2
-    for cipher in ("ECDHE-ECDSA-AES256-GCM-SHA384", "ECDHE-ECDSA-CHACHA20-POLY1305"):
-        pair["ours"].set_ciphers(cipher)
-        assert agreed(pair["client"], pair["server"])[0].cipher == cipher
+    if side == "client":
+        pair["server"].options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
+    ciphers = ["ECDHE-ECDSA-CHACHA20-POLY1305", "ECDHE-ECDSA-AES128-GCM-SHA256"]
+    for wanted in (ciphers, ciphers[::-1], ciphers[1:]):
+        pair["ours"].set_ciphers(":".join(wanted))
+        assert agreed(pair["client"], pair["server"])[0].cipher == wanted[0]
 
 
-def test_a_client_offers_the_ciphers_of_the_stdlib_in_its_order(
+def test_a_client_offers_the_ciphers_of_the_stdlib(
     our_client: Any, their_client: Any, their_server: Any
 ) -> None:
     for spelling in (None, "DEFAULT", "ECDHE+AESGCM:ECDHE+CHACHA20"):
@@ -803,6 +808,21 @@ def test_the_sni_callback_can_refuse_with_an_alert(
     assert unraisable.types == reported
 
 
+def test_a_server_name_that_is_no_ascii_is_refused(our_server: Any, unraisable: Heard) -> None:
+    our_server.sni_callback = raise_error
+    near, far = socket.socketpair()
+    far.settimeout(PATIENCE)
+    with ThreadPoolExecutor(1) as pool, near:
+        serving = pool.submit(greet, our_server, far, server_side=True)
+        client = SSL.Connection(SSL.Context(SSL.TLS_METHOD), near)
+        client.set_tlsext_host_name(b"\xff.example")
+        client.set_connect_state()
+        with pytest.raises(SSL.Error, match="internal error"):
+            client.do_handshake()
+        assert isinstance(serving.result().error, ssl.SSLError)
+    assert unraisable.types == [UnicodeDecodeError]
+
+
 def test_a_servername_callback_is_an_sni_callback(our_server: Any, their_client: Any) -> None:
     names = []
     our_server.set_servername_callback(lambda sock, name, context: names.append(name))
@@ -840,6 +860,16 @@ def test_each_setting_can_be_read_back_and_is_of_the_same_type(name: str, kind: 
         found = getattr(context, name)
     assert found == getattr(reference, name)
     assert type(found) is type(getattr(reference, name))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_each_setting_survives_that_the_class_stands_in_the_stdlibs_place(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssl, "SSLContext", KINDS["ours"])
+    context = blank("ours", "server")
+    setattr(context, name, SETTINGS[name])
+    assert getattr(context, name) == SETTINGS[name]
 
 
 BAD_CALLS: dict[str, Callable[[Any], Any]] = {
@@ -982,6 +1012,30 @@ def test_a_core_checks_names_and_follows_renegotiation_as_its_context_says() -> 
     context.options |= ssl.OP_NO_RENEGOTIATION
     assert not context.core(False).check_hostname
     assert not context.core(False).renegotiation
+
+
+@needs_core
+def test_a_core_gives_back_the_buffers_of_idle_sessions() -> None:
+    assert blank("ours", "server").core(True).raw.set_mode(0) & SSL.MODE_RELEASE_BUFFERS
+
+
+@needs_core
+def test_a_core_remembers_no_sessions_by_itself(our_client: Any) -> None:
+    connection = our_client.core(False).connection(None, "localhost", "a key to remember it by")
+    assert not connection.get_app_data().to_be_remembered
+
+
+@needs_core
+def test_a_core_is_a_context_for_any_bridge(our_client: Any, their_server: Any) -> None:
+    near, far = socket.socketpair()
+    far.settimeout(PATIENCE)
+    with ThreadPoolExecutor(1) as pool, bridge.Bridge(workers=1) as ours:
+        serving = pool.submit(greet, their_server, far, server_side=True)
+        session = ours.adopt(near, our_client.core(False), server_hostname="localhost", timeout=PATIENCE)
+        session.send(b"greetings")
+        assert session.recv(PATIENCE) == b"greetings"
+        assert serving.result().error is None
+        session.close(PATIENCE)
 
 
 @needs_core
