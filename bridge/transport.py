@@ -803,7 +803,7 @@ class Transport:
         self._move(State.CLOSED, TRANSITIONS[self.state][State.CLOSED])
         unwrapped = self.sock if self._unwrapping and self._sent_close and self._peer_closed else None
         leftover = self._engine.leftover() if self._engine is not None and unwrapped is not None else b""
-        self._exchanging = False
+        self._exchanging = self.quiet = False
         self._engine = self._dialer = self._chunk = None
         self._chunks.clear()
         self._deadlines.clear()

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import ssl as _stdlib
 import types as _types
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bridge.ssl.contexts import SSLContext
 from bridge.ssl.injection import extract, inject
 from bridge.ssl.process import default_bridge
 from bridge.ssl.sessions import SSLSession
 from bridge.ssl.sockets import SSLSocket
-
-if TYPE_CHECKING:
-    from ssl import *  # noqa: F403
 
 _namespace: dict[str, Any] = {
     **vars(_stdlib),

@@ -269,6 +269,8 @@ class SSLSocket(ssl.SSLSocket):
     """An `ssl.SSLSocket` whose TLS is the bridge's.  Made by `SSLContext.wrap_socket`."""
 
     _sslobj: Wire | None
+    suppress_ragged_eofs: bool
+    do_handshake_on_connect: bool
     _leftover = b""
 
     # Bytes: the shortest way to the wire.
@@ -278,7 +280,7 @@ class SSLSocket(ssl.SSLSocket):
         if self._sslobj is None or flags:
             return self._recv_in_plain_text(buflen, flags) if self._leftover else super().recv(buflen, flags)
         try:
-            return self._sslobj.read(buflen)
+            return self._sslobj.read(buflen)  # type: ignore[no-any-return]
         except ssl.SSLEOFError:
             if not self.suppress_ragged_eofs:
                 raise
@@ -295,7 +297,7 @@ class SSLSocket(ssl.SSLSocket):
             return len(data)
         if nbytes is None:
             nbytes = memoryview(buffer).nbytes or 1024
-        return self._forgiving(nbytes, buffer, 0)
+        return int(self._forgiving(nbytes, buffer, 0))
 
     def read(self, len: int = 1024, buffer: Buffer = None) -> Any:
         """As `ssl.SSLSocket.read`."""
@@ -386,10 +388,10 @@ class SSLSocket(ssl.SSLSocket):
         self._sslobj = None
         return super().detach()
 
-    def _real_close(self) -> None:  # type: ignore[override]
+    def _real_close(self) -> None:
         wire, self._sslobj = self._sslobj, None
         if wire is None or wire.stream is None:
-            super()._real_close()
+            super()._real_close()  # type: ignore[misc]
         else:
             socket.socket.detach(self)
             wire.stream.close()
@@ -431,7 +433,7 @@ class SSLSocket(ssl.SSLSocket):
         except OSError:  # it has gone already
             plain.close()
             raise
-        made = self.context.wrap_socket(
+        made: Any = self.context.wrap_socket(
             plain,
             server_side=True,
             do_handshake_on_connect=False,
