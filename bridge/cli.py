@@ -1,4 +1,5 @@
-"""The command line: `tls-bridge echo`, a server to talk to, and `tls-bridge demo`, the main job, live.
+"""The command line: `tls-bridge echo`, a server to talk to; `tls-bridge demo`, the main job, live; and
+`tls-bridge run`, which runs a program with the bridge in the place of the stdlib's `ssl`.
 
 Only the demo on a terminal uses `rich` (the extra ``cli``), and it does without if that is not installed.
 """
@@ -9,7 +10,9 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import queue
+import runpy
 import signal
 import sys
 import threading
@@ -41,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     address; the reason is one line on stderr.  130: interrupted.  Raises SystemExit where argparse does.
     Echo catches signals, so it runs on the main thread only.
     """
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["run"] and words[1:] not in (["-h"], ["--help"]):
+        return _run(words[1:])  # whose options are not ours
+    arguments = _parser().parse_args(words)
     try:
         return _echo(arguments) if arguments.command == "echo" else _demo(arguments)
     except bridge.ConfigurationError as error:
@@ -67,6 +73,7 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_echo(commands.add_parser("echo", help="serve TLS and send back whatever comes"))
     _add_demo(commands.add_parser("demo", help="many threads on real TLS sessions, every byte checked"))
+    _add_run(commands.add_parser("run", help="run a Python program, its TLS the bridge's"))
     return parser
 
 
@@ -110,6 +117,14 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print nothing but the result, as JSON")
 
 
+def _add_run(parser: _Parser) -> None:
+    parser.usage = "%(prog)s SCRIPT [ARG ...] | %(prog)s -m MODULE [ARG ...]"
+    parser.description = (
+        "Run a Python program as `python` would, but whenever it or one of its libraries makes an"
+        " ssl.SSLContext, it gets the bridge's."
+    )
+
+
 def _address(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
@@ -134,6 +149,25 @@ class _Positive:
 
     def __repr__(self) -> str:  # "invalid int value: 'x'"
         return self.kind.__name__
+
+
+# Run.
+
+
+def _run(words: list[str]) -> int:
+    from bridge import ssl
+
+    if not words or words == ["-m"]:
+        _parser().error("run needs the path of a script, or -m and a module")
+    ssl.inject()
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
+        runpy.run_path(words[0], run_name="__main__")
+    return 0
 
 
 # Echo.

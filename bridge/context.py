@@ -186,7 +186,8 @@ class Context:
 
         Any thread may call this; the connection then belongs to one at a time.  A client puts
         *server_hostname* into SNI unless it is an IP address (RFC 6066, 3), and offers the session *resume*, or
-        the one it remembers under *resume_key*.  Callbacks find *owner* on the record.  ConfigurationError if the name is needed and missing, or is no name.
+        the one it remembers under *resume_key*.  Callbacks find *owner* on the record.  ConfigurationError if
+        the name is needed and missing, or is no name.
         """
         name = None if self.server_side else self.peer_name(server_hostname)
         connection = Connection(self.raw, sock)

@@ -105,7 +105,9 @@ def library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         if os.environ.get("BRIDGE_REQUIRE_PEERS"):
-            pytest.fail(f"{name} cannot be imported ({error}), and BRIDGE_REQUIRE_PEERS is set", pytrace=False)
+            pytest.fail(
+                f"{name} cannot be imported ({error}), and BRIDGE_REQUIRE_PEERS is set", pytrace=False
+            )
         pytest.skip(f"{name} is not installed")
 
 

@@ -233,7 +233,10 @@ def test_fact_14_nothing_follows_our_close_notify_even_if_the_socket_is_full_whe
     """The answer to a KeyUpdate would meet a closed socket, and its reset the peer's last bytes on their way."""
     near, far = rig.small_tcp_pair()
     far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
-    client, server = TLSEngine(tls13.client, near, server_hostname="localhost"), key_updater(far, tls13.identity)
+    client, server = (
+        TLSEngine(tls13.client, near, server_hostname="localhost"),
+        key_updater(far, tls13.identity),
+    )
     shake(client, server)
     client.established("localhost", None, near)
     assert client.read(1) is Want.READ, "takes the tickets"

@@ -13,8 +13,9 @@ import types as _types
 from typing import Any
 
 from bridge.ssl.contexts import SSLContext
-from bridge.ssl.injection import extract, inject
-from bridge.ssl.process import default_bridge
+from bridge.ssl.injection import extract as extract
+from bridge.ssl.injection import inject as inject
+from bridge.ssl.process import default_bridge as default_bridge
 from bridge.ssl.sessions import SSLSession
 from bridge.ssl.sockets import SSLSocket
 

@@ -20,7 +20,10 @@ _bridge: Bridge | None = None
 
 
 def default_bridge() -> Bridge:
-    """The one Bridge that all sockets of this process share.  Any thread.  To close it is allowed; the next use makes another."""
+    """The one Bridge that all sockets of this process share.  Any thread.
+
+    To close it is allowed: its sockets end, and the next use makes another.
+    """
     global _bridge
     with _lock:
         if _bridge is None or _bridge.closed:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from bridge.connection import session_der
+from bridge.ssl.facts import elements
 
 if TYPE_CHECKING:
     from OpenSSL import SSL
@@ -21,7 +21,7 @@ class SSLSession:
         self.raw = raw
         self.context = context
         """Where it may be used: the SSLContext it came from."""
-        fields = list(_elements(next(_elements(session_der(raw)))[1]))
+        fields = list(elements(next(elements(session_der(raw)))[1]))
         tagged = dict(fields)
         self.id: bytes = fields[3][1]
         self.time = _number(tagged.get(_TIME))
@@ -39,18 +39,4 @@ class SSLSession:
 
 
 def _number(explicit: bytes | None) -> int:
-    return 0 if explicit is None else int.from_bytes(next(_elements(explicit))[1], "big")
-
-
-def _elements(der: bytes) -> Iterator[tuple[int, bytes]]:
-    """Tag and content of each element of *der* (X.690, 8.1)."""
-    position = 0
-    while position < len(der):
-        tag, length = der[position], der[position + 1]
-        position += 2
-        if length >= 0x80:
-            size = length & 0x7F
-            length = int.from_bytes(der[position : position + size], "big")
-            position += size
-        yield tag, der[position : position + length]
-        position += length
+    return 0 if explicit is None else int.from_bytes(next(elements(explicit))[1], "big")

@@ -66,6 +66,7 @@ class Wire:
 
     @property
     def owner(self) -> SSLSocket | None:
+        """The socket, while it lives."""
         return self._owner()
 
     # The beginning.
@@ -109,6 +110,7 @@ class Wire:
         self.begin().begin()
 
     def do_handshake(self) -> None:
+        """The handshake, within the time-out."""
         self._shake_hands(self.begin())
 
     def _shake_hands(self, stream: Stream) -> None:
@@ -134,6 +136,7 @@ class Wire:
     # Bytes.
 
     def read(self, size: int = 1024, buffer: Buffer = None) -> Any:
+        """At most *size* bytes, or into *buffer* and how many."""
         stream = self.stream or self.begin()
         if buffer is not None:
             with memoryview(buffer) as view, view.cast("B") as room:
@@ -158,6 +161,7 @@ class Wire:
             raise self._failure(error, socket.SO_RCVTIMEO) from None
 
     def write(self, data: Buffer) -> int:
+        """Hand *data* to the kernel, encrypted; how many bytes."""
         timeout = self.timeout
         if timeout is None and self.kernel_timeouts:
             timeout = self.kernel_timeouts.get(socket.SO_SNDTIMEO)
@@ -167,6 +171,7 @@ class Wire:
             raise self._failure(error, socket.SO_SNDTIMEO) from None
 
     def pending(self) -> int:
+        """Decrypted bytes that no poll announces."""
         return 0 if self.stream is None else self.stream.pending()
 
     # Ends.
@@ -194,6 +199,7 @@ class Wire:
     # Facts.
 
     def getpeercert(self, binary_form: bool = False) -> Any:
+        """The peer's certificate as a dict, or as DER."""
         info = self._info()
         if info is None:
             raise ValueError("handshake not done yet")
@@ -205,42 +211,52 @@ class Wire:
         return certificate_dict(certificate) if self.context.verify_mode != ssl.CERT_NONE else {}
 
     def get_verified_chain(self) -> list[_Certificate] | None:
+        """From the leaf to the root."""
         info = self._info()
         return [_Certificate(_der(c)) for c in info.verified_chain] if info else None
 
     def get_unverified_chain(self) -> list[_Certificate] | None:
+        """As the peer sent it."""
         info = self._info()
         return [_Certificate(_der(c)) for c in info.presented_chain] if info else None
 
     def cipher(self) -> tuple[str, str, int] | None:
+        """Name, protocol that brought it, secret bits."""
         info = self._info()
         return (info.cipher, info.cipher_version, info.cipher_bits) if info else None
 
     def shared_ciphers(self) -> None:
+        """Not known: pyOpenSSL has no way to ask."""
         return None
 
     def compression(self) -> None:
+        """There never is any."""
         return None
 
     def version(self) -> str | None:
+        """Of the protocol."""
         info = self._info()
         return info.version if info else None
 
     def selected_alpn_protocol(self) -> str | None:
+        """By ALPN."""
         info = self._info()
         return info.alpn if info else None
 
     def get_channel_binding(self, cb_type: str = "tls-unique") -> bytes | None:
+        """RFC 5929."""
         if cb_type not in ssl.CHANNEL_BINDING_TYPES:
             raise ValueError(f"'{cb_type}' channel binding type not implemented")
         info = self._info()
         return info.tls_unique if info else None
 
     def verify_client_post_handshake(self) -> None:
+        """Refused: see `SSLContext.post_handshake_auth`."""
         raise ssl.SSLError(ssl.SSL_ERROR_SSL, "the bridge does not ask for certificates after the handshake")
 
     @property
     def session(self) -> SSLSession | None:
+        """What to pass on for resumption."""
         if self.stream is not None and self.stream.info is not None and not self.server_side:
             raw = self.stream.session()
             if raw is not None:
@@ -261,6 +277,7 @@ class Wire:
 
     @property
     def session_reused(self) -> bool:
+        """Whether this one was resumed."""
         info = self._info()
         return bool(info and info.resumed)
 
@@ -336,8 +353,8 @@ class SSLSocket(ssl.SSLSocket):
             super().settimeout(value)
             return
         if value is not None:
-            value = float(value)
-            if value < 0:
+            value = float(value + 0)  # which a str is refused by
+            if not value >= 0:
                 raise ValueError("Timeout value out of range")
         wire.timeout = value
 

@@ -1,0 +1,156 @@
+"""The bridge in the stdlib's place: `inject`, `extract`, and programs that are run with it."""
+
+from __future__ import annotations
+
+import ssl
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from conftest import KeyPair
+from dropin_rig import make_client_context, make_server_context
+from peers import PATIENCE, Background
+
+import bridge.ssl
+
+pytestmark = pytest.mark.usefixtures("default_bridge")
+
+ROOT = str(Path(__file__).parents[2])
+ORIGINAL = [ssl.SSLContext]
+
+
+@pytest.fixture(autouse=True)
+def _extracted() -> object:
+    yield
+    bridge.ssl.extract()
+
+
+def test_inject_and_extract_are_idempotent_and_complete() -> None:
+    early = types.ModuleType("imported_early")
+    early.SSLContext = early.renamed = ssl.SSLContext  # type: ignore[attr-defined]
+    ours = types.ModuleType("uses_the_bridge")
+    ours.SSLContext = bridge.ssl.SSLContext  # type: ignore[attr-defined]
+    sys.modules.update({"imported_early": early, "uses_the_bridge": ours})
+    try:
+        for _ in range(2):
+            bridge.ssl.inject()
+            assert ssl.SSLContext is early.SSLContext is early.renamed is bridge.ssl.SSLContext
+            assert isinstance(ssl.create_default_context(), bridge.ssl.SSLContext)
+        for _ in range(2):
+            bridge.ssl.extract()
+            assert ssl.SSLContext is early.SSLContext is early.renamed is ORIGINAL[0]
+            assert type(ssl.create_default_context()) is ORIGINAL[0]
+            assert ours.SSLContext is bridge.ssl.SSLContext
+    finally:
+        del sys.modules["imported_early"], sys.modules["uses_the_bridge"]
+
+
+@pytest.mark.parametrize("kind", ["original", "ours", "subclass"])
+def test_every_setter_works_while_injected(kind: str) -> None:
+    class Early(ORIGINAL[0]):  # type: ignore[misc]
+        """Made before the injection, as many libraries make one."""
+
+    bridge.ssl.inject()
+    made = {"original": ORIGINAL[0], "ours": ssl.SSLContext, "subclass": Early}[kind]
+    context = made(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
+    context.options |= ssl.OP_NO_TICKET
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    assert context.minimum_version is context.maximum_version is ssl.TLSVersion.TLSv1_3
+    assert isinstance(context.options, ssl.Options) and context.options & ssl.OP_NO_TICKET
+    assert isinstance(context.verify_flags, ssl.VerifyFlags)
+    assert context.verify_mode is ssl.CERT_NONE
+
+
+def test_a_context_made_before_keeps_the_stdlibs_tls(
+    ca_file: str, server_cert: KeyPair, background: Background
+) -> None:
+    before = make_client_context("theirs", ca_file)
+    bridge.ssl.inject()
+    server = make_server_context("ours", server_cert)
+    address, (served,) = background.serve(lambda sock: server.wrap_socket(sock, server_side=True).close())
+    import socket
+
+    with before.wrap_socket(socket.create_connection(address, PATIENCE), server_hostname="localhost") as sock:
+        assert type(sock) is ssl.SSLSocket
+        assert sock.recv(1) == b""
+    served.result(PATIENCE)
+
+
+def test_names_that_are_not_ours_are_the_stdlibs() -> None:
+    for name in dir(ssl):
+        assert hasattr(bridge.ssl, name), name
+    assert bridge.ssl.CERT_REQUIRED is ssl.CERT_REQUIRED and bridge.ssl.SSLError is ssl.SSLError
+    assert issubclass(bridge.ssl.SSLContext, ssl.SSLContext) and issubclass(
+        bridge.ssl.SSLSocket, ssl.SSLSocket
+    )
+    for make in (bridge.ssl.create_default_context, bridge.ssl._create_unverified_context):
+        assert type(make()) is bridge.ssl.SSLContext
+    namespace: dict[str, object] = {}
+    exec("from bridge.ssl import *", namespace)
+    assert namespace["create_default_context"] is bridge.ssl.create_default_context
+    assert namespace["SSLContext"] is bridge.ssl.SSLContext and namespace["PROTOCOL_TLS"] is ssl.PROTOCOL_TLS
+
+
+PROGRAM = """
+import ssl, sys, urllib.request
+context = ssl.create_default_context(cafile=sys.argv[2])
+with urllib.request.urlopen(sys.argv[1], context=context) as answer:
+    print(type(context).__module__, answer.read().decode(), sys.argv[3:], __name__, flush=True)
+sys.exit(3)
+"""
+
+
+@pytest.fixture
+def background() -> object:
+    with Background() as made:
+        yield made
+
+
+@pytest.mark.parametrize("how", ["script", "module"])
+def test_a_program_runs_unchanged_with_the_bridge_in_it(
+    how: str, tmp_path: Path, ca_file: str, server_cert: KeyPair, background: Background
+) -> None:
+    def answer(sock: ssl.SSLSocket) -> None:
+        assert sock.recv(65_536).startswith(b"GET / ")
+        sock.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+
+    (tmp_path / "program.py").write_text(PROGRAM)
+    address, (served,) = background.serve_tls(make_server_context("theirs", server_cert), answer)
+    what = [str(tmp_path / "program.py")] if how == "script" else ["-m", "program"]
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "bridge",
+            "run",
+            *what,
+            f"https://localhost:{address[1]}/",
+            ca_file,
+            "--x",
+            "y",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        cwd=tmp_path,
+        env={"PYTHONPATH": ROOT, "PATH": ""},
+    )
+    assert ran.stdout.strip() == "bridge.ssl.contexts hello ['--x', 'y'] __main__", ran.stderr
+    assert ran.returncode == 3
+    served.result(PATIENCE)
+
+
+def test_run_without_a_program_says_what_it_needs() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "bridge", "run"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env={"PYTHONPATH": ROOT},
+    )
+    assert ran.returncode == 2 and "script" in ran.stderr

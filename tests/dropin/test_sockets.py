@@ -1,0 +1,579 @@
+"""`bridge.ssl.SSLSocket` as a socket: what programs rely on, and what the stdlib itself is weak at."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import gc
+import os
+import select
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import KeyPair
+from dropin_rig import Arrangement, make_client_context, make_server_context, our_ssl
+from peers import PATIENCE, Background, dial, receive_exactly
+from rig import tcp_pair
+
+pytestmark = pytest.mark.usefixtures("default_bridge")
+
+ROOT = str(Path(__file__).parents[2])
+OURS = Arrangement("ours", "ours")
+ours_and_theirs = pytest.mark.parametrize(
+    "arrangement", [Arrangement("ours", "theirs"), OURS], ids=str, indirect=False
+)
+Ends = tuple[Any, Any]
+
+
+@pytest.fixture
+def background() -> Iterator[Background]:
+    with Background() as made:
+        yield made
+
+
+def wrap(background: Background, client_context: Any, server_context: Any, *pair: socket.socket) -> Ends:
+    """A client's and a server's socket over *pair* (TCP by default), their handshake done."""
+    near, far = pair or tcp_pair()
+    near.settimeout(PATIENCE)
+    far.settimeout(PATIENCE)
+    served = background.run(lambda: server_context.wrap_socket(far, server_side=True))
+    client = client_context.wrap_socket(near, server_hostname="localhost")
+    return client, served.result(PATIENCE)
+
+
+@pytest.fixture
+def ends(background: Background, ca_file: str, server_cert: KeyPair) -> Iterator[Ends]:
+    """Our client and our server."""
+    made = wrap(background, make_client_context("ours", ca_file), make_server_context("ours", server_cert))
+    with made[0], made[1]:
+        yield made
+
+
+@pytest.fixture
+def mixed(background: Background, ca_file: str, server_cert: KeyPair) -> Iterator[Ends]:
+    """Our client and the stdlib's server."""
+    made = wrap(background, make_client_context("ours", ca_file), make_server_context("theirs", server_cert))
+    with made[0], made[1]:
+        yield made
+
+
+# ── what it is ──
+
+
+def test_it_is_an_ssl_socket_of_the_same_descriptor_which_the_old_one_has_lost(
+    background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    near, far = tcp_pair()
+    descriptor = near.fileno()
+    client, server = wrap(
+        background, make_client_context("ours", ca_file), make_server_context("ours", server_cert), near, far
+    )
+    with server:
+        assert isinstance(client, ssl.SSLSocket) and isinstance(client, our_ssl().SSLSocket)
+        assert near.fileno() == -1 and client.fileno() == descriptor
+        client.close()
+        assert client.fileno() == -1
+        client.close()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            client.recv(1)
+
+
+def test_facts_are_the_stdlibs(mixed: Ends) -> None:
+    client, server = mixed
+    assert client.version() == server.version() == "TLSv1.3"
+    assert client.cipher() == server.cipher()
+    assert client.get_channel_binding() == server.get_channel_binding() is not None
+    assert client.getpeercert()["subjectAltName"] == (
+        ("DNS", "localhost"),
+        ("IP Address", "127.0.0.1"),
+        ("IP Address", "0:0:0:0:0:0:0:1"),
+    )
+    assert ssl.DER_cert_to_PEM_cert(client.getpeercert(True))
+    assert server.getpeercert() is None
+    assert client.selected_alpn_protocol() is client.compression() is None
+    assert (client.server_hostname, client.server_side) == ("localhost", False)
+    server.close()
+    assert client.recv(1) == b""
+    assert client.version() == "TLSv1.3" and client.getpeercert(True), "also after the peer has gone"
+
+
+def test_before_the_handshake_there_are_no_facts(ca_file: str) -> None:
+    near, far = tcp_pair()
+    with (
+        far,
+        make_client_context("ours", ca_file).wrap_socket(
+            near, server_hostname="localhost", do_handshake_on_connect=False
+        ) as client,
+    ):
+        assert client.version() is client.cipher() is client.selected_alpn_protocol() is None
+        with pytest.raises(ValueError, match="handshake not done yet"):
+            client.getpeercert()
+
+
+# ── bytes ──
+
+
+def test_receiving_into_what_has_room(mixed: Ends) -> None:
+    client, server = mixed
+    server.sendall(b"0123456789" * 4)
+    room = array.array("i", [0] * 2)
+    assert client.recv_into(room) == 8 and room.tobytes() == b"01234567"
+    exact = bytearray(10)
+    assert client.recv_into(memoryview(exact)[2:5]) == 3 and exact == b"\0\0" + b"890" + b"\0" * 5
+    assert client.recv_into(exact, 1) == 1 and client.read(2) == b"23"
+    assert client.pending() == 26
+    assert client.recv(0) == b"" and client.recv_into(bytearray(0), 0) == 0
+    with pytest.raises(ValueError, match="non-zero flags not allowed"):
+        client.recv(1, socket.MSG_PEEK)
+    assert receive_exactly(client, 26) == b"456789" + b"0123456789" * 2
+
+
+def test_sending_what_has_bytes(mixed: Ends) -> None:
+    client, server = mixed
+    for data in (b"bytes", bytearray(b"more"), memoryview(b"view")[1:], array.array("H", [1, 2])):
+        client.sendall(data)
+        assert receive_exactly(server, memoryview(data).nbytes) == bytes(memoryview(data).cast("B"))
+    assert client.send(b"") == 0
+    with pytest.raises(TypeError):
+        client.sendall("text")
+    big = os.urandom(3_000_000)
+    received = threading.Thread(target=lambda: got.append(receive_exactly(server, len(big))))
+    got: list[bytes] = []
+    received.start()
+    assert client.send(big) == len(big), "a blocking send is never short"
+    received.join(PATIENCE)
+    assert got == [big]
+
+
+def test_files_and_messages_never_leave_in_plain_text(mixed: Ends, tmp_path: Path) -> None:
+    client, server = mixed
+    (tmp_path / "secret").write_bytes(b"secret" * 20_000)
+    with open(tmp_path / "secret", "rb") as file:
+        assert client.sendfile(file) == 120_000
+    assert receive_exactly(server, 120_000) == b"secret" * 20_000
+    for call in (lambda: client.sendmsg([b"x"]), lambda: client.recvmsg(1), client.dup):
+        with pytest.raises(NotImplementedError):
+            call()
+    for call in (lambda: client.sendto(b"x", ("127.0.0.1", 1)), lambda: client.recvfrom(1)):
+        with pytest.raises(ValueError):
+            call()
+    with pytest.raises(ValueError, match="unwrap"):
+        client.detach()
+    client.sendall(b"and it lives on")
+    assert receive_exactly(server, 15) == b"and it lives on"
+
+
+def test_a_file_object_outlives_its_socket(mixed: Ends) -> None:
+    client, server = mixed
+    file = client.makefile("rb")
+    client.close()
+    server.sendall(b"line one\nline two\n")
+    assert file.readline() == b"line one\n" and file.readline() == b"line two\n"
+    assert client.fileno() != -1
+    file.close()
+    assert client.fileno() == -1
+    assert server.recv(1) == b""
+
+
+def test_writes_of_several_threads_do_not_interleave(ends: Ends, background: Background) -> None:
+    client, server = ends
+    writers = [background.run(client.sendall, bytes([n]) * 200_000) for n in range(4)]
+    got = receive_exactly(server, 800_000)
+    for writer in writers:
+        writer.result(PATIENCE)
+    assert sorted({got[start] for start in range(0, 800_000, 200_000)}) == [0, 1, 2, 3]
+    assert all(len(set(got[start : start + 200_000])) == 1 for start in range(0, 800_000, 200_000))
+
+
+# ── time-outs, and not waiting at all ──
+
+
+def test_a_time_out_is_the_very_class_and_harms_nothing(mixed: Ends) -> None:
+    client, server = mixed
+    client.settimeout(0.02)
+    with pytest.raises(TimeoutError, match="The read operation timed out") as caught:
+        client.recv(1)
+    assert type(caught.value) is TimeoutError and not isinstance(caught.value, ssl.SSLError)
+    assert client.gettimeout() == client.timeout == 0.02 and client.getblocking()
+    for wrong, error in ((-1, ValueError), ("1", (TypeError, ValueError))):
+        with pytest.raises(error):
+            client.settimeout(wrong)
+    client.settimeout(PATIENCE)
+    server.sendall(b"late")
+    assert client.recv(10) == b"late"
+    client.settimeout(0.02)
+    with pytest.raises(TimeoutError, match="The write operation timed out"):
+        client.sendall(bytes(50_000_000))
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before-the-wrap", "after-it"])
+def test_so_rcvtimeo_is_heeded(
+    before: bool, background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    near, far = tcp_pair()
+    option = (socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 20_000))
+    if before:
+        near.setsockopt(*option)
+    client, server = wrap(
+        background,
+        make_client_context("ours", ca_file),
+        make_server_context("theirs", server_cert),
+        near,
+        far,
+    )
+    with client, server:
+        client.settimeout(None)
+        if not before:
+            client.setsockopt(*option)
+        with pytest.raises(BlockingIOError) as caught:
+            client.recv(1)
+        assert caught.value.errno == errno.EAGAIN
+        client.setsockopt(*option[:2], struct.pack("ll", 0, 0))
+        server.sendall(b"late")
+        assert client.recv(10) == b"late"
+
+
+def wait_for(sock: Any, error: ssl.SSLError) -> None:
+    if type(error) is ssl.SSLWantReadError:
+        assert error.errno == ssl.SSL_ERROR_WANT_READ and select.select([sock], [], [], PATIENCE)[0]
+    else:
+        assert type(error) is ssl.SSLWantWriteError and error.errno == ssl.SSL_ERROR_WANT_WRITE
+        assert select.select([], [sock], [], PATIENCE)[1]
+
+
+def patiently(sock: Any, call: Callable[..., Any], *arguments: Any) -> Any:
+    """What select-based programs do: wait for what the exception's very class says."""
+    while True:
+        try:
+            return call(*arguments)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            wait_for(sock, error)
+
+
+@pytest.mark.parametrize("server", ["ours", "theirs"])
+def test_without_blocking_with_a_truthful_descriptor(
+    server: str, background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    near, far = tcp_pair()
+    far.settimeout(PATIENCE)
+    serving = background.run(
+        lambda: make_server_context(server, server_cert).wrap_socket(far, server_side=True)
+    )
+    near.setblocking(False)
+    context = make_client_context("ours", ca_file)
+    with context.wrap_socket(near, server_hostname="localhost", do_handshake_on_connect=False) as client:
+        patiently(client, client.do_handshake)
+        client.do_handshake()
+        with serving.result(PATIENCE) as peer:
+            echo = background.run(lambda: peer.sendall(receive_exactly(peer, 1_000_000)))
+            sent, payload = 0, os.urandom(1_000_000)
+            while sent < len(payload):
+                count = patiently(client, client.send, payload[sent:])
+                assert count > 0
+                sent += count
+            got = b""
+            while len(got) < len(payload):
+                got += patiently(client, client.recv, 65_536)
+            assert got == payload
+            echo.result(PATIENCE)
+            with pytest.raises(ssl.SSLWantReadError):
+                client.recv(1)
+            assert not select.select([client], [], [], 0)[0]
+
+
+def test_a_handshake_on_connect_cannot_be_had_without_blocking(ca_file: str) -> None:
+    near, far = tcp_pair()
+    near.setblocking(False)
+    with far, pytest.raises(ValueError, match="do_handshake_on_connect should not be specified"):
+        make_client_context("ours", ca_file).wrap_socket(near, server_hostname="localhost")
+
+
+# ── ends ──
+
+
+def test_after_shutdown_of_our_half_reading_goes_on_decrypted(mixed: Ends) -> None:
+    """The stdlib hands out ciphertext here."""
+    client, server = mixed
+    client.sendall(b"question")
+    client.shutdown(socket.SHUT_WR)
+    assert receive_exactly(server, 100) == b"question"
+    server.sendall(b"answer")
+    assert client.recv(100) == b"answer"
+    with pytest.raises(OSError):
+        client.send(b"more")
+
+
+def test_shutdown_wakes_a_reader(ends: Ends, background: Background) -> None:
+    client, server = ends
+    reading = background.run(client.recv, 1)
+    while not client._sslobj.stream._lease._sleepers:
+        assert not reading.done()
+    client.shutdown(socket.SHUT_RDWR)
+    assert reading.result(PATIENCE) == b""
+    assert server.recv(1) == b""
+
+
+def test_close_wakes_a_reader(ends: Ends, background: Background) -> None:
+    client, server = ends
+    reading = background.run(client.recv, 1)
+    while not client._sslobj.stream._lease._sleepers:
+        assert not reading.done()
+    client.close()
+    assert reading.result(PATIENCE) == b""
+    assert server.recv(1) == b""
+
+
+@pytest.mark.parametrize("size", [0, 3_000_000])
+def test_sendall_and_close_at_once_loses_nothing(
+    size: int, background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    """A write-only client has tickets unread; the stdlib's close makes the kernel reset the connection."""
+    context = make_server_context("theirs", server_cert)
+    address, (served,) = background.serve_tls(
+        context, lambda sock: (len(receive_exactly(sock, size)), sock.recv(1))
+    )
+    client = make_client_context("ours", ca_file).wrap_socket(dial(address), server_hostname="localhost")
+    client.sendall(bytes(size))
+    client.close()
+    assert served.result(PATIENCE) == (size, b"")
+
+
+@pytest.mark.parametrize("suppress", [True, False])
+def test_a_ragged_end(suppress: bool, background: Background, ca_file: str, server_cert: KeyPair) -> None:
+    near, far = tcp_pair()
+    far.settimeout(PATIENCE)
+    served = background.run(
+        lambda: make_server_context("theirs", server_cert).wrap_socket(far, server_side=True)
+    )
+    with (
+        make_client_context("ours", ca_file).wrap_socket(
+            near, server_hostname="localhost", suppress_ragged_eofs=suppress
+        ) as client,
+        served.result(PATIENCE) as server,
+    ):
+        server.sendall(b"cut o")
+        server.shutdown(socket.SHUT_WR)
+        assert receive_exactly(client, 5) == b"cut o"
+        if suppress:
+            assert client.recv(1) == b""
+        else:
+            with pytest.raises(ssl.SSLEOFError) as caught:
+                client.recv(1)
+            assert type(caught.value) is ssl.SSLEOFError and caught.value.errno == ssl.SSL_ERROR_EOF
+
+
+@ours_and_theirs
+def test_unwrap_gives_the_plain_socket_back_which_can_be_wrapped_again(
+    arrangement: Arrangement, background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    contexts = (
+        make_client_context(arrangement.client, ca_file),
+        make_server_context(arrangement.server, server_cert),
+    )
+    client, server = wrap(background, *contexts)
+    unwrapping = background.run(server.unwrap)
+    plain, far = client.unwrap(), unwrapping.result(PATIENCE)
+    plain.sendall(b"in plain text")
+    assert far.recv(100) == b"in plain text"
+    with pytest.raises(ValueError, match="No SSL wrapper around"):
+        client.unwrap()
+    again, served = wrap(background, *contexts, plain, far)
+    with again, served:
+        again.sendall(b"in TLS again")
+        assert served.recv(100) == b"in TLS again"
+
+
+def test_a_forgotten_socket_is_closed_with_a_warning(
+    ends: Ends, ca_file: str, server_cert: KeyPair, background: Background
+) -> None:
+    made = list(
+        wrap(background, make_client_context("ours", ca_file), make_server_context("ours", server_cert))
+    )
+    with pytest.warns(ResourceWarning, match=r"unclosed <bridge\.ssl"):
+        del made[0]
+        gc.collect()
+    with made[0] as server:
+        assert server.recv(1) == b""
+
+
+@pytest.mark.parametrize("began", [False, True], ids=["unconnected", "connected"])
+def test_a_forgotten_socket_without_tls_is_closed_too(began: bool, ca_file: str) -> None:
+    near, far = tcp_pair() if began else (socket.socket(), socket.socket())
+    with far:
+        made = [
+            make_client_context("ours", ca_file).wrap_socket(
+                near, server_hostname="x", do_handshake_on_connect=False
+            )
+        ]
+        descriptor = made[0].fileno()
+        with pytest.warns(ResourceWarning, match="unclosed"):
+            made.clear()
+            gc.collect()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+
+
+# ── connecting, listening ──
+
+
+def test_connecting_afterwards(background: Background, ca_file: str, server_cert: KeyPair) -> None:
+    context = make_client_context("ours", ca_file)
+    address, served = background.serve_tls(
+        make_server_context("theirs", server_cert),
+        lambda sock: sock.sendall(receive_exactly(sock, 2)),
+        times=2,
+    )
+    for connect in ("connect", "connect_ex"):
+        with context.wrap_socket(socket.socket(), server_hostname="localhost") as client:
+            client.settimeout(PATIENCE)
+            assert not getattr(client, connect)(address)
+            client.sendall(b"hi")
+            assert receive_exactly(client, 2) == b"hi"
+    for one in served:
+        one.result(PATIENCE)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        with context.wrap_socket(socket.socket(), server_hostname="localhost") as client:
+            with pytest.raises(ConnectionRefusedError):
+                client.connect(unused.getsockname())
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="needs Unix sockets")
+def test_unix_sockets(background: Background, ca_file: str, server_cert: KeyPair) -> None:
+    client, server = wrap(
+        background,
+        make_client_context("ours", ca_file),
+        make_server_context("theirs", server_cert),
+        *socket.socketpair(),
+    )
+    with client, server:
+        client.sendall(b"hi")
+        assert server.recv(10) == b"hi"
+
+
+def test_a_mute_client_never_stalls_accept(ca_file: str, server_cert: KeyPair) -> None:
+    plain = socket.create_server(("127.0.0.1", 0))
+    with make_server_context("ours", server_cert).wrap_socket(plain, server_side=True) as listener:
+        listener.settimeout(PATIENCE)
+        with dial(listener.getsockname()):
+            mute, _ = listener.accept()
+            honest = socket.create_connection(listener.getsockname(), PATIENCE)
+            accepted, _ = listener.accept()
+            with make_client_context("ours", ca_file).wrap_socket(
+                honest, server_hostname="localhost"
+            ) as client:
+                client.sendall(b"hi")
+                assert accepted.recv(2) == b"hi" and accepted.version() == "TLSv1.3"
+            mute.settimeout(0.02)
+            with pytest.raises(TimeoutError):
+                mute.recv(1)
+            mute.close()
+            accepted.close()
+
+
+def test_plain_http_to_a_tls_port_is_told_apart(background: Background, server_cert: KeyPair) -> None:
+    near, far = tcp_pair()
+    with near:
+        near.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        with pytest.raises(ssl.SSLError, match="http request") as caught:
+            make_server_context("ours", server_cert).wrap_socket(far, server_side=True)
+    assert caught.value.errno == ssl.SSL_ERROR_SSL and caught.value.reason == "HTTP_REQUEST"
+
+
+def test_plain_text_before_the_handshake_is_never_taken_for_data(server_cert: KeyPair) -> None:
+    """CVE-2023-40217."""
+    near, far = tcp_pair()
+    near.sendall(b"DELETE / HTTP/1.0\r\n\r\n")
+    near.close()
+    with pytest.raises(OSError):
+        with make_server_context("ours", server_cert).wrap_socket(far, server_side=True) as server:
+            assert server.recv(100) == b"", "unreachable"
+
+
+# ── resumption ──
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_a_session_is_resumed_when_it_is_passed_on(
+    version: str, background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    contexts = make_client_context("ours", ca_file), make_server_context("theirs", server_cert)
+    contexts[0].maximum_version = contexts[0].minimum_version = ssl.TLSVersion[version]
+    session = None
+    for visit in range(2):
+        near, far = tcp_pair()
+        serving = background.run(lambda far=far: contexts[1].wrap_socket(far, server_side=True))
+        with contexts[0].wrap_socket(near, server_hostname="localhost", session=session) as client:
+            with serving.result(PATIENCE) as server:
+                server.sendall(b"hi")
+                assert client.recv(2) == b"hi"
+                assert client.session_reused is server.session_reused is bool(visit)
+                session = client.session
+                assert session is not None and session.id and session.time > 1.7e9 and session.timeout > 0
+                with contextlib.suppress(OSError):
+                    background.run(server.unwrap)
+                    client.unwrap()
+    assert session.has_ticket and session.ticket_lifetime_hint > 0
+    other = make_client_context("ours", ca_file)
+    near, far = tcp_pair()
+    with far, pytest.raises(ValueError, match="Session refers to a different SSLContext"):
+        other.wrap_socket(near, server_hostname="localhost", session=session)
+
+
+# ── processes ──
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_server_that_forks_first_and_accepts_in_its_children(ca_file: str, server_cert: KeyPair) -> None:
+    plain = socket.create_server(("127.0.0.1", 0))
+    with make_server_context("ours", server_cert).wrap_socket(plain, server_side=True) as listener:
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.alarm(int(PATIENCE))
+                sock, _ = listener.accept()
+                sock.sendall(sock.recv(100))
+                sock.close()
+                our_ssl().default_bridge().close()
+            finally:
+                os._exit(0)
+        with make_client_context("ours", ca_file).wrap_socket(
+            dial(listener.getsockname()), server_hostname="localhost"
+        ) as client:
+            client.sendall(b"hi")
+            assert receive_exactly(client, 100) == b"hi"
+        os.waitpid(child, 0)
+
+
+def test_a_program_that_closes_nothing_ends_at_once(
+    background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    """And its peer sees a clean end."""
+    program = """
+import socket, sys
+from bridge import ssl
+sock = ssl.create_default_context(cafile=sys.argv[2]).wrap_socket(
+    socket.create_connection(("127.0.0.1", int(sys.argv[1]))), server_hostname="localhost")
+sock.sendall(b"hi")
+"""
+    context = make_server_context("theirs", server_cert)
+    address, (served,) = background.serve_tls(context, lambda sock: (receive_exactly(sock, 2), sock.recv(1)))
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(address[1]), ca_file],
+        timeout=PATIENCE,
+        cwd=ROOT,
+        capture_output=True,
+    )
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    assert served.result(PATIENCE) == (b"hi", b"")
