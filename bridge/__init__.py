@@ -2,19 +2,23 @@
 
 Who may touch what::
 
-                                   application     coordinator     worker (of that session)
-    Bridge, Session, queues        call, any thread    ·               ·
-    SSL.Context                    build, freeze       ·               read
-    coordinator's mailbox          put                 take            put (a batch per turn)
-    channels, codecs' decode       ·                   OWN             ·
-    codecs' encode                 call, any thread    ·               ·
-    session inbox (messages)       get                 put             ·
-    send credit (outbox)           take                take bytes      give back
-    read credit                    give back           give back       take
-    worker's mailbox + doorbell    put, ring           put, ring       take, clear
-    SSL.Connection, socket, poller ·                   ·               OWN (create … close)
-    state, deadlines               look                ·               OWN
-    SessionInfo (peer, ALPN, …)    read (frozen)       pass on         make once
+                                     application     coordinator     worker (of that session)
+    Bridge, Session, Stream, queues  call, any thread    ·               ·
+    SSL.Context                      build, freeze       ·               read
+    coordinator's mailbox            put                 take            put (a batch per turn)
+    channels, codecs' decode         ·                   OWN             ·
+    codecs' encode                   call, any thread    ·               ·
+    session inbox (messages)         get                 put             ·
+    send credit (outbox)             take                take bytes      give back
+    read credit                      give back           give back       take
+    worker's mailbox + doorbell      put, ring           put, ring       take, clear
+    a Stream's lease                 take, for a turn    ·               take, for a turn
+    SSL.Connection, socket, poller   ·                   ·               OWN (create … close)
+    state, deadlines                 look                ·               OWN
+    SessionInfo (peer, ALPN, …)      read (frozen)       pass on         make once
+
+The last column is the session's owner: the worker it was given to, and for a `Stream` whoever holds its lease, a
+calling thread or its worker, for the length of a turn; never two (see `bridge.lease`).
 
 Three rules: everything mutable has one owner, and what crosses is frozen and goes through a queue; only
 application threads wait for room; no correctness rests on the GIL.

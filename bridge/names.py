@@ -112,12 +112,16 @@ def peer_certificate(connection: SSL.Connection) -> x509.Certificate | None:
 
 
 def presented_chain(connection: SSL.Connection) -> tuple[x509.Certificate, ...]:
-    """What *connection*'s peer sent, its own certificate first.  Its owner's thread."""
+    """What *connection*'s peer sent, its own certificate first.  Its owner's thread.
+
+    SSL_get_peer_cert_chain(3) leaves that one out on the server's side.
+    """
+    own = peer_certificate(connection)
     try:
-        chain = connection.get_peer_cert_chain(as_cryptography=True)
+        chain = connection.get_peer_cert_chain(as_cryptography=True) or []
     except (ValueError, x509.InvalidVersion) as error:
         raise refusal(f"a certificate in the peer's chain is malformed: {error}") from error
-    return tuple(chain or ())
+    return (*chain,) if own is None or own in chain[:1] else (own, *chain)
 
 
 def refusal(

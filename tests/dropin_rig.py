@@ -1,4 +1,4 @@
-"""A pytest plugin for the drop-in under real libraries (`tests/dropin`): who speaks for the client, who for the server, and certificates for both."""
+"""A pytest plugin for the drop-in under real libraries (`tests/dropin`): who speaks TLS for either side."""
 
 from __future__ import annotations
 

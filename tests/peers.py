@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ctypes.util
+import importlib
 import json
 import logging
 import os
@@ -363,6 +364,43 @@ def raw(options: dict[str, Any]) -> dict[str, Any]:
     return {"received": client.checker.received, "errors": client.errors}
 
 
+# ── sockets that speak TLS, as people use them ──
+
+
+def sockets(options: dict[str, Any]) -> dict[str, Any]:
+    """The ``sockets`` program: a reader and a writer thread on one SSLSocket of ``module``."""
+    module = importlib.import_module(options["module"])
+    context = module.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(options["cafile"])
+    total, pattern, checker = options["total"], Pattern(), Checker(Pattern())
+    errors: list[str] = []
+
+    def write() -> None:
+        for position in range(0, total, 1 << 16):
+            sock.sendall(pattern.at(position, min(1 << 16, total - position)))
+
+    def read() -> None:
+        while checker.received < total:
+            checker.feed(sock.recv(1 << 16))
+
+    def noting(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            errors.append(f"{work.__name__}: {error!r}")
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # wakes the other
+
+    with context.wrap_socket(dial(("127.0.0.1", options["port"])), server_hostname="localhost") as sock:
+        sock.settimeout(8)  # for a call: the stdlib's threads may end up waiting for each other
+        threads = [threading.Thread(target=noting, args=(work,)) for work in (write, read)]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join()
+    return {"received": checker.received, "errors": errors}
+
+
 # ── programs ──
 
 
@@ -607,5 +645,5 @@ def listening_to_events() -> Iterator[Events]:
 
 
 if __name__ == "__main__":
-    programs = {"echo": echo, "raw": raw}
+    programs = {"echo": echo, "raw": raw, "sockets": sockets}
     print(json.dumps(programs[sys.argv[1]](json.loads(sys.argv[2]))), flush=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import ssl
 
 from bridge.errors import (
@@ -24,6 +25,9 @@ from bridge.errors import (
     WouldBlock,
 )
 from bridge.poll import Want
+
+_RENAMED_ALERTS = re.compile(r"^(SSL/)?TLS_ALERT_")
+"""What OpenSSL 3.2 and later call the alerts that SSL 3.0 brought; the stdlib goes by the older names."""
 
 
 def as_stdlib(error: BridgeError, hostname: str | None = None) -> Exception:
@@ -44,7 +48,8 @@ def as_stdlib(error: BridgeError, hostname: str | None = None) -> Exception:
     if isinstance(error, CertificateError):
         return _verification(error, hostname)
     if isinstance(error, TLSError):
-        return _protocol(ssl.SSLError(ssl.SSL_ERROR_SSL, str(error)), error.reason)
+        reason = _RENAMED_ALERTS.sub("SSLV3_ALERT_", error.reason)
+        return _protocol(ssl.SSLError(ssl.SSL_ERROR_SSL, str(error).replace(error.reason, reason, 1)), reason)
     if isinstance(error, PeerReset):
         number = error.errno or errno.ECONNRESET
         return OSError(number, os.strerror(number))

@@ -1,4 +1,4 @@
-"""`SSLSocket`: the stdlib's, with the TLS of the bridge in it.
+"""The stdlib's `SSLSocket`, with the TLS of the bridge in it.
 
 `ssl.SSLSocket` is a thin class: whatever is TLS it asks of ``self._sslobj``, an object that its context makes.  Ours
 makes a `Wire`, so what the class promises (its checks, its texts, its order of things) is the stdlib's own code.
@@ -85,6 +85,7 @@ class Wire:
                     if (seconds := _kernel_timeout(sock, option))
                 }
                 self.stream = self._made(sock)
+                sock._wire = self
             return self.stream
 
     def _made(self, sock: SSLSocket) -> Stream:
@@ -286,6 +287,8 @@ class SSLSocket(ssl.SSLSocket):
     """An `ssl.SSLSocket` whose TLS is the bridge's.  Made by `SSLContext.wrap_socket`."""
 
     _sslobj: Wire | None
+    _wire: Wire | None = None
+    """What has the descriptor, also when the stdlib's class has dropped its ``_sslobj``."""
     suppress_ragged_eofs: bool
     do_handshake_on_connect: bool
     _leftover = b""
@@ -406,15 +409,21 @@ class SSLSocket(ssl.SSLSocket):
         return super().detach()
 
     def _real_close(self) -> None:
-        wire, self._sslobj = self._sslobj, None
-        if wire is None or wire.stream is None:
+        self._sslobj = None
+        wire, self._wire = self._wire, None
+        if wire is None:
             super()._real_close()  # type: ignore[misc]
         else:
-            socket.socket.detach(self)
-            wire.stream.close()
+            self._give_up(wire).close()
+
+    def _give_up(self, wire: Wire) -> Stream:
+        """The descriptor is from now on its stream's alone."""
+        assert wire.stream is not None
+        socket.socket.detach(self)
+        return wire.stream
 
     def _go_on_in_plain_text(self, timeout: float | None, leftover: bytes) -> None:
-        self._sslobj = None
+        self._sslobj = self._wire = None
         self._leftover = leftover
         socket.socket.settimeout(self, timeout)
 
@@ -429,13 +438,10 @@ class SSLSocket(ssl.SSLSocket):
         if self.fileno() == -1:
             return
         warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self)
-        wire = vars(self).get("_sslobj")
-        if wire is None or wire.stream is None:
+        if self._wire is None:
             socket.socket.close(self)
         else:
-            self._sslobj = None
-            socket.socket.detach(self)
-            wire.stream.forget()
+            self._give_up(self._wire).forget()
 
     # Servers.
 

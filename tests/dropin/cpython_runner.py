@@ -64,7 +64,7 @@ def last_lines(text: str) -> str:
 
 
 class Sockets(Counter[str]):
-    """How many SSL sockets were made, by their class."""
+    """How many SSL sockets were made, or were about to be, by their class."""
 
     def watch(self, owner: Any) -> None:
         """Count what the class *owner* creates, if it has a way of its own to do that."""
@@ -73,10 +73,9 @@ class Sockets(Counter[str]):
         original = vars(owner)["_create"].__func__
 
         def counting(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            created = original(cls, *args, **kwargs)
             if cls is owner or "_create" not in vars(cls):  # else it is counted where cls is the owner
                 self[f"{cls.__module__}.{cls.__qualname__}"] += 1
-            return created
+            return original(cls, *args, **kwargs)
 
         owner._create = classmethod(counting)
 

@@ -112,6 +112,5 @@ def test_what_passes_over_the_stdlib_passes_over_our_classes(module: str, tmp_pa
             print(f"  fails over the stdlib too: {name}: {outcome}\n{theirs.details[name]}")
     found = problems(module, ours, theirs)
     assert not found, f"{len(found)} problems:\n" + "\n".join(found)
-    passed = {name for name, outcome in ours.outcomes.items() if outcome == "ok"}
-    assert ours.over_tls & passed == theirs.over_tls & passed != set()
-    assert CONTROL or ours.sockets["ssl.SSLSocket"] == 0
+    assert ours.over_tls, "no test made an SSL socket"
+    assert CONTROL or ours.sockets["ssl.SSLSocket"] == 0, "some were the stdlib's"

@@ -316,7 +316,7 @@ def test_after_shutdown_of_our_half_reading_goes_on_decrypted(mixed: Ends) -> No
 def test_shutdown_wakes_a_reader(ends: Ends, background: Background) -> None:
     client, server = ends
     reading = background.run(client.recv, 1)
-    while not client._sslobj.stream._lease._sleepers:
+    while not client._wire.stream._lease._sleepers:
         assert not reading.done()
     client.shutdown(socket.SHUT_RDWR)
     assert reading.result(PATIENCE) == b""
@@ -326,7 +326,7 @@ def test_shutdown_wakes_a_reader(ends: Ends, background: Background) -> None:
 def test_close_wakes_a_reader(ends: Ends, background: Background) -> None:
     client, server = ends
     reading = background.run(client.recv, 1)
-    while not client._sslobj.stream._lease._sleepers:
+    while not client._wire.stream._lease._sleepers:
         assert not reading.done()
     client.close()
     assert reading.result(PATIENCE) == b""
@@ -446,6 +446,48 @@ def test_connecting_afterwards(background: Background, ca_file: str, server_cert
         with context.wrap_socket(socket.socket(), server_hostname="localhost") as client:
             with pytest.raises(ConnectionRefusedError):
                 client.connect(unused.getsockname())
+
+
+def test_a_connect_whose_handshake_fails_leaves_its_descriptor_one_owner(
+    background: Background, server_cert: KeyPair
+) -> None:
+    """The stdlib's class forgets its TLS there; the bridge's must not, or it closes what is somebody else's by then."""
+    context = our_ssl().create_default_context()  # which does not trust the server
+    address, (served,) = background.serve_tls(make_server_context("theirs", server_cert), lambda sock: None)
+    client = context.wrap_socket(socket.socket(), server_hostname="localhost")
+    stream = None
+    with pytest.raises(ssl.SSLCertVerificationError):
+        client.connect(address)
+    stream = client._wire.stream
+    client.close()
+    with socket.socket() as innocent:
+        stream.gone.wait(PATIENCE, "gone")
+        assert innocent.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM
+    with pytest.raises(ssl.SSLError):
+        served.result(PATIENCE)
+
+
+def test_a_server_that_speaks_first_without_blocking(
+    background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    """What comes first is a record that is only a ticket: it once left a reader asleep for good."""
+    near, far = tcp_pair()
+    far.setblocking(False)
+    server = make_server_context("ours", server_cert).wrap_socket(
+        far, server_side=True, do_handshake_on_connect=False
+    )
+    near.settimeout(PATIENCE)
+    wrapping = background.run(
+        lambda: make_client_context("ours", ca_file).wrap_socket(near, server_hostname="localhost")
+    )
+    with server:
+        patiently(server, server.do_handshake)
+        with wrapping.result(PATIENCE) as client:
+            reading = background.run(client.recv, 100)
+            while not client._wire.stream._lease._sleepers:
+                assert not reading.done()
+            server.send(b"+OK ready")
+            assert reading.result(PATIENCE) == b"+OK ready"
 
 
 @pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="needs Unix sockets")
