@@ -56,6 +56,9 @@ NOT_MADE_BY_CALLING = {
     "bridge.SessionInfo",
     "bridge.SessionSnapshot",
     "bridge.Snapshot",
+    "bridge.Stream",
+    "bridge.ssl.SSLSocket",
+    "bridge.ssl.SSLSession",
     "bridge.session.InboxView",
     "bridge.session.OutboxView",
 }

@@ -33,7 +33,7 @@ def workplace(ca: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         )
 
 
-@pytest.mark.usefixtures("workplace")
+@pytest.mark.usefixtures("default_bridge", "workplace")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_code_on_this_page_runs(page: Path, request: pytest.FixtureRequest) -> None:
     text = page.read_text(encoding="utf-8")
