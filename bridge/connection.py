@@ -10,6 +10,7 @@ OpenSSL calls the callbacks on the thread of the connection's owner, in the midd
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import socket
@@ -46,6 +47,9 @@ _ffi: Any = getattr(getattr(OpenSSL, "_util", None), "ffi", None)
 _get_error = getattr(_lib, "SSL_get_error", None)
 _WANT_READ = getattr(_lib, "SSL_ERROR_WANT_READ", 2)
 _WANT_WRITE = getattr(_lib, "SSL_ERROR_WANT_WRITE", 3)
+_SYSCALL = getattr(_lib, "SSL_ERROR_SYSCALL", 5)
+_forget_errors: Callable[[], object] = getattr(_lib, "ERR_clear_error", lambda: None)
+_NOT_YET = {errno.EAGAIN, errno.EWOULDBLOCK}
 
 
 SCRATCH_BYTES = 16 * 1024
@@ -85,21 +89,32 @@ class Connection(SSL.Connection):
 
     pyOpenSSL asks SSL_get_error(3) after every success, a foreign call of its own, and before that raises
     whatever a callback of the same context has parked, which may be another connection's.
+
+    OpenSSL's queue of errors belongs to the thread, and SSL_get_error(3) looks into it first.  pyOpenSSL leaves there
+    what a failed system call put; so the next connection whose call has to wait would seem to have failed.
     """
 
     def _raise_ssl_error(self, ssl: Any, result: int) -> None:
         if result > 0:
             return
+        number = 0 if _ffi is None else _ffi.errno
         error = None if _get_error is None else _get_error(ssl, result)
+        if error == _SYSCALL and number in _NOT_YET:
+            _forget_errors()  # of somebody else, or this would be a want
+            error = _get_error(ssl, result)
         if error == _WANT_READ:
             raise SSL.WantReadError()
         if error == _WANT_WRITE:
             raise SSL.WantWriteError()
+        if number:
+            _ffi.errno = number
         try:
             super()._raise_ssl_error(ssl, result)
         except SSL.Error:
+            _forget_errors()
             raise
         except Exception as parked:
+            _forget_errors()
             record = self.get_app_data()
             if isinstance(record, Record):
                 record.note(_tls_error("a callback of this OpenSSL.SSL.Context raised", parked), parked)

@@ -188,7 +188,7 @@ def test_peers_that_do_not_read_hold_up_nobody_else_and_lose_nothing(
     server_cert: KeyPair, ca_file: str
 ) -> None:
     context = bridge.client_context(ca_file)
-    data = os.urandom(16_000_000)  # more than all buffers on the way there and back can hold
+    data = os.urandom(48_000_000)  # more than all buffers on the way there and back can hold
     with echoing(server_cert) as echo, bridge.Bridge(workers=1) as b:
         stuck = []
         for _ in range(cli.HANDLERS + 1):

@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import OpenSSL
 import peers
 import pytest
 import trustme
@@ -826,6 +828,34 @@ def nosy_context(ca_file: str, boom: type[Exception], looks: Callable[[], None])
 
 class Boom(Exception):
     """What a careless callback raises."""
+
+
+def test_fact_09_an_error_left_in_the_threads_queue_is_not_charged_to_the_next_connection(
+    rig: Lockstep, tls: Contexts
+) -> None:
+    """SSL_get_error(3) looks there first, and pyOpenSSL leaves there what a failed system call put."""
+    near, far = rig.large_pair()
+    client, server = TLSEngine(tls.client, near, server_hostname="localhost"), tls.raw_server(far)
+    shake(client, server)
+    assert client.read(10) is Want.READ
+    lib: Any = OpenSSL._util.lib
+    lib.BIO_new_file(b"/nowhere/nothing", b"r")
+    assert lib.ERR_peek_error() != 0
+    assert client.read(10) is Want.READ
+
+
+def test_fact_09_a_reset_of_one_session_leaves_nothing_that_another_could_take_for_its_own(
+    rig: Lockstep, tls: Contexts
+) -> None:
+    near, far = rig.tcp_pair()
+    client, server = TLSEngine(tls.client, near, server_hostname="localhost"), tls.raw_server(far)
+    shake(client, server)
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    far.close()
+    with pytest.raises((bridge.PeerReset, bridge.Truncated)):
+        client.read(10)
+    lib: Any = OpenSSL._util.lib
+    assert lib.ERR_peek_error() == 0
 
 
 def test_fact_10_pyopenssl_raises_one_connections_callback_error_in_another(

@@ -7,8 +7,10 @@ import json
 import os
 import select
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -42,8 +44,16 @@ class Bench:
     load_core: int
     handlers: int
 
+    def library(self, role: str, peer: str, core: int, **options: object) -> list[str]:
+        """How to start a program of libraries.py, with the `ssl` that *peer* stands for."""
+        module = "bridge.ssl" if peer == "bridge-dropin" else "ssl"
+        words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+        return [sys.executable, str(HERE / "libraries.py"), role, module, "--core", str(core), *words]
+
     def command(self, peer: str, role: str, block: int) -> list[str]:
-        """How to start *peer*; "c" is the program of this suite, all others are in servers.py."""
+        """How to start *peer*: "c" is the program of this suite, others are in servers.py and libraries.py."""
+        if role == "http-server":
+            return self.library(role, peer, self.server_core, cert=self.cert, key=self.key)
         if peer == "c":
             return [str(self.server), role, str(self.cert), str(self.key), str(self.server_core)]
         options = {
@@ -157,6 +167,55 @@ def run_load(bench: Bench, server: Server, mode: str, **options: float) -> dict[
         raise Failed(done.stderr.strip())
     report: dict[str, Any] = json.loads(done.stdout)
     return report
+
+
+def run_library(bench: Bench, role: str, peer: str, port: int, **options: object) -> dict[str, Any]:
+    """What a client of libraries.py measured.  Raises Failed."""
+    command = bench.library(role, peer, bench.load_core, port=port, **options)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise Failed(f"{role} did not end within {ANSWER_SECONDS:.0f} s") from error
+    if done.returncode != 0:
+        raise Failed(done.stderr.strip())
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+class Broker:
+    """Mosquitto with TLS, from `with` to the end of its block.  Raises Failed where it is not installed."""
+
+    def __init__(self, bench: Bench) -> None:
+        program = shutil.which("mosquitto", path=os.environ.get("PATH", "") + ":/usr/sbin")
+        if program is None:
+            raise Failed("no mosquitto (Debian: apt-get install mosquitto)")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        folder = Path(tempfile.mkdtemp(prefix="broker-"))
+        shutil.copy(bench.key, folder / "key.pem")
+        settings = f"listener {self.port} 127.0.0.1\nallow_anonymous true\nuser root\n"
+        settings += f"certfile {bench.cert}\nkeyfile {folder / 'key.pem'}\n"
+        (folder / "broker.conf").write_text(settings)
+        self._folder = folder
+        self._process = subprocess.Popen(
+            [program, "-c", str(folder / "broker.conf")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def __enter__(self) -> Broker:
+        deadline = time.monotonic() + START_SECONDS
+        while self._process.poll() is None and time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return self
+            except ConnectionRefusedError:
+                time.sleep(0.01)
+        self.__exit__()
+        raise Failed("mosquitto did not start")
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait()
+        shutil.rmtree(self._folder)
 
 
 def cpu_over(server: Server, seconds: float) -> float:

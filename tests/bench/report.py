@@ -81,6 +81,8 @@ COLUMNS: dict[str, list[tuple[str, str, int]]] = {
         ("server %", "server", 0),
         ("generator %", "generator", 0),
     ],
+    "http": [("requests/s", "rate", 0), ("server's CPU ms per 1,000", "cpu_per_1000", 1)],
+    "mqtt": [("p50 µs", "p50", 0), ("round trips/s", "rate", 0)],
     "idle": [
         ("KB per session", "kb", 1),
         ("threads per session", "threads", 2),

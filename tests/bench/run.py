@@ -23,13 +23,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from harness import Bench, Failed, Server, prepare, run_idle, run_load
+from harness import Bench, Broker, Failed, Server, prepare, run_idle, run_library, run_load
 from report import Figures, Goal, Sample, markdown
 
 KIB = 1024
 PEERS = ("c", "stdlib", "pyopenssl", "asyncio", "bridge-inbox", "bridge-threads", "bridge-dropin")
 OURS = ("bridge-inbox", "bridge-threads", "bridge-dropin")
 BULK_PEERS = ("c", "stdlib", "pyopenssl", "asyncio", "bridge-threads", "bridge-dropin")
+LIBRARY_PEERS = ("stdlib", "bridge-dropin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +104,37 @@ def idle(pace: Pace) -> Work:
     return Work("idle sessions", "idle", PEERS, "stdlib", pace.idle_rounds, run)
 
 
+def http(pace: Pace, clients: int) -> Work:
+    """Requests on *clients* connections that stay, `http.client` against `http.server`, both with one `ssl`."""
+
+    def run(bench: Bench, peer: str) -> Figures:
+        with Server(bench, peer, "http-server", KIB) as server:
+            cpu = server.cpu()
+            options = {"clients": clients, "seconds": 2 * pace.seconds, "warmup": pace.warmup}
+            figures = run_library(bench, "http-client", peer, server.port, **options)
+            return {**figures, "server_cpu": server.cpu() - cpu}
+
+    return Work(f"http keep-alive, {clients}", "http", LIBRARY_PEERS, "stdlib", pace.rounds, run)
+
+
+def mqtt(pace: Pace) -> Work:
+    """From a publish to the message's return, paho-mqtt with a broker that is nobody's of these."""
+
+    def run(bench: Bench, peer: str) -> Figures:
+        with Broker(bench) as broker:
+            return run_library(bench, "mqtt-client", peer, broker.port, seconds=2 * pace.seconds)
+
+    return Work("mqtt publish to receive", "mqtt", LIBRARY_PEERS, "stdlib", pace.rounds, run)
+
+
 def plan(pace: Pace) -> list[Work]:
     """Everything this suite measures, in order."""
     return [
         *(echo(pace, 64, connections) for connections in (1, 64, 1_000)),
         *(bulk(pace, "down", block) for block in (64 * KIB, 1024 * KIB)),
         bulk(pace, "up", 64 * KIB),
+        *(http(pace, clients) for clients in (1, 16)),
+        mqtt(pace),
         idle(pace),
     ]
 
@@ -119,6 +145,13 @@ GOALS = [
     Goal("bulk down, sends of 64 KiB", "mb", "bridge-threads", "pyopenssl", 0.6),
     Goal("bulk down, sends of 1024 KiB", "mb", "bridge-threads", "pyopenssl", 0.6),
     Goal("bulk up", "mb", "bridge-threads", "pyopenssl", 0.6),
+    Goal("echo 64 B, 1", "p50", "bridge-dropin", "stdlib", 1.15, at_most=True),
+    Goal("echo 64 B, 64", "rate", "bridge-dropin", "pyopenssl", 1.0),
+    Goal("echo 64 B, 64", "rate", "bridge-dropin", "stdlib", 0.85),
+    Goal("echo 64 B, 1000", "rate", "bridge-dropin", "stdlib", 0.7),
+    Goal("http keep-alive, 1", "rate", "bridge-dropin", "stdlib", 0.8),
+    Goal("http keep-alive, 16", "rate", "bridge-dropin", "stdlib", 0.85),
+    Goal("mqtt publish to receive", "p50", "bridge-dropin", "stdlib", 1.3, at_most=True),
     Goal("idle sessions", "kb", "bridge-inbox", None, 30, at_most=True),
     Goal("idle sessions", "threads", "bridge-inbox", None, 0, at_most=True),
     Goal("idle sessions", "cpu_empty", "bridge-inbox", None, 0.05, at_most=True),
