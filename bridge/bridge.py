@@ -32,6 +32,7 @@ from bridge.errors import (
 )
 from bridge.limits import Limits, Timeouts, check_timeout
 from bridge.listener import Listener
+from bridge.names import PeerName
 from bridge.poll import Want
 from bridge.queues import Counts, Inbox, Outbox, ReadCredit, Registry, SessionInbox, Tally
 from bridge.session import Session
@@ -141,7 +142,7 @@ class Bridge:
 
         *server_hostname* is who the peer must prove to be, and goes into SNI; by default the host of
         *address*.  *timeout* is total, in seconds, name resolution included (which happens on this thread and
-        cannot be interrupted); without it `Timeouts.connect` and `Timeouts.handshake` hold.
+        cannot be interrupted); `Timeouts.connect` and `Timeouts.handshake` hold besides.
         With ``wait=False`` returns before the handshake: messages sent meanwhile leave after it, and if it
         fails `recv` says why.
 
@@ -466,6 +467,10 @@ class Bridge:
             return f"Limits.sessions is reached ({self._limits.sessions})"
         if listener.handshakes.used >= bounds.handshakes:
             return f"Limits.handshakes is reached ({bounds.handshakes})"
+        if listener.inbox is None and listener.waiting() >= bounds.backlog:
+            return f"Limits.backlog is reached: {bounds.backlog} sessions wait for accept()"
+        if listener.inbox is not None and listener.waiting() >= self._limits.sessions:
+            return f"{self._limits.sessions} messages wait in the shared inbox"
         return None
 
     def _on_closed(self, channel: Channel, ending: Ending) -> None:
@@ -559,12 +564,18 @@ def _resolve(address: tuple[str, int] | str) -> tuple[str | None, tuple[Address,
         raise ConfigurationError(
             f"address must be (host, port) or the path of a Unix socket, not {address!r}"
         ) from None
-    if isinstance(port, int) and not 0 <= port <= 65535:
-        raise ConfigurationError(f"the port must be from 0 to 65535, not {port}")
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    number = isinstance(port, int) and not isinstance(port, bool) and 0 <= port <= 65535
+    if not number and not isinstance(port, str):  # which is the name of a service
+        raise ConfigurationError(f"the port must be a whole number from 0 to 65535, not {port!r}")
+    if not isinstance(host, str):
+        raise ConfigurationError(f"the host must be a str, not {host!r}")
+    try:  # Python itself encodes by IDNA 2003, and so would ask for another name than certificates hold
+        name = host if host.isascii() else PeerName.parse(host).ascii
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise OSError(error.errno, f"cannot resolve {host!r}: {error.strerror}") from error
+    except UnicodeError as error:
+        raise ConfigurationError(f"{host!r} is no host name: {error.__cause__ or error}") from error
     return host, tuple(found)
 
 

@@ -44,7 +44,7 @@ KeyLog = str | os.PathLike[str] | Callable[[bytes], object] | IO[Any] | Literal[
 # The private names of pyOpenSSL that are used if they are there.
 _lib: Any = getattr(getattr(OpenSSL, "_util", None), "lib", None)
 _ffi: Any = getattr(getattr(OpenSSL, "_util", None), "ffi", None)
-_get_error = getattr(_lib, "SSL_get_error", None)
+_get_error: Any = getattr(_lib, "SSL_get_error", None)
 _WANT_READ = getattr(_lib, "SSL_ERROR_WANT_READ", 2)
 _WANT_WRITE = getattr(_lib, "SSL_ERROR_WANT_WRITE", 3)
 _SYSCALL = getattr(_lib, "SSL_ERROR_SYSCALL", 5)

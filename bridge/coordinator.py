@@ -224,6 +224,8 @@ class Coordinator:
         except Exception as error:  # a user's codec: it ends its own session, with its error as the cause
             failure = CodecError(f"the codec failed: {error!r}")
             failure.__cause__ = error.with_traceback(None)
+        if (buffered := getattr(codec, "buffered", 0)) != channel.credit.kept:
+            channel.credit.keep(buffered)
         if messages:
             self._deliver(channel, messages, size, held + size - getattr(codec, "buffered", 0))
         elif size:
@@ -258,6 +260,7 @@ class Coordinator:
 
     def _closed(self, channel: Channel, ending: Ending) -> None:
         self._end(channel, ending.cause)
+        channel.credit.keep(0)
         channel.opened.set(ending.cause)
         channel.closed.set(ending)
         channel.on_closed(channel, ending)

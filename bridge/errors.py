@@ -8,7 +8,7 @@ One tree.  Each class also has the standard parent that a user's `except` clause
     ├── BridgeClosed            RuntimeError            the Bridge was closed: nothing new can start
     ├── ReceiveTimeout          TimeoutError, queue.Empty   nothing arrived in time; the session lives on
     ├── SendTimeout             TimeoutError, queue.Full    no room in time; nothing of the message was sent
-    ├── OperationTimeout        TimeoutError            flush, accept, close: not done in time; the session lives on
+    ├── OperationTimeout        TimeoutError            flush, a stream's call: not done in time
     ├── WouldBlock              BlockingIOError         timeout=0: not without waiting; `want` says for what
     ├── LimitExceeded           RuntimeError            a configured limit refuses something new
     └── SessionEnded            ShutDown                the session is over; the subclass says why, for good
@@ -166,7 +166,7 @@ class WriteStalled(DeadlineExceeded):
 
 
 class CloseTimeout(DeadlineExceeded):
-    """The polite close was not complete within `Timeouts.close`."""
+    """The polite close was not complete within `Timeouts.flush`, or unwrap within `Timeouts.close_notify`."""
 
 
 class CodecError(SessionEnded, ValueError):

@@ -58,7 +58,11 @@ class Timeouts:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Budgets in bytes and counts.  All positive whole numbers."""
+    """Budgets in bytes and counts.  All positive whole numbers.
+
+    *sessions* and *total_bytes* are of a whole Bridge: what `listen`, `connect` or `adopt` are given there is not
+    looked at.
+    """
 
     sessions: int = 20_000
     """Sessions of one Bridge at a time.  A listener at the limit leaves new clients in the kernel's backlog."""
@@ -73,7 +77,8 @@ class Limits:
     message_bytes: int = 64 * 1024 * 1024
     """The largest encoded message `send` takes."""
     backlog: int = 1_024
-    """Connections the kernel keeps waiting for `accept` (it caps this at its own somaxconn)."""
+    """Connections the kernel keeps waiting for us (it caps this at its own somaxconn), and then sessions, their
+    handshakes done, that wait for `accept`: a listener that has so many leaves new clients to the kernel."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

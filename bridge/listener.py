@@ -38,6 +38,10 @@ class Listener:
         self._closed = False
         self._over = False
 
+    def waiting(self) -> int:
+        """How many sessions wait for `accept`, or messages in the shared inbox."""
+        return (self._accepted if self.inbox is None else self.inbox).qsize()
+
     def accept(self, timeout: float | None = None) -> Session:
         """The next session.  ReceiveTimeout after *timeout* seconds (None: never); ShutDown once closed."""
         forks.check(self._born)
@@ -61,6 +65,8 @@ class Listener:
         A bad certificate never gets here: making its context has failed already, and the old one stays.
         """
         forks.check(self._born)
+        if self._closed:
+            raise ShutDown("the listener is closed")
         self.context = Context.adopt(context, server_side=True)
         events.info("listener.context_replaced", address=show_address(self.address))
 

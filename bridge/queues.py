@@ -352,7 +352,7 @@ class ReadCredit:
     credit, the give-back that makes enough room calls *resume*, once.
     """
 
-    __slots__ = ("_forfeit", "_limit", "_lock", "_paused", "_reported", "_resume", "_tally", "used")
+    __slots__ = ("_forfeit", "_limit", "_lock", "_paused", "_reported", "_resume", "_tally", "kept", "used")
 
     def __init__(self, limit: int, tally: Tally, resume: Callable[[], None]) -> None:
         self._lock = threading.Lock()
@@ -363,6 +363,16 @@ class ReadCredit:
         self._paused = False
         self._forfeit = False
         self.used = 0
+        self.kept = 0
+
+    def keep(self, count: int) -> None:
+        """The codec holds *count* bytes of a message that is not whole.  The coordinator.
+
+        They count for the whole bridge, and not for this session: only by reading on can it get rid of them.
+        """
+        with self._lock:
+            self._tally.add(count - self.kept)
+            self.kept = count
 
     def room(self) -> int:
         """How many bytes the owner may read.  If none, it will be called back; asked by the owner only."""

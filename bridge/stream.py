@@ -68,13 +68,13 @@ class _Sent:
 class _Received:
     """What was decrypted and not asked for yet, and how much may be.  Guarded by the lease."""
 
-    __slots__ = ("asking", "parts", "used")
+    __slots__ = ("asking", "kept", "parts", "used")
 
     def __init__(self) -> None:
         self.asking = 0
         """How many bytes somebody wants to see, for whatever reason."""
         self.parts: collections.deque[bytes] = collections.deque()
-        self.used = 0
+        self.used = self.kept = 0
 
     def room(self) -> int:
         return self.asking if self.used < self.asking else 0

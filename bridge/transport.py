@@ -105,6 +105,8 @@ class ReceiveCredit(Protocol):
     """How much a transport may read: `bridge.queues.ReadCredit`, mostly."""
 
     used: int
+    kept: int
+    """Bytes of a message that is not whole yet."""
 
     def room(self) -> int:
         """How many bytes may be read."""
@@ -928,7 +930,7 @@ class Transport:
                 if (want := operation.want) is not None and not operation.ready
             },
             "since": self.since,
-            "inbox_bytes": self.credit.used,
+            "inbox_bytes": self.credit.used + self.credit.kept,
             "outbox_bytes": self.outbox.held(),
             "counts": dict(self._wants),
         }

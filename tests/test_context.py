@@ -26,6 +26,7 @@ from cryptography.x509 import ocsp
 from cryptography.x509.oid import NameOID
 from OpenSSL import SSL
 
+from bridge import Bridge
 from bridge import connection as connection_module
 from bridge import credentials
 from bridge.context import REMEMBERED_SESSIONS, Context, Record, client_context, server_context
@@ -1442,3 +1443,19 @@ def test_without_pyopenssl_s_private_names_all_goes_on(monkeypatch: pytest.Monke
 def test_a_refusal_is_a_session_s_end() -> None:
     error, _ = pump(Ours(client(), "b.example"), Ours(server()))
     assert isinstance(error, SessionEnded)
+
+
+def test_an_international_address_is_resolved_by_the_name_its_certificate_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python would ask for strasse.de, by IDNA 2003, and so for somebody else."""
+    asked: list[object] = []
+
+    def getaddrinfo(host: object, *_: object, **__: object) -> None:
+        asked.append(host)
+        raise OSError(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with Bridge(workers=1) as b, pytest.raises(OSError, match="cannot resolve 'straße"):
+        b.connect(("straße.example", 443), client_context())
+    assert asked == ["xn--strae-oqa.example"]

@@ -489,3 +489,22 @@ def test_a_stalled_session_costs_the_others_no_turn(
         for thread in (worker, coordinator):
             thread.step()
         peer.close()
+
+
+def test_what_a_codec_holds_of_a_message_counts_for_the_whole_bridge(
+    server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    with bridge.Bridge(workers=1) as b:
+        listener = b.listen(("127.0.0.1", 0), server_ctx, codec=bridge.codecs.Lines)
+        client = b.connect(listener.address, client_ctx, server_hostname="localhost")
+        peer = listener.accept(10)
+        client.send(b"a line without an end" * 1000)
+        until(lambda: b._inbox_tally.used == 21_000)
+        assert [s.inbox_bytes for s in b.snapshot().sessions if s.name == peer.name] == [21_000]
+        client.send(b"\n")
+        assert len(peer.recv(10)) == 21_000
+        until(lambda: b._inbox_tally.used == 0)
+        client.send(b"another")
+        until(lambda: b._inbox_tally.used == 7)
+        client.abort()
+        until(lambda: b._inbox_tally.used == 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import threading
 import zlib
@@ -98,7 +99,10 @@ def drop_in(port: int, total: int, ca_file: str, background: Background) -> None
 
 def run_client(name: str, **options: Any) -> None:
     with program(name, **options) as client:
-        said = client.finish()
+        try:
+            said = client.finish()
+        except subprocess.TimeoutExpired as error:
+            raise Died("its threads wait for each other") from error
     if client.status != 0:
         raise Died(f"the program ended with status {client.status}: {said}")
     result = json.loads(said.splitlines()[-1])
@@ -135,7 +139,9 @@ def test_hundreds_of_megabytes_both_ways(
     assert result["updates"] + result["renegotiations"] >= BULK // RENEGOTIATE_EVERY // 4
 
 
-@not_made_for_it
+@pytest.mark.xfail(
+    raises=Died, strict=False, reason="the stdlib's sockets neither, though they may get through"
+)
 def test_hundreds_of_megabytes_both_ways_with_the_stdlib(identity: dict[str, Any], ca_file: str) -> None:
     """While keys are updated; while the peer renegotiates it just hangs."""
     with program("echo", role="server", **KEY_UPDATES, **identity) as peer:

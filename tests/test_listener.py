@@ -520,3 +520,36 @@ def test_a_listener_tells_its_life(b: bridge.Bridge, server_ctx: bridge.Context,
         {"event": "listener.started", "log_level": "info", "address": f"{host}:{port}"},
         {"event": "listener.closed", "log_level": "info", "address": f"{host}:{port}"},
     ]
+
+
+# ── nobody accepts ──
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["accept", "shared-inbox"])
+def test_clients_that_come_and_go_cannot_fill_what_nobody_empties(
+    shared: bool, server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    """A session that has ended still waits to be seen; so many may, and then new clients wait in the kernel."""
+    inbox = bridge.Inbox() if shared else None
+    limits = bridge.Limits(backlog=4, sessions=100 if not shared else 4)
+    quick = bridge.Timeouts(connect=0.5, handshake=0.5)
+    with bridge.Bridge(workers=1, limits=limits) as b, bridge.Bridge(workers=1, timeouts=quick) as others:
+        listener = b.listen(("127.0.0.1", 0), server_ctx, inbox=inbox)
+        reached = 0
+        with pytest.raises(bridge.DeadlineExceeded):
+            for reached in range(30):
+                others.connect(listener.address, client_ctx, server_hostname="localhost").close(PATIENCE)
+        assert 3 <= reached < 12
+        assert listener.waiting() <= 8
+        if inbox is None:
+            assert isinstance(listener.accept(PATIENCE), bridge.Session)
+        else:
+            assert inbox.get(timeout=PATIENCE)[1] is None
+
+
+def test_a_closed_listener_takes_no_new_context(server_ctx: bridge.Context) -> None:
+    with bridge.Bridge(workers=1) as b:
+        listener = b.listen(("127.0.0.1", 0), server_ctx)
+        listener.close()
+        with pytest.raises(bridge.ShutDown, match="closed"):
+            listener.replace_context(server_ctx)
