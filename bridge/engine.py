@@ -61,6 +61,7 @@ T = TypeVar("T")
 
 _ESTABLISHED = b"SSL negotiation finished successfully"
 _TLS_CONTENT_TYPES = range(20, 25)  # RFC 8446, 5.1 and RFC 6520
+HEADER_BYTES = 5
 _PLAIN_PROTOCOLS = {
     b"GET ": "HTTP",
     b"POST": "HTTP",
@@ -113,9 +114,11 @@ class TLSEngine:
     __slots__ = (
         "_connection",
         "_context",
+        "_due",
         "_error",
         "_fed",
         "_frozen",
+        "_header",
         "_mute",
         "_output",
         "_peer_closed",
@@ -143,6 +146,10 @@ class TLSEngine:
         self._sock: socket.socket | None = None  # once the handshake is done: what a detour leads round
         self._output = b""  # taken from memory, not yet on the socket
         self._fed = False  # whether memory may hold ciphertext that OpenSSL has not read
+        self._header, self._due = (
+            b"",
+            0,
+        )  # of the record that is being fed: its header so far, and bytes to come
         self._error: SessionEnded | None = None
         self._frozen: bytes | memoryview | None = None
         self._mute = False
@@ -314,21 +321,33 @@ class TLSEngine:
         assert self._sock is not None
         self.unflushed()
         if not self.on_detour:
-            self._connection.over_memory()
-        self.on_detour = self._mute = True
+            self._detour()
+        self._mute = True
+
+    def _detour(self) -> None:
+        self._connection.over_memory()
+        self.on_detour = True
+        self._header, self._due = b"", 0
 
     def leftover(self) -> bytes:
         """What was read too far on a detour: the plain bytes behind the peer's close_notify."""
         return self._connection.unread() if self.on_detour else b""
 
     def _feed_from_socket(self) -> bool:
+        """Read no further than the record OpenSSL waits for, so that a poll goes on to speak of the next."""
         assert self._sock is not None
         try:
-            ciphertext = self._sock.recv(RECORD_BYTES)
+            ciphertext = self._sock.recv(self._due or HEADER_BYTES - len(self._header))
         except BlockingIOError:
             return False
         except OSError as error:
             raise self._failed(error) from error
+        if self._due:
+            self._due -= len(ciphertext)
+        else:
+            self._header += ciphertext
+            if len(self._header) == HEADER_BYTES:
+                self._due, self._header = _record_size(self._header), b""
         self._fed = True
         self.feed(ciphertext)
         return True
@@ -371,8 +390,7 @@ class TLSEngine:
             want = self._wanted(name, Want.WRITE)
             if self._sock is None:
                 return want
-            self._connection.over_memory()
-            self.on_detour = True
+            self._detour()
             return self._call(name, function, *args)
         except SSL.ZeroReturnError as error:
             if name in ("read", "peek"):
@@ -423,6 +441,16 @@ class TLSEngine:
         )
         error.reason, error.library = _constant(reason), "SSL"
         return error
+
+
+def _record_size(header: bytes) -> int:
+    """How much follows the *header* of a record (RFC 8446, 5.1).
+
+    The detour may begin in the middle of a record, and then this is no header: OpenSSL is given what there is.
+    """
+    size = int.from_bytes(header[3:5], "big")
+    valid = header[0] in _TLS_CONTENT_TYPES and header[1] == 3 and size <= RECORD_BYTES + 2048
+    return size if valid else RECORD_BYTES
 
 
 def _constant(reason: str) -> str:

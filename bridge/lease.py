@@ -22,11 +22,10 @@ and, after the close, what is left to send, close_notify, and the linger.  See `
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from bridge.errors import SessionAborted, SessionEnded
@@ -38,28 +37,32 @@ T = TypeVar("T")
 
 
 class Lease:
-    """The turns that many threads take with one transport.  Only ``with lease:`` may anything else be called."""
+    """The turns that many threads take with one transport.  Only ``with lease.lock:`` may anything else be called.
+
+    The guard is the bare lock, because a signal handler that raises (Ctrl-C) cannot come between it and its ``with``,
+    as it can in a context manager written in Python.  It is reentrant to know its owner, not to be entered again.
+    """
 
     __slots__ = (
         "_attended",
         "_caretaker",
-        "_lock",
-        "_owner",
         "_sleepers",
         "_transport",
         "_worker",
         "changes",
         "closing",
+        "lock",
         "unattended",
     )
 
-    def __init__(self, transport: Transport, worker: Worker, gone: Callable[[], None]) -> None:
-        self._lock = threading.Lock()
-        self._owner = 0  # the thread that holds it
+    def __init__(
+        self, transport: Transport, worker: Worker, leaving: Callable[[], None], gone: Callable[[], None]
+    ) -> None:
+        self.lock = threading.RLock()
         self._transport = transport
         self._worker = worker
         self._sleepers: dict[Sleeper, int] = {}  # and what each has its socket polled for
-        self._caretaker = Caretaker(self, transport, gone)
+        self._caretaker = Caretaker(self, transport, leaving, gone)
         self._attended = False  # whether the worker knows of it
         self.changes = 0
         """Counted up by whoever is told something by the transport that a sleeper may wait for."""
@@ -68,30 +71,35 @@ class Lease:
         self.unattended = False
         """A handshake is under way and nobody may be waiting for it; a worker brings it to its end."""
 
-    def __enter__(self) -> None:
-        if self._owner == threading.get_ident():
+    def mine(self) -> bool:
+        """Whether this very thread holds it: a callback or a signal handler in the middle of a call.  Any thread."""
+        return self.lock._is_owned()  # type: ignore[attr-defined,no-any-return]
+
+    def check(self) -> None:
+        """RuntimeError if this thread holds it already.  To be called before it is taken."""
+        if self.mine():
             raise RuntimeError(
                 "this session was called by a callback or a signal handler in the middle of one of its own calls"
             )
-        self._lock.acquire()
-        self._owner = threading.get_ident()
 
-    def __exit__(self, *_: object) -> None:
-        try:
-            if self.closing or self.unattended or self._transport.mask & Want.WRITE:
-                self._delegate()
-        finally:
-            self._owner = 0
-            self._lock.release()
+    def leave(self) -> None:
+        """To be called last: what cannot wait for the next call goes to somebody who is there."""
+        transport = self._transport
+        if (
+            self.closing
+            or self.unattended
+            or transport.again
+            or transport.mask & Want.WRITE
+            or transport.owes()
+        ):
+            self._delegate()
 
     def turn(self, ready: int = NOTHING) -> None:
-        """Whatever is possible now, of everybody's; *ready* is what a poll said."""
+        """Whatever is possible now, of everybody's, within a turn's budget; *ready* is what a poll said."""
         transport, changes = self._transport, self.changes
         if ready:
             transport.on_ready(ready)
         self.at_once(take_turn, transport, time.monotonic(), transport.name)
-        while transport.again:
-            self.at_once(take_turn, transport, time.monotonic(), transport.name)
         if self._sleepers and (self.changes != changes or transport.finished):
             self.ring()
 
@@ -113,7 +121,7 @@ class Lease:
         while not done():
             if give_up is not None and time.monotonic() >= give_up:
                 return False
-            self.turn(self.sleep(give_up))
+            self.turn(NOTHING if transport.again else self.sleep(give_up))
         return True
 
     def sleep(self, until: float | None) -> int:
@@ -127,34 +135,42 @@ class Lease:
         timeout = None if until is None else max(0.0, until - time.monotonic())
         sock = transport.sock
         mask = NOTHING if sock is None else transport.mask
-        self._sleepers[sleeper] = mask
-        self._owner = 0
-        self._lock.release()
         try:
+            sleeper.asleep = True  # from here on a signal handler takes another bed
+            self._sleepers[sleeper] = mask
+            self.lock.release()
             return sleeper.sleep(sock, mask, timeout)
         finally:
+            sleeper.asleep = False
+            self._take_again()
+            self._sleepers.pop(sleeper, None)
+
+    def _take_again(self) -> None:
+        """Whatever interrupts it: the caller's ``with`` is going to release the lock."""
+        interruption: BaseException | None = None
+        while not self.mine():
             try:
-                self._lock.acquire()
-                self._owner = threading.get_ident()
-            finally:
-                del self._sleepers[sleeper]
+                self.lock.acquire()
+            except BaseException as error:
+                interruption = error
+        if interruption is not None:
+            raise interruption
 
     def command(self, method: str, *arguments: Any) -> None:
         """Call a method of the transport that is a command, and see how far it gets."""
         self._transport.now = time.monotonic()
-        getattr(self._transport, method)(*arguments)
+        self.at_once(getattr(self._transport, method), *arguments)
         self.turn()
 
     def close(self, timeout: float | None) -> None:
-        """Let everybody go who waits, and have a worker bring the session to a polite end."""
-        if not self.closing:
-            self.closing = True
-            if not self._transport.finished:
-                self.command("close", timeout)
-            self.ring()
+        """Let everybody go who waits, and have a worker bring the session to a polite end, by *timeout* if sooner."""
+        if not self._transport.finished and (not self.closing or timeout is not None):
+            self.command("close", timeout)
+        self.closing = True
+        self.ring()
 
     def forget(self) -> None:
-        """`close`, for a finalizer: without the lease, which this very thread may hold.  Never waits."""
+        """`close`, without the lease, which this very thread may hold.  Never waits."""
         self._attended = True
         self._worker.post(self._caretaker, "close")
 
@@ -166,31 +182,21 @@ class Lease:
     def chores(self) -> int:
         """The mask of what must go on although nobody calls: NOTHING while the session may stay parked."""
         transport = self._transport
-        if self.closing or self.unattended:
+        if self.closing or self.unattended or transport.owes():
             return transport.mask
         return transport.mask & Want.WRITE
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """As ``with lease:``, for the worker, which is whom things are delegated to."""
-        with self._lock:
-            self._owner = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._owner = 0
-
     def _delegate(self) -> None:
         """Somebody has to go on: a sleeper that polls for it already, or else the worker."""
-        if not self.closing:
-            chores = self.chores()
-            if any(mask & chores == chores for mask in self._sleepers.values()):
-                return
-        elif self._transport.finished and not self._attended:
+        if self.closing and self._transport.finished and not self._attended:
             if not self._sleepers:
                 self._attended = True
                 self._caretaker.bury()
             return
+        if not self.closing and not self._transport.again:
+            chores = self.chores()
+            if any(mask & chores == chores for mask in self._sleepers.values()):
+                return
         self._attended = True
         self._worker.post(self._caretaker, "wake")
 
@@ -201,6 +207,7 @@ class Caretaker:
     __slots__ = (
         "_gone",
         "_lease",
+        "_leaving",
         "_ready",
         "_transport",
         "again",
@@ -212,9 +219,12 @@ class Caretaker:
         "sock",
     )
 
-    def __init__(self, lease: Lease, transport: Transport, gone: Callable[[], None]) -> None:
+    def __init__(
+        self, lease: Lease, transport: Transport, leaving: Callable[[], None], gone: Callable[[], None]
+    ) -> None:
         self._lease = lease
         self._transport = transport
+        self._leaving = leaving
         self._gone = gone
         self._ready = NOTHING
         self.sock: socket.socket | None = None
@@ -230,7 +240,7 @@ class Caretaker:
 
     def close(self) -> None:
         """The command for a session that the application has lost: close it, by `Lease.close`."""
-        with self._lease.alone():
+        with self._lease.lock:
             self._lease.close(None)
 
     def on_ready(self, mask: int) -> None:
@@ -241,20 +251,20 @@ class Caretaker:
         """One turn with the transport, and what to wait for after it."""
         lease, transport = self._lease, self._transport
         ready, self._ready = self._ready, NOTHING
-        with lease.alone():
+        with lease.lock:
             lease.turn(ready)
             self.mask = lease.chores()
             self.sock = transport.sock
-            self.deadline = transport.deadline
+            self.deadline, self.again = transport.deadline, transport.again
             self.finished = lease.closing and transport.finished and not lease._sleepers
             if self.finished:
                 self._collect()
 
     def end(self, cause: SessionEnded) -> None:
         """The bridge is closed, or there was a bug: at once, whoever is in the middle of a call."""
-        with self._lease.alone():
-            self._lease.closing = True
+        with self._lease.lock:
             self._transport.end(cause)
+            self._lease.closing = True
             self._lease.ring()
 
     def gone(self) -> None:
@@ -270,6 +280,7 @@ class Caretaker:
         self._gone()
 
     def _collect(self) -> None:
+        self._leaving()
         self.retired += self._transport.retired
         self._transport.retired.clear()
         self.sock = None

@@ -7,11 +7,12 @@ the thread of whoever asks (see `bridge.lease`).  Every method may be called by 
 from __future__ import annotations
 
 import collections
+import functools
 import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from bridge import forks
 from bridge.engine import SessionInfo
@@ -39,6 +40,9 @@ PIECE_BYTES = 16 * RECORD_BYTES
 AHEAD_BYTES = 1024 * 1024
 """How much may be read that nobody asked for, to get at a close_notify behind it."""
 ANYTHING = Want.READ | Want.WRITE
+_TOO_LATE = "The write operation timed out"
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class _Sent:
@@ -98,8 +102,28 @@ class _Received:
         return self.parts[0][:size]
 
 
+def _leased(method: Callable[Concatenate[Stream, P], T]) -> Callable[Concatenate[Stream, P], T]:
+    """*method*, with the lease."""
+
+    @functools.wraps(method)
+    def call(self: Stream, /, *arguments: P.args, **options: P.kwargs) -> T:
+        forks.check(self._born)
+        lease = self._lease
+        lease.check()
+        with lease.lock:
+            try:
+                return method(self, *arguments, **options)
+            finally:
+                lease.leave()
+
+    return call
+
+
 class Stream:
-    """One TLS session as a stream of bytes.  Made by `Bridge.stream`; the handshake starts with the first call."""
+    """One TLS session as a stream of bytes.  Made by `Bridge.stream`; the handshake starts with the first call.
+
+    `Timeouts.idle` is not watched while nobody calls.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -110,6 +134,7 @@ class Stream:
         "_half_closed",
         "_info",
         "_lease",
+        "_owner",
         "_received",
         "_sent",
         "_started",
@@ -125,10 +150,11 @@ class Stream:
         self._transport = Transport(name, plan, self._sent, self._received, self._told)
         self.worker = worker.name
         self.gone: Latch[Ending] = Latch()
-        self._lease = self._sent._lease = Lease(self._transport, worker, lambda: self._buried(gone))
-        self._writers = (
-            threading.Lock()
-        )  # of large writes one at a time: messages of threads never interleave
+        self._lease = self._sent._lease = Lease(
+            self._transport, worker, self._leaving, lambda: self._buried(gone)
+        )
+        self._writers = threading.RLock()  # one write at a time: those of several threads never interleave
+        self._owner = plan.owner
         # Guarded by the lease.
         self._started = False
         self._info: SessionInfo | None = None
@@ -152,6 +178,13 @@ class Stream:
             self._ending = payload
             self._lease.unattended = False
 
+    def _leaving(self) -> None:
+        """The descriptor is about to be closed: a look-alike of a socket must not go by its number any more."""
+        bereave = getattr(self._owner(), "_bereave", None)
+        handed_back = self._ending is not None and self._ending.sock is not None
+        if bereave is not None and not handed_back:
+            bereave(self)
+
     def _buried(self, gone: Callable[[Stream, Ending], None]) -> None:
         assert self._ending is not None
         gone(self, self._ending)
@@ -159,24 +192,22 @@ class Stream:
 
     # The handshake.
 
+    @_leased
     def begin(self) -> None:
         """Have a worker make the handshake; whoever needs it done waits for it.  Does not wait."""
-        forks.check(self._born)
-        with self._lease:
-            self._start()
-            self._lease.unattended = self._info is None and self._ending is None
+        self._start()
+        self._lease.unattended = self._info is None and self._ending is None
 
+    @_leased
     def handshake(self, timeout: float | None = None) -> SessionInfo:
         """The handshake, if it is not done yet, and what it settled.
 
         *timeout* in seconds: OperationTimeout after that, None: never, 0: WouldBlock unless it can be done at once.
         Raises the cause if it fails.
         """
-        forks.check(self._born)
-        with self._lease:
-            self._open(timeout)
-            assert self._info is not None
-            return self._info
+        self._open(timeout)
+        assert self._info is not None
+        return self._info
 
     def _start(self) -> None:
         if not self._started:
@@ -215,29 +246,36 @@ class Stream:
         *timeout* as for `handshake`.  Any other end raises the cause, after all that came before it.
         """
         forks.check(self._born)
-        received = self._received
-        with self._lease:
-            if not received.parts:
-                give_up = None if timeout is None else time.monotonic() + timeout
-                quiet = self._transport.quiet and not self._deaf and timeout != 0
-                data = self._read_quietly(give_up) if quiet else b""
-                if data and len(data) <= size:
-                    return data
-                if data:
-                    received.parts.append(data)
-                    received.used += len(data)
-                    self._lease.ring()
-                elif not self._await_bytes(timeout and _left(give_up)):
-                    return b""
-            return received.take(size)
+        lease, received = self._lease, self._received
+        lease.check()
+        with lease.lock:
+            try:
+                if not received.parts:
+                    give_up = None if timeout is None else time.monotonic() + timeout
+                    quiet = self._transport.quiet and not self._deaf and timeout != 0
+                    data = self._read_quietly(give_up) if quiet else b""
+                    if data and len(data) <= size:
+                        return data
+                    if data:
+                        received.parts.append(data)
+                        received.used += len(data)
+                        lease.ring()
+                    elif not self._await_bytes(timeout, give_up):
+                        return b""
+                data = received.take(size)
+                if self._transport.runnable():
+                    lease.ring()  # there is room again, for somebody who wants input
+                return data
+            finally:
+                lease.leave()
 
+    @_leased
     def peek(self, size: int, timeout: float | None = None) -> bytes:
         """As `read`, and the bytes stay."""
-        forks.check(self._born)
-        with self._lease:
-            if not self._received.parts and not self._await_bytes(timeout):
-                return b""
-            return self._received.peek(size)
+        give_up = None if timeout is None else time.monotonic() + timeout
+        if not self._received.parts and not self._await_bytes(timeout, give_up):
+            return b""
+        return self._received.peek(size)
 
     def _read_quietly(self, give_up: float | None) -> bytes:
         """The next record, if it comes before anything else happens."""
@@ -255,14 +293,14 @@ class Stream:
             self._lease.ring()
         return data
 
-    def _await_bytes(self, timeout: float | None) -> bool:
+    def _await_bytes(self, timeout: float | None, give_up: float | None) -> bool:
         """Whether there are any; false at the clean end, and other ends raise."""
         if self._info is None:
-            self._open(timeout)
+            self._open(timeout and _left(give_up))
         received = self._received
         received.asking += 1
         try:
-            self._wait(self._readable, timeout, "read", Want.READ)
+            self._wait(self._readable, timeout and _left(give_up), "read", Want.READ)
         finally:
             received.asking -= 1
         if received.parts or self._eof or self._deaf:
@@ -275,11 +313,10 @@ class Stream:
     def _readable(self) -> bool:
         return bool(self._received.parts) or self._eof or self._deaf or self._ending is not None
 
+    @_leased
     def pending(self) -> int:
         """Decrypted bytes that `read` would give without waiting and that no poll announces.  Does not wait."""
-        forks.check(self._born)
-        with self._lease:
-            return self._received.used + self._transport.pending()
+        return self._received.used + self._transport.pending()
 
     def write(self, data: bytes | bytearray | memoryview, timeout: float | None = None) -> int:
         """Hand *data* to the kernel, encrypted; returns how many bytes, which is all of them unless *timeout* is 0.
@@ -290,21 +327,28 @@ class Stream:
         """
         forks.check(self._born)
         view = memoryview(data).cast("B")
-        if timeout == 0:
-            with self._lease:
-                return self._write_now(view)
+        lease, writers = self._lease, self._writers
+        lease.check()
         give_up = None if timeout is None else time.monotonic() + timeout
-        if not self._writers.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
-            raise OperationTimeout("The write operation timed out")
         try:
-            with self._lease:
-                for start in range(0, len(view), PIECE_BYTES):
-                    self._hand_over(bytes(view[start : start + PIECE_BYTES]), _left(give_up))
-                    if self._sent.held():
-                        self._wait(self._all_gone, _left(give_up), "write", Want.WRITE)
-                    self._check_writable()
+            if not writers.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
+                raise WouldBlock(Want.WRITE) if timeout == 0 else OperationTimeout(_TOO_LATE)
+            with lease.lock:
+                try:
+                    return self._write_now(view) if timeout == 0 else self._write(view, give_up)
+                finally:
+                    lease.leave()
         finally:
-            self._writers.release()
+            if writers._is_owned():  # type: ignore[attr-defined]
+                writers.release()
+
+    def _write(self, view: memoryview, give_up: float | None) -> int:
+        for start in range(0, len(view), PIECE_BYTES):
+            self._ready_to_write(_left(give_up))
+            self._lease.at_once(self._hand_over, bytes(view[start : start + PIECE_BYTES]))
+            if self._sent.held():
+                self._wait(self._all_gone, _left(give_up), "write", Want.WRITE)
+            self._check_writable()
         return len(view)
 
     def _write_now(self, view: memoryview) -> int:
@@ -317,29 +361,32 @@ class Stream:
                 raise WouldBlock(Want.WRITE if self._transport.mask & Want.WRITE else Want.READ)
             if self._sent.held():
                 break
+            self._ready_to_write(0)
             piece = bytes(view[done : done + RECORD_BYTES])
-            self._hand_over(piece, 0)
+            self._lease.at_once(self._hand_over, piece)
             if self._sent.held():
                 self._lease.turn()
             self._check_writable()
             done += len(piece)
         return done
 
-    def _hand_over(self, piece: bytes, timeout: float | None) -> None:
+    def _ready_to_write(self, timeout: float | None) -> None:
         if self._info is None:
             self._open(timeout)
         self._check_writable()
+
+    def _hand_over(self, piece: bytes) -> None:
         transport, sent = self._transport, self._sent
         sent.take(len(piece))
         if not transport.quiet or len(piece) > RECORD_BYTES:
             transport.send([piece])
-        elif self._lease.at_once(transport.write_at_once, piece):
+        elif transport.write_at_once(piece):
             sent.give_back(len(piece))
         else:
             self._lease.ring()
 
     def _all_gone(self) -> bool:
-        return not self._sent.held()
+        return not self._sent.held() or self._lease.closing
 
     def _check_writable(self) -> None:
         if self._ending is not None:
@@ -349,53 +396,51 @@ class Stream:
 
     # Ends.
 
+    @_leased
     def send_eof(self, timeout: float | None = None) -> None:
-        """TLS half close (RFC 8446, 6.1), and then that of TCP.  Reading goes on.  *timeout* as for `handshake`."""
-        forks.check(self._born)
-        with self._lease:
-            if self._info is None or self._ending is not None:
-                return
-            self._half_closed = True
-            self._lease.command("send_eof", True)
-            try:
-                self._wait(
-                    lambda: self._transport.said_close() or self._ending is not None,
-                    timeout,
-                    "shutdown",
-                    Want.WRITE,
-                )
-            except WouldBlock:  # close_notify leaves when it can
-                pass
+        """TLS half close (RFC 8446, 6.1), and then that of TCP.  Reading goes on.
 
+        *timeout* as for `handshake`; but with 0 it is no error if close_notify cannot leave at once: it leaves when
+        it can.
+        """
+        if self._info is None or self._ending is not None:
+            return
+        self._half_closed = True
+        self._lease.command("send_eof", True)
+        if timeout != 0:
+            self._wait(self._said_close, timeout, "shutdown", Want.WRITE)
+
+    def _said_close(self) -> bool:
+        return self._transport.said_close() or self._ending is not None
+
+    @_leased
     def stop_reading(self) -> None:
         """From now on `read` gives what is there already and then ``b""``, also to whoever waits in it."""
-        forks.check(self._born)
-        with self._lease:
-            self._deaf = True
-            self._lease.ring()
+        self._deaf = True
+        self._lease.ring()
 
+    @_leased
     def unwrap(self, timeout: float | None = None) -> tuple[socket.socket, bytes]:
         """End TLS both ways and go on in plain text: the socket, and bytes read too far.
 
         *timeout* as for `handshake`; with 0, call it again after WouldBlock.  Raises the cause if the peer just
         hangs up.  Application data that still came before the peer's close_notify is lost.
         """
-        forks.check(self._born)
-        with self._lease:
-            self._open(timeout)
-            received = self._received
-            received.asking += AHEAD_BYTES
-            try:
-                if self._ending is None:
-                    self._half_closed = True
-                    self._lease.command("unwrap", None)
-                self._wait(lambda: self._ending is not None, timeout, "unwrap", Want.READ)
-            finally:
-                received.asking -= AHEAD_BYTES
-            assert self._ending is not None
-            if self._ending.sock is None:
-                raise fresh(self._ending.cause)
-            self._lease.closing = True
+        give_up = None if timeout is None else time.monotonic() + timeout
+        self._open(timeout)
+        received = self._received
+        received.asking += AHEAD_BYTES
+        try:
+            if self._ending is None:
+                self._half_closed = True
+                self._lease.command("unwrap", None, False)
+            self._wait(lambda: self._ending is not None, timeout and _left(give_up), "unwrap", Want.READ)
+        finally:
+            received.asking -= AHEAD_BYTES
+        assert self._ending is not None
+        if self._ending.sock is None:
+            raise fresh(self._ending.cause)
+        self._lease.closing = True
         return self._ending.sock, self._ending.leftover
 
     def close(self, timeout: float | None = None) -> None:
@@ -406,10 +451,15 @@ class Stream:
         """
         if self._born != forks.generation():
             self._abandon()
-            return
-        with self._lease:
-            self._deaf = True
-            self._lease.close(timeout)
+        elif self._lease.mine():  # a signal handler, in the middle of a call of this very session
+            self._lease.forget()
+        else:
+            self._close(timeout)
+
+    @_leased
+    def _close(self, timeout: float | None) -> None:
+        self._deaf = True
+        self._lease.close(timeout)
 
     def forget(self) -> None:
         """`close`, for a finalizer: it may run in the middle of a call of this very session.  Never waits."""
@@ -418,14 +468,17 @@ class Stream:
         else:
             self._abandon()
 
+    @_leased
     def abort(self) -> None:
         """End now; what has not left is lost, and the peer sees a reset.  Idempotent; does not wait."""
-        forks.check(self._born)
-        with self._lease:
-            if not self._lease.closing:
-                self._lease.closing = self._deaf = True
-                self._lease.command("abort", SessionAborted("this side aborted the session"))
-                self._lease.ring()
+        self._deaf = True
+        if not self._transport.finished:
+            self._lease.command("abort", SessionAborted("this side aborted the session"))
+        self._lease.close(None)
+
+    def busy_here(self) -> bool:
+        """Whether this very thread is in the middle of a call of it: in a callback, or in a signal handler."""
+        return self._lease.mine()
 
     def _abandon(self) -> None:
         """In a child of fork(): nothing but the descriptors is ours."""
@@ -450,11 +503,10 @@ class Stream:
         """How far the close got; None while the session lives."""
         return None if self._ending is None else self._ending.report
 
+    @_leased
     def session(self) -> SSL.Session | None:
         """What a later session may offer to resume: with TLS 1.3, the newest ticket that was read."""
-        forks.check(self._born)
-        with self._lease:
-            return self._transport.session()
+        return self._transport.session()
 
     @property
     def name(self) -> str:

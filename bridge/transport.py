@@ -36,6 +36,7 @@ import dataclasses
 import math
 import socket
 import struct
+import time
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -197,6 +198,7 @@ class Transport:
         "_half_closing",
         "_handshake",
         "_hello",
+        "_hurried",
         "_linger_left",
         "_lingering",
         "_operations",
@@ -275,6 +277,7 @@ class Transport:
         self._discarding = False  # close(): nobody will read what still comes
         self._unwrapping = False
         self._half_closing = False
+        self._hurried = True  # the end has deadlines of its own
         self._close_by: float | None = None
         self._said_close = False  # OpenSSL has our close_notify
         self._sent_close = False  # the kernel has it
@@ -317,12 +320,13 @@ class Transport:
         assert engine is not None
         try:
             data = engine.read(RECORD_BYTES)
-            if isinstance(data, bytes) and data and not engine.on_detour:
+            if isinstance(data, bytes) and data:
                 self._read.wait_for(READ)
-                self._read.ready = len(data) == RECORD_BYTES
-                self.mask = NOTHING if self._read.ready else READ
-                return data
-            if isinstance(data, Want):
+                self._read.ready = len(data) == RECORD_BYTES or (engine.on_detour and engine.has_more())
+                if not engine.on_detour:
+                    self.mask = NOTHING if self._read.ready else READ
+                    return data
+            elif isinstance(data, Want):
                 self._read.wait_for(data)
                 data = b""
             elif not data:
@@ -333,7 +337,7 @@ class Transport:
             self.end(error)
             data = b""
         if engine.on_detour and self._exchanging:
-            self.step(self.now)  # to bring out what the read had to say
+            self.step(time.monotonic())  # to bring out what the read had to say
         self._settle()
         return data
 
@@ -348,6 +352,7 @@ class Transport:
         else:
             if count == len(data) and not self._engine.on_detour:
                 return True
+            self.now = time.monotonic()
             if isinstance(count, Want):
                 self._chunk = data
                 self._wait_to_write(count)
@@ -365,6 +370,10 @@ class Transport:
     def runnable(self) -> bool:
         """Whether a step could get anywhere although no poll has announced anything."""
         return any(operation.ready for operation in self._operations)
+
+    def owes(self) -> bool:
+        """Whether something that was accepted has not left."""
+        return self.outbox.held() > 0
 
     def said_close(self) -> bool:
         """Whether the kernel has our close_notify."""
@@ -431,6 +440,7 @@ class Transport:
     def send(self, chunks: list[bytes]) -> None:
         """More bytes to send, in order."""
         if self.cause is None:
+            self.quiet = False
             self._chunks.extend(chunks)
             if self._write.want is None:
                 self._write.ready = True
@@ -450,12 +460,12 @@ class Transport:
 
     def close(self, timeout: float | None) -> None:
         """Polite close, within *timeout* seconds altogether (None: the session's own timeouts)."""
-        self._discarding, self._unwrapping = True, False
+        self._discarding, self._unwrapping, self._hurried = True, False, True
         self._bounded_close("close()", timeout)
 
-    def unwrap(self, timeout: float | None) -> None:
-        """End TLS both ways and hand the socket back, within *timeout* seconds altogether."""
-        self._unwrapping = True
+    def unwrap(self, timeout: float | None, bounded: bool = True) -> None:
+        """End TLS both ways and hand the socket back, within *timeout* seconds altogether, if it is *bounded*."""
+        self._unwrapping, self._hurried = True, bounded
         self._bounded_close("unwrap()", timeout)
 
     def abort(self, why: SessionEnded) -> None:
@@ -472,7 +482,7 @@ class Transport:
         if self._start_draining(why):
             if self._sent_close:
                 self._after_close_notify()
-            else:
+            elif self._hurried:
                 self._set_deadline(CloseTimeout, self._plan.timeouts.flush, self._close_by)
 
     def _start_draining(self, why: str) -> bool:
@@ -755,19 +765,19 @@ class Transport:
         if not self._engine.unflushed():
             self._shutdown.rest()
             self._sent_close = True
+            self.outbox.give_back(0)  # whoever waits for this looks again
             self._after_close_notify()
         return True
 
     def _after_close_notify(self) -> None:
         """Ours is sent.  Wait for the peer's: for good after send_eof(), for a while otherwise."""
         self._deadlines.pop(CloseTimeout, None)
-        if self._peer_closed:
-            self._complete()
-            return
-        if self._discarding or self._unwrapping:
-            self._set_deadline(CloseTimeout, self._plan.timeouts.close_notify, self._close_by)
         if self._discarding or self._half_closing:
             self._half_close()
+        if self._peer_closed:
+            self._complete()
+        elif (self._discarding or self._unwrapping) and self._hurried:
+            self._set_deadline(CloseTimeout, self._plan.timeouts.close_notify, self._close_by)
 
     def _half_close(self) -> None:
         assert self.sock is not None

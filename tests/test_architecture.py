@@ -63,13 +63,13 @@ THREADING = {
         "local",
     },  # a line of the key log, which all workers write; a buffer for each thread
     "poll": {"local"},  # a bed for each thread
-    "lease": {"Lock", "get_ident"},  # who holds it owns the transport
-    "stream": {"Lock", "TIMEOUT_MAX"},  # of writers: one whole write after the other
+    "lease": {"RLock"},  # who holds it owns the transport
+    "stream": {"RLock", "TIMEOUT_MAX"},  # of writers: one whole write after the other
     "bridge": {"Event", "Thread", "current_thread"},
     "ssl.process": {"Lock"},  # of making the one bridge
     "ssl.injection": {"Lock"},
     "ssl.contexts": {"Lock"},  # of making a core context, and of the store it shares
-    "ssl.sockets": {"Lock"},  # of beginning, once
+    "ssl.sockets": {"RLock"},  # of whose a descriptor is
     "demo": {"Event", "Thread"},
     "cli": {"Event", "Thread"},
 }

@@ -26,9 +26,8 @@ from cryptography.x509 import ocsp
 from cryptography.x509.oid import NameOID
 from OpenSSL import SSL
 
-from bridge import Bridge
+from bridge import Bridge, credentials
 from bridge import connection as connection_module
-from bridge import credentials
 from bridge.context import REMEMBERED_SESSIONS, Context, Record, client_context, server_context
 from bridge.errors import CertificateError, ConfigurationError, HostnameMismatch, SessionEnded, TLSError
 

@@ -471,7 +471,7 @@ def on_detour(rig: Lockstep, tls: Contexts, near: socket.socket, far: socket.soc
     return client, server
 
 
-def test_fact_04_a_read_budget_that_ends_a_turn_leaves_bytes_inside_and_the_next_turn_takes_them(
+def test_fact_04_a_read_budget_that_ends_a_turn_leaves_records_behind_and_the_next_turn_takes_them(
     rig: Lockstep, tls: Contexts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near, far = rig.small_pair()
@@ -481,14 +481,14 @@ def test_fact_04_a_read_budget_that_ends_a_turn_leaves_bytes_inside_and_the_next
         assert server.write(b"%d\n" % number) == 2
     worker, coordinator = rig.bridges[0]._workers[0], rig.bridges[0]._coordinator
     worker.step()
-    assert not ears(client._channel.transport.sock), "all five are inside"
+    assert ears(client._channel.transport.sock), "a detour reads no further than one record"
     for number in range(5):
         coordinator.step()
         assert list(received(client)) == [str(number)]
         worker.step(None if number < 4 else 0.0)  # and it does not sleep: this would last for ever
 
 
-def test_fact_04_read_credit_that_ends_a_turn_leaves_bytes_inside_and_its_return_takes_them(
+def test_fact_04_read_credit_that_ends_a_turn_leaves_records_behind_and_its_return_takes_them(
     rig: Lockstep, tls: Contexts
 ) -> None:
     near, far = rig.small_pair()
@@ -496,7 +496,7 @@ def test_fact_04_read_credit_that_ends_a_turn_leaves_bytes_inside_and_its_return
     for number in range(5):
         assert server.write(b"%d\n" % number) == 2
     rig.settle()
-    assert not ears(client._channel.transport.sock), "all five are inside"
+    assert ears(client._channel.transport.sock), "a detour reads no further than one record"
     for number in range(5):
         assert client.inbox.qsize() == 1, "paused"
         assert list(received(client)) == [str(number)]

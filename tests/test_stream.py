@@ -251,7 +251,7 @@ def test_what_did_not_wait_is_sent_by_a_worker_though_nobody_calls_again(small_p
 
 def test_a_callback_that_calls_its_own_session_gets_an_error_and_no_deadlock(pair: Pair) -> None:
     client, _ = pair
-    with client._lease, pytest.raises(RuntimeError, match="by a callback or a signal handler"):
+    with client._lease.lock, pytest.raises(RuntimeError, match="by a callback or a signal handler"):
         client.read(1, 0)
 
 
@@ -406,7 +406,7 @@ def test_unwrap_gives_up_in_time(pair: Pair) -> None:
 
 def test_a_forgotten_stream_is_closed_by_its_worker(pair: Pair) -> None:
     client, server = pair
-    with client._lease:  # as in a finalizer that runs in the middle of a call
+    with client._lease.lock:  # as in a finalizer that runs in the middle of a call
         client.forget()
     assert server.read(1, PATIENCE) == b""
     server.close()

@@ -10,6 +10,7 @@ SSLSocket, for `fileno()`, addresses and options, and the stream's inner socket,
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -23,7 +24,7 @@ from typing import Any
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.engine import SessionInfo
-from bridge.errors import BridgeError, OperationTimeout
+from bridge.errors import BridgeClosed, BridgeError, ConfigurationError, OperationTimeout
 from bridge.ssl.facts import certificate_dict
 from bridge.ssl.failures import as_stdlib
 from bridge.ssl.process import TIMEOUTS, UNHURRIED, default_bridge
@@ -60,7 +61,9 @@ class Wire:
         self._owner = weakref.ref(sock)
         self._session: SSLSession | None = None
         self._pooled = False
-        self._lock = threading.Lock()  # of the beginning: there is only one
+        self.lock = (
+            threading.RLock()
+        )  # of whose the descriptor is: its socket's, and from `begin` on the stream's
         if session is not None:
             self.session = session
 
@@ -73,11 +76,11 @@ class Wire:
 
     def begin(self) -> Stream:
         """The stream; the first call takes the connected descriptor over."""
-        with self._lock:
+        with self.lock:
             if self.stream is None:
                 sock = self._owner()
                 assert sock is not None
-                sock.getpeername()
+                sock.getpeername()  # OSError if it is not connected, or closed by now
                 self.timeout = sock.gettimeout()
                 self.kernel_timeouts = {
                     option: seconds
@@ -100,15 +103,24 @@ class Wire:
                 owner=self._owner,
                 timeouts=TIMEOUTS if self._pooled else UNHURRIED,
             )
-        except BaseException:
-            if inner.fileno() != -1:
+        except BaseException as error:
+            if inner.fileno() == -1:  # closed already
+                socket.socket.detach(sock)
+            else:
                 inner.detach()
+            if isinstance(error, BridgeClosed):
+                raise OSError(errno.EBADF, str(error)) from None
+            if isinstance(error, ConfigurationError) and not _is_connected(sock):
+                raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN)) from None
             raise
 
     def begin_in_pool(self) -> None:
         """Have the handshake made by a worker, for whoever needs it done."""
         self._pooled = True
-        self.begin().begin()
+        try:
+            self.begin().begin()
+        except BridgeError as error:
+            raise self._failure(error) from None
 
     def do_handshake(self) -> None:
         """The handshake, within the time-out."""
@@ -125,7 +137,8 @@ class Wire:
         stream = self.stream
         if stream is None:
             return None
-        if stream.info is None and self._pooled and stream.end is None and self.timeout != 0:
+        waits = self._pooled and stream.end is None and self.timeout != 0 and not stream.busy_here()
+        if stream.info is None and waits:
             self._shake_hands(stream)
         return stream.info
 
@@ -173,7 +186,7 @@ class Wire:
 
     def pending(self) -> int:
         """Decrypted bytes that no poll announces."""
-        return 0 if self.stream is None else self.stream.pending()
+        return 0 if self.stream is None or self.stream.busy_here() else self.stream.pending()
 
     # Ends.
 
@@ -185,17 +198,18 @@ class Wire:
             inner, leftover = stream.unwrap(self.timeout)
         except BridgeError as error:
             raise self._failure(error) from None
-        inner.detach()
-        sock._go_on_in_plain_text(self.timeout, leftover)
+        with self.lock:
+            if sock.fileno() == -1:  # closed meanwhile
+                inner.close()
+            else:
+                inner.detach()
+                sock._go_on_in_plain_text(self.timeout, leftover)
         return sock
 
     def half_close(self) -> None:
         """close_notify and the end of our half of TCP; reading goes on, decrypted."""
         if self.stream is not None:
-            try:
-                self.stream.send_eof(self.timeout)
-            except BridgeError as error:
-                raise self._failure(error) from None
+            self.stream.send_eof(timeout=0)  # what is stuck leaves when it can
 
     # Facts.
 
@@ -297,10 +311,11 @@ class SSLSocket(ssl.SSLSocket):
 
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
         """As `socket.socket.recv`."""
-        if self._sslobj is None or flags:
+        wire = self._sslobj
+        if wire is None or flags:
             return self._recv_in_plain_text(buflen, flags) if self._leftover else super().recv(buflen, flags)
         try:
-            return self._sslobj.read(buflen)  # type: ignore[no-any-return]
+            return wire.read(buflen)  # type: ignore[no-any-return]
         except ssl.SSLEOFError:
             if not self.suppress_ragged_eofs:
                 raise
@@ -308,7 +323,8 @@ class SSLSocket(ssl.SSLSocket):
 
     def recv_into(self, buffer: Buffer, nbytes: int | None = None, flags: int = 0) -> int:
         """As `socket.socket.recv_into`."""
-        if self._sslobj is None or flags:
+        wire = self._sslobj
+        if wire is None or flags:
             if not self._leftover:
                 return super().recv_into(buffer, nbytes, flags)
             with memoryview(buffer) as view, view.cast("B") as room:
@@ -317,18 +333,18 @@ class SSLSocket(ssl.SSLSocket):
             return len(data)
         if nbytes is None:
             nbytes = memoryview(buffer).nbytes or 1024
-        return int(self._forgiving(nbytes, buffer, 0))
+        return int(self._forgiving(wire, nbytes, buffer, 0))
 
     def read(self, len: int = 1024, buffer: Buffer = None) -> Any:
         """As `ssl.SSLSocket.read`."""
-        if self._sslobj is None:
+        wire = self._sslobj
+        if wire is None:
             raise ValueError("Read on closed or unwrapped SSL socket.")
-        return self._forgiving(len, buffer, b"" if buffer is None else 0)
+        return self._forgiving(wire, len, buffer, b"" if buffer is None else 0)
 
-    def _forgiving(self, size: int, buffer: Buffer, nothing: Any) -> Any:
-        assert self._sslobj is not None
+    def _forgiving(self, wire: Wire, size: int, buffer: Buffer, nothing: Any) -> Any:
         try:
-            return self._sslobj.read(size, buffer)
+            return wire.read(size, buffer)
         except ssl.SSLEOFError:
             if not self.suppress_ragged_eofs:
                 raise
@@ -336,30 +352,31 @@ class SSLSocket(ssl.SSLSocket):
 
     def send(self, data: Buffer, flags: int = 0) -> int:
         """As `socket.socket.send`; short only on a non-blocking socket."""
-        if self._sslobj is None or flags:
-            return super().send(data, flags)
-        return self._sslobj.write(data)
+        wire = self._sslobj
+        return super().send(data, flags) if wire is None or flags else wire.write(data)
 
     def sendall(self, data: Buffer, flags: int = 0) -> None:
         """As `socket.socket.sendall`.  Calls of several threads do not interleave; the time-out is for all of it."""
-        if self._sslobj is None or flags or self._sslobj.timeout == 0:
+        wire = self._sslobj
+        if wire is None or flags or wire.timeout == 0:
             super().sendall(data, flags)
         else:
-            self._sslobj.write(data)
+            wire.write(data)
 
     # Time-outs: ours, since the descriptor never blocks.
 
     def settimeout(self, value: float | None) -> None:
         """As `socket.socket.settimeout`."""
         wire = self._sslobj
-        if wire is None or wire.stream is None:
-            super().settimeout(value)
-            return
-        if value is not None:
-            value = float(value + 0)  # which a str is refused by
-            if not value >= 0:
-                raise ValueError("Timeout value out of range")
-        wire.timeout = value
+        with _NOBODYS if wire is None else wire.lock:
+            if wire is None or wire.stream is None:
+                super().settimeout(value)
+                return
+            if value is not None:
+                value = float(value + 0)  # which a str is refused by
+                if not value >= 0:
+                    raise ValueError("Timeout value out of range")
+            wire.timeout = value
 
     def gettimeout(self) -> float | None:
         """As `socket.socket.gettimeout`."""
@@ -381,8 +398,8 @@ class SSLSocket(ssl.SSLSocket):
         super().setsockopt(level, optname, *value)
         wire = self._sslobj
         if wire is not None and level == socket.SOL_SOCKET and optname in _KERNEL_TIMEOUTS:
-            seconds = _kernel_timeout(self, optname)
-            wire.kernel_timeouts = {**wire.kernel_timeouts, optname: seconds} if seconds else {}
+            found = {**wire.kernel_timeouts, optname: _kernel_timeout(self, optname)}
+            wire.kernel_timeouts = {option: seconds for option, seconds in found.items() if seconds}
 
     # Ends.
 
@@ -409,18 +426,28 @@ class SSLSocket(ssl.SSLSocket):
         return super().detach()
 
     def _real_close(self) -> None:
-        self._sslobj = None
-        wire, self._wire = self._wire, None
-        if wire is None:
+        wire = self._sslobj or self._wire
+        with _NOBODYS if wire is None else wire.lock:
+            wire, self._wire = self._wire, None
+            stream = None if wire is None else self._give_up(wire)
+            self._sslobj = None
+        if stream is None:
             super()._real_close()  # type: ignore[misc]
         else:
-            self._give_up(wire).close()
+            stream.close()
 
     def _give_up(self, wire: Wire) -> Stream:
         """The descriptor is from now on its stream's alone."""
         assert wire.stream is not None
         socket.socket.detach(self)
         return wire.stream
+
+    def _bereave(self, stream: Stream) -> None:
+        """For *stream*, which is about to close the descriptor of its own accord: its bridge is closed."""
+        wire = self._wire
+        if wire is not None and wire.stream is stream:
+            self._sslobj = self._wire = None
+            socket.socket.detach(self)
 
     def _go_on_in_plain_text(self, timeout: float | None, leftover: bytes) -> None:
         self._sslobj = self._wire = None
@@ -436,6 +463,9 @@ class SSLSocket(ssl.SSLSocket):
     def __del__(self) -> None:
         # May run in any thread, at any moment.
         if self.fileno() == -1:
+            return
+        if "_connected" not in vars(self):  # `wrap_socket` has raised, and nobody ever had it
+            socket.socket.close(self)
             return
         warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self)
         if self._wire is None:
@@ -472,6 +502,15 @@ def _der(certificate: Any) -> bytes:
     return bytes(certificate.public_bytes(Encoding.DER))
 
 
+def _is_connected(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+_NOBODYS = contextlib.nullcontext()
 _KERNEL_TIMEOUTS = tuple(
     option for name in ("SO_RCVTIMEO", "SO_SNDTIMEO") if (option := getattr(socket, name, None)) is not None
 )
