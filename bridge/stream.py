@@ -327,21 +327,23 @@ class Stream:
         """
         forks.check(self._born)
         view = memoryview(data).cast("B")
-        lease, writers = self._lease, self._writers
-        lease.check()
-        give_up = None if timeout is None else time.monotonic() + timeout
+        self._lease.check()
+        writers = self._writers
+        if timeout is None:
+            with writers:
+                return self._write(view, None)
+        give_up = time.monotonic() + timeout
         try:
-            if not writers.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
+            if not writers.acquire(timeout=min(timeout, threading.TIMEOUT_MAX)):
                 raise WouldBlock(Want.WRITE) if timeout == 0 else OperationTimeout(_TOO_LATE)
-            with lease.lock:
-                try:
-                    return self._write_now(view) if timeout == 0 else self._write(view, give_up)
-                finally:
-                    lease.leave()
+            return self._write_now(view) if timeout == 0 else self._write(view, give_up)
         finally:
-            if writers._is_owned():  # type: ignore[attr-defined]
-                writers.release()
+            try:
+                _let_go(writers)
+            finally:  # a signal handler may have raised in the middle of it
+                _let_go(writers)
 
+    @_leased
     def _write(self, view: memoryview, give_up: float | None) -> int:
         for start in range(0, len(view), PIECE_BYTES):
             self._ready_to_write(_left(give_up))
@@ -351,6 +353,7 @@ class Stream:
             self._check_writable()
         return len(view)
 
+    @_leased
     def _write_now(self, view: memoryview) -> int:
         done = 0
         while done < len(view):
@@ -519,6 +522,11 @@ class Stream:
 
     def __repr__(self) -> str:
         return f"<Stream {self.name} {self._transport.state.value}>"
+
+
+def _let_go(lock: Any) -> None:
+    if lock._is_owned():
+        lock.release()
 
 
 def _left(give_up: float | None) -> float | None:

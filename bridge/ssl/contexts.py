@@ -19,7 +19,7 @@ import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -57,6 +57,7 @@ _VERIFY = {
     ssl.CERT_OPTIONAL: SSL.VERIFY_PEER,
     ssl.CERT_REQUIRED: SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT,
 }
+_NO_PSK = "the bridge has no pre-shared keys; use certificates, or the stdlib's ssl"
 _ENABLE_KTLS = 1 << 3
 _NOT_OURS = SSL.OP_IGNORE_UNEXPECTED_EOF | _ENABLE_KTLS
 """Options not passed on: what was cut off must not look ended, nor the kernel encrypt where the bridge does."""
@@ -263,11 +264,13 @@ class SSLContext(ssl.SSLContext):
         super().set_alpn_protocols(protocols)
         self._recorded.alpn = tuple(protocol.encode() for protocol in protocols)
 
-    def set_psk_client_callback(self, callback: Any) -> None:
+    def set_psk_client_callback(self, *_: object) -> NoReturn:
         """Refused: a program that relies on a pre-shared key must not think that it has one."""
-        raise NotImplementedError("the bridge has no pre-shared keys; use certificates, or the stdlib's ssl")
+        raise NotImplementedError(_NO_PSK)
 
-    set_psk_server_callback = set_psk_client_callback
+    def set_psk_server_callback(self, *_: object, **__: object) -> NoReturn:
+        """Refused likewise."""
+        raise NotImplementedError(_NO_PSK)
 
     def set_ecdh_curve(self, name: str, /) -> None:
         """As the stdlib's."""
