@@ -494,7 +494,11 @@ class SSLSocket(ssl.SSLSocket):
         )
         made.do_handshake_on_connect = self.do_handshake_on_connect
         if self.do_handshake_on_connect and made._sslobj is not None:
-            made._sslobj.begin_in_pool()
+            try:
+                made._sslobj.begin_in_pool()
+            except BaseException:
+                made.close()
+                raise
         return made, address
 
 
