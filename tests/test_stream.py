@@ -274,6 +274,54 @@ def test_an_interrupt_in_the_middle_of_a_turn_ends_the_session(
         client.read(1, PATIENCE)
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that send signals")
+def test_interrupts_at_any_moment_leave_nothing_locked(b: bridge.Bridge, contexts: Any) -> None:
+    """A handler that raises, as that of Ctrl-C does, a few hundred times in the middle of anything."""
+
+    class Interrupt(BaseException):
+        pass
+
+    def handler(*_: object) -> None:
+        raise Interrupt
+
+    chance = random.Random(1)
+    ends = streams(b, contexts, *tcp_pair())
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        client, server = shaken(*ends)
+        for _ in range(300):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(2e-5, 3e-4))
+                while True:
+                    client.pending()
+                    now(server.read, 100)
+                    client.write(b"x", PATIENCE)
+            except (Interrupt, bridge.SessionEnded):
+                pass
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert not client._lease.mine() and not client._writers._is_owned()  # type: ignore[attr-defined]
+            if client.end is not None or server.end is not None:
+                for end in (client, server):
+                    end.close()
+                client, server = shaken(*streams(b, contexts, *tcp_pair()))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_write_that_does_not_wait_never_lands_inside_another_threads(
+    small_pair: Pair, background: Background
+) -> None:
+    client, server = small_pair
+    writing = background.run(client.write, b"a" * 300_000, PATIENCE)
+    sleeping(client)
+    assert now(client.write, b"b") is Want.WRITE
+    got = bytearray()
+    while len(got) < 300_000:
+        got += server.read(65_536, PATIENCE)
+    assert writing.result(PATIENCE) == 300_000 and got == b"a" * 300_000
+
+
 # ── handshakes that nobody waits for ──
 
 
@@ -380,6 +428,42 @@ def test_a_cut_stream_is_no_end(pair: Pair, background: Background) -> None:
     assert isinstance(client.end, bridge.Truncated)
 
 
+def test_close_lets_a_writer_without_room_go(small_pair: Pair, background: Background) -> None:
+    client, _ = small_pair
+    writing = background.run(client.write, bytes(300_000))
+    sleeping(client)
+    client.close()
+    with pytest.raises(bridge.SessionClosed):
+        writing.result(PATIENCE)
+    client.abort()
+    assert isinstance(finished(client), bridge.SessionEnded), "abort ends a close that is under way"
+
+
+def test_a_later_close_with_less_time_is_heeded(
+    b: bridge.Bridge, small_pair: Pair, background: Background
+) -> None:
+    client, _ = small_pair
+    writing = background.run(client.write, bytes(300_000))
+    sleeping(client)
+    client.close()
+    began = time.monotonic()
+    client.close(0.01)
+    finished(client)
+    assert time.monotonic() - began < 10, "Timeouts.flush would be 30 s"
+    with pytest.raises(bridge.SessionEnded):
+        writing.result(PATIENCE)
+
+
+def test_a_close_in_the_middle_of_a_call_is_left_to_the_worker(pair: Pair) -> None:
+    """As from a signal handler."""
+    client, server = pair
+    with client._lease.lock:
+        client.close()
+    assert server.read(1, PATIENCE) == b""
+    server.close()
+    assert isinstance(finished(client), bridge.SessionClosed)
+
+
 def test_abort_resets(pair: Pair) -> None:
     client, server = pair
     client.abort()
@@ -397,6 +481,21 @@ def test_unwrap_goes_on_in_plain_text(pair: Pair, background: Background) -> Non
         far.setblocking(True)
         near.sendall(b"plain")
         assert far.recv(10) == b"plain"
+
+
+def test_unwrap_waits_as_long_as_its_caller_does(
+    b: bridge.Bridge, contexts: Any, background: Background
+) -> None:
+    near, far = tcp_pair()
+    client = b.stream(
+        near, contexts[0], server_hostname="localhost", timeouts=bridge.Timeouts(close_notify=0.01)
+    )
+    client, server = shaken(client, b.stream(far, contexts[1]))
+    unwrapping = background.run(client.unwrap, PATIENCE)
+    assert server.read(1, PATIENCE) == b""
+    assert not threading.Event().wait(0.1), "ten times what the session's own deadline would be"
+    for sock, _ in (server.unwrap(PATIENCE), unwrapping.result(PATIENCE)):
+        sock.close()
 
 
 def test_unwrap_gives_up_in_time(pair: Pair) -> None:

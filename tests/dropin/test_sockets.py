@@ -24,6 +24,8 @@ from dropin_rig import Arrangement, make_client_context, make_server_context, ou
 from peers import PATIENCE, Background, dial, receive_exactly
 from rig import tcp_pair
 
+import bridge
+
 pytestmark = pytest.mark.usefixtures("default_bridge")
 
 ROOT = str(Path(__file__).parents[2])
@@ -237,7 +239,9 @@ def test_so_rcvtimeo_is_heeded(
         with pytest.raises(BlockingIOError) as caught:
             client.recv(1)
         assert caught.value.errno == errno.EAGAIN
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 9, 0))
         client.setsockopt(*option[:2], struct.pack("ll", 0, 0))
+        assert client._sslobj.kernel_timeouts == {socket.SO_SNDTIMEO: 9.0}
         server.sendall(b"late")
         assert client.recv(10) == b"late"
 
@@ -310,6 +314,41 @@ def test_after_shutdown_of_our_half_reading_goes_on_decrypted(mixed: Ends) -> No
     assert client.recv(100) == b"answer"
     with pytest.raises(OSError):
         client.send(b"more")
+
+
+def test_after_it_the_descriptor_still_tells_of_each_record(mixed: Ends) -> None:
+    client, server = mixed
+    client.shutdown(socket.SHUT_WR)
+    server.sendall(b"first")
+    server.sendall(b"second")
+    for expected in (b"first", b"second"):
+        assert client.pending() or select.select([client], [], [], PATIENCE)[0]
+        assert client.recv(100) == expected
+
+
+def test_shutdown_does_not_wait_for_a_peer_that_does_not_read(ends: Ends, background: Background) -> None:
+    client, _ = ends
+    client.settimeout(None)
+    writing = background.run(client.sendall, bytes(50_000_000))
+    while not client._wire.stream._lease._sleepers:
+        assert not writing.done()
+    client.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(OSError):
+        writing.result(PATIENCE)
+
+
+def test_closing_the_bridge_takes_the_number_of_a_descriptor_from_its_socket(ca_file: str) -> None:
+    """Or it would go by the number of what is somebody else's by then."""
+    with bridge.Bridge(workers=1) as own, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bridge.ssl.sockets.default_bridge", lambda: own)
+        near, far = tcp_pair()
+        client = make_client_context("ours", ca_file).wrap_socket(
+            near, server_hostname="localhost", do_handshake_on_connect=False
+        )
+        client.settimeout(0.01)
+        with far, pytest.raises(TimeoutError):
+            client.do_handshake()
+    assert client.fileno() == -1
 
 
 def test_shutdown_wakes_a_reader(ends: Ends, background: Background) -> None:
