@@ -37,7 +37,7 @@ from bridge.poll import Want
 from bridge.queues import Counts, Inbox, Outbox, ReadCredit, Registry, SessionInbox, Tally
 from bridge.session import Session
 from bridge.stream import Stream
-from bridge.transport import Ending, Plan, Transport
+from bridge.transport import Ending, Plan, Transport, nobody
 from bridge.worker import Worker
 
 CodecFactory = Callable[[], "codecs.Codec[Any]"]
@@ -212,7 +212,7 @@ class Bridge:
         server_side: bool | None = None,
         timeouts: Timeouts | None = None,
         resume: SSL.Session | None = None,
-        owner: Callable[[], object] | None = None,
+        owner: Callable[[], object] = nobody,
     ) -> Stream:
         """A session over *sock* as a stream of bytes, worked by the threads that call it: for look-alikes of sockets.
 
@@ -232,7 +232,7 @@ class Bridge:
             sock=_take_over(sock),
             peer=peer,
             resume=resume,
-            owner=owner or _nobody,
+            owner=owner,
         )
         stream = Stream(f"{next(_names)} over {plan.peer}", plan, next(self._turns), self._on_gone)
         if not self._streams.add(stream):
@@ -506,10 +506,6 @@ def _sided(context: AnyContext, server_side: bool | None) -> tuple[Context, bool
             "an OpenSSL.SSL.Context does not say which side it is: pass server_side=True or False"
         )
     return Context.adopt(context, server_side=server_side), server_side
-
-
-def _nobody() -> None:
-    return None
 
 
 def _deadline(timeout: float | None) -> float | None:

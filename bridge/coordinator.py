@@ -16,7 +16,7 @@ from bridge.codecs import Codec
 from bridge.engine import SessionInfo
 from bridge.errors import CodecError, EndOfStream, SessionAborted, SessionClosed, SessionEnded, fresh
 from bridge.queues import Gate, Inbox, Latch, Mailbox, Outbox, ReadCredit
-from bridge.transport import Ending, Told, Transport
+from bridge.transport import Ending, Told, Transport, nobody
 from bridge.worker import Command, Worker
 
 MESSAGE_BYTES = 64
@@ -67,7 +67,7 @@ class Channel:
         self.name = name
         self.codec = codec
         self.inbox = inbox
-        self.handle: Callable[[], Any] = _nobody
+        self.handle: Callable[[], Any] = nobody
         """The application's handle; it is not kept alive by this, unless the wiring wants it so."""
         self.on_open: Callable[[Channel], None] = _ignore
         self.on_closed: Callable[[Channel, Ending], None] = _ignore
@@ -79,15 +79,11 @@ class Channel:
 
     def forget_handle(self) -> None:
         """From now on the application alone keeps its handle alive.  Coordinator."""
-        self.handle = _nobody
+        self.handle = nobody
 
     def tell(self, kind: str, payload: Any) -> None:
         """For the transport: note an event.  The worker's thread."""
         self.worker.produce((self, kind, payload))
-
-
-def _nobody() -> None:
-    return None
 
 
 def _ignore(*_: Any) -> None:

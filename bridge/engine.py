@@ -146,10 +146,8 @@ class TLSEngine:
         self._sock: socket.socket | None = None  # once the handshake is done: what a detour leads round
         self._output = b""  # taken from memory, not yet on the socket
         self._fed = False  # whether memory may hold ciphertext that OpenSSL has not read
-        self._header, self._due = (
-            b"",
-            0,
-        )  # of the record that is being fed: its header so far, and bytes to come
+        # Of the record that is being fed: its header so far, and bytes to come.
+        self._header, self._due = b"", 0
         self._error: SessionEnded | None = None
         self._frozen: bytes | memoryview | None = None
         self._mute = False
@@ -259,6 +257,7 @@ class TLSEngine:
         self._steps_back = version != "TLSv1.3"
         name = connection.get_servername()
         alpn = connection.get_alpn_proto_negotiated()
+        certificate = peer_certificate(connection)
         chain = (
             connection.get_verified_chain(as_cryptography=True)
             if self._context.verifies(connection)
@@ -269,12 +268,12 @@ class TLSEngine:
             cipher=connection.get_cipher_name() or "",
             cipher_bits=connection.get_cipher_bits() or 0,
             alpn=alpn.decode("ascii", "replace") if alpn else None,
-            peer_certificate=peer_certificate(connection),
+            peer_certificate=certificate,
             verified_chain=tuple(chain or ()),
             server_name=name.decode("ascii", "replace") if name else server_hostname,
             peername=peername,
             resumed=self._context.resumed(connection),
-            presented_chain=presented_chain(connection),
+            presented_chain=presented_chain(connection, certificate),
             tls_unique=tls_unique(connection, self._context.server_side),
             cipher_version=connection.get_cipher_version() or "",
         )

@@ -111,12 +111,11 @@ def peer_certificate(connection: SSL.Connection) -> x509.Certificate | None:
         raise refusal(f"the peer's certificate is malformed: {error}") from error
 
 
-def presented_chain(connection: SSL.Connection) -> tuple[x509.Certificate, ...]:
-    """What *connection*'s peer sent, its own certificate first.  Its owner's thread.
+def presented_chain(connection: SSL.Connection, own: x509.Certificate | None) -> tuple[x509.Certificate, ...]:
+    """What *connection*'s peer sent, its *own* certificate first.  Its owner's thread.
 
     SSL_get_peer_cert_chain(3) leaves that one out on the server's side.
     """
-    own = peer_certificate(connection)
     try:
         chain = connection.get_peer_cert_chain(as_cryptography=True) or []
     except (ValueError, x509.InvalidVersion) as error:

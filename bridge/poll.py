@@ -159,7 +159,7 @@ class Sleeper:
     __slots__ = ("_doorbell", "_poll", "_watched", "asleep", "ring")
 
     def __init__(self) -> None:
-        self.asleep = False
+        self.asleep = False  # or about to be: whoever sleeps here says so
         self._doorbell = Doorbell()
         self.ring = self._doorbell.ring
         self._poll = _Poll()
@@ -174,13 +174,7 @@ class Sleeper:
         fd = -1 if sock is None or mask == NOTHING else sock.fileno()
         if self._watched != (fd, mask):
             self._watch(fd, mask)
-        self.asleep = True
-        try:
-            found = self._poll.poll(
-                None if timeout is None else math.ceil(min(timeout, LONGEST_SLEEP) * 1000)
-            )
-        finally:
-            self.asleep = False
+        found = self._poll.poll(None if timeout is None else math.ceil(min(timeout, LONGEST_SLEEP) * 1000))
         ready = NOTHING
         for number, event in found:
             if number != fd:

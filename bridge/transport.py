@@ -143,8 +143,8 @@ class Ending:
     leftover: bytes = b""
 
 
-def _nobody() -> None:
-    return None
+def nobody() -> None:
+    """For whom there is no owner, or handle."""
 
 
 class _Operation:
@@ -177,7 +177,7 @@ class Plan:
     """The peer's address, as people write it."""
     resume: SSL.Session | None = None
     """The session that a client offers to resume, whatever its context remembers."""
-    owner: Callable[[], object] = _nobody
+    owner: Callable[[], object] = nobody
     """What the context's callbacks are told whose session it is."""
 
 
@@ -329,7 +329,7 @@ class Transport:
             elif isinstance(data, Want):
                 self._read.wait_for(data)
                 data = b""
-            elif not data:
+            else:
                 self._peer_closed = True
                 self._read.rest()
                 self._on_peer_closed()
@@ -338,7 +338,8 @@ class Transport:
             data = b""
         if engine.on_detour and self._exchanging:
             self.step(time.monotonic())  # to bring out what the read had to say
-        self._settle()
+        else:
+            self._settle()
         return data
 
     def write_at_once(self, data: bytes) -> bool:

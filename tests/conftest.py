@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import trustme
+from peers import Background
 
 from bridge.poll import my_sleeper
 
@@ -168,6 +169,13 @@ def tls_version(request: pytest.FixtureRequest) -> str:
     """Each version of TLS in turn, by OpenSSL's name."""
     version: str = request.param
     return version
+
+
+@pytest.fixture
+def background() -> Iterator[Background]:
+    """Threads of this test, and servers in them."""
+    with Background() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

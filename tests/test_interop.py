@@ -45,12 +45,6 @@ def ours() -> Iterator[bridge.Bridge]:
 
 
 @pytest.fixture
-def background() -> Iterator[Background]:
-    with Background() as made:
-        yield made
-
-
-@pytest.fixture
 def server_pair(server_cert: KeyPair) -> dict[str, Any]:
     return {"certfile": server_cert.certfile, "keyfile": server_cert.keyfile}
 

@@ -37,12 +37,6 @@ def b() -> Iterator[bridge.Bridge]:
 
 
 @pytest.fixture
-def background() -> Iterator[Background]:
-    with Background() as made:
-        yield made
-
-
-@pytest.fixture
 def contexts(tls_version: str, ca_file: str, server_cert: KeyPair) -> tuple[bridge.Context, bridge.Context]:
     """A client's and a server's, for each version in turn."""
     return (

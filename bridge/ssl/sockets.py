@@ -61,9 +61,8 @@ class Wire:
         self._owner = weakref.ref(sock)
         self._session: SSLSession | None = None
         self._pooled = False
-        self.lock = (
-            threading.RLock()
-        )  # of whose the descriptor is: its socket's, and from `begin` on the stream's
+        self.lock = threading.RLock()
+        """Of whose the descriptor is: the socket's, and from `begin` on the stream's."""
         if session is not None:
             self.session = session
 
@@ -205,11 +204,6 @@ class Wire:
                 inner.detach()
                 sock._go_on_in_plain_text(self.timeout, leftover)
         return sock
-
-    def half_close(self) -> None:
-        """close_notify and the end of our half of TCP; reading goes on, decrypted."""
-        if self.stream is not None:
-            self.stream.send_eof(timeout=0)  # what is stuck leaves when it can
 
     # Facts.
 
@@ -410,7 +404,7 @@ class SSLSocket(ssl.SSLSocket):
             super().shutdown(how)
             return
         if how != socket.SHUT_RD:
-            wire.half_close()
+            wire.stream.send_eof(timeout=0)  # what is stuck leaves when it can
         if how != socket.SHUT_WR:
             wire.stream.stop_reading()
         if how != socket.SHUT_WR or wire.stream.info is None:

@@ -105,12 +105,6 @@ sys.exit(3)
 """
 
 
-@pytest.fixture
-def background() -> object:
-    with Background() as made:
-        yield made
-
-
 @pytest.mark.parametrize("how", ["script", "module"])
 def test_a_program_runs_unchanged_with_the_bridge_in_it(
     how: str, tmp_path: Path, ca_file: str, server_cert: KeyPair, background: Background

@@ -36,12 +36,6 @@ ours_and_theirs = pytest.mark.parametrize(
 Ends = tuple[Any, Any]
 
 
-@pytest.fixture
-def background() -> Iterator[Background]:
-    with Background() as made:
-        yield made
-
-
 def wrap(background: Background, client_context: Any, server_context: Any, *pair: socket.socket) -> Ends:
     """A client's and a server's socket over *pair* (TCP by default), their handshake done."""
     near, far = pair or tcp_pair()
