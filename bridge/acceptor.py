@@ -8,6 +8,7 @@ that is logged once, not once an attempt.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable
 
@@ -32,6 +33,7 @@ class Acceptor:
         refuses: Callable[[], str | None],
         closed: Callable[[], None],
     ) -> None:
+        self.lock = contextlib.nullcontext()  # no other thread has any business here
         self.sock: socket.socket | None = sock
         self.mask: int = Want.READ
         self.again = False
@@ -46,17 +48,14 @@ class Acceptor:
         self._paused = False
         self._exhausted: str | None = None
 
-    def on_ready(self, mask: int) -> None:
-        """The poll says there is a connection to accept; `step` does it."""
-
     def start(self) -> None:
         """The first command: the listener has come to its worker."""
 
-    def step(self, now: float) -> None:
+    def turn(self, ready: int, now: float) -> bool:
         """Accept what is there."""
         self.now = now
         if self.finished:
-            return
+            return True
         reason = None
         for _ in range(ACCEPT_BUDGET):
             reason = self._refuses()
@@ -65,6 +64,7 @@ class Acceptor:
         if reason is None and self._exhausted is not None:
             reason = self._exhausted
         self._pause(reason)
+        return True
 
     def _accept_one(self) -> bool:
         assert self.sock is not None

@@ -112,7 +112,7 @@ class Bridge:
         self._inboxes: Registry[Inbox] = Registry()
         self._ended_wants: Counts[tuple[str, Want]] = Counts()
         self._coordinator = Coordinator()
-        self._workers = [Worker(f"bridge-worker-{i}", self._coordinator.post_all) for i in range(workers)]
+        self._workers = [Worker(f"bridge-worker-{i}", self._coordinator.hand_over) for i in range(workers)]
         self._turns = itertools.cycle(self._workers)
         self._threads = [threading.Thread(target=w.run, name=w.name, daemon=True) for w in self._workers]
         self._threads.append(
@@ -403,16 +403,16 @@ class Bridge:
         coordinator = self._coordinator
 
         def resume() -> None:
-            worker.post(channel.transport, "resume_reading")
+            worker.post(channel.transport, "wake")
 
         channel.outbox = Outbox(bounds.outbox_bytes, self._outbox_tally, coordinator.sender(channel))
-        channel.credit = ReadCredit(bounds.inbox_bytes, self._inbox_tally, resume)
+        channel.credit = ReadCredit(bounds.inbox_bytes, self._inbox_tally, resume, channel.inbox)
         channel.transport = Transport(channel.name, plan, channel.outbox, channel.credit, channel.tell)
         channel.on_closed = self._on_closed
         session = Session(channel, coordinator, plan.timeouts, bounds)
         if inbox is not None:
             self._feed(inbox)
-            channel.handle = lambda: session
+            channel.handle = session
         self._sessions_tally.add(1)
         if not self._channels.add(channel):  # `close` has counted the sessions it waits for
             channel.outbox.close(SessionClosed("the Bridge was closed"))
@@ -438,12 +438,12 @@ class Bridge:
             plan.sock.close()
             return
         channel = session._channel
-        channel.handle = lambda: session
+        channel.handle = session
         listener.handshakes.add(1)
 
         def on_open(channel: Channel) -> None:
             listener.handshakes.add(-1)
-            listener._deliver(channel.handle())
+            listener._deliver(channel.handle)
             if listener.inbox is None:
                 channel.forget_handle()
 

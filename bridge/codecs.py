@@ -96,10 +96,8 @@ class Raw(Codec[bytes]):
             return message
         return _frozen("Raw", message, self._max_length)
 
-    @property
-    def buffered(self) -> int:
-        """Bytes held of an incomplete message: always 0."""
-        return 0
+    buffered = 0
+    """Bytes held of an incomplete message: none, ever."""
 
 
 class _Framed(Codec[M]):

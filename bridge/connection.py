@@ -131,7 +131,8 @@ class Connection(SSL.Connection):
         result = _lib.SSL_read(self._ssl, scratch, bufsiz)
         if result <= 0:
             self._raise_ssl_error(self._ssl, result)
-        return bytes(_ffi.buffer(scratch, result))
+        data: bytes = _ffi.unpack(scratch, result)
+        return data
 
     def send(self, buf: Any, flags: int = 0) -> int:
         """SSL_write(3) of bytes or a view, without pyOpenSSL's conversions."""

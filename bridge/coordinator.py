@@ -8,6 +8,7 @@ waits: inboxes take what they are given, because reading stops long before they 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -15,12 +16,13 @@ from bridge import events
 from bridge.codecs import Codec
 from bridge.engine import SessionInfo
 from bridge.errors import CodecError, EndOfStream, SessionAborted, SessionClosed, SessionEnded, fresh
+from bridge.limits import RECORD_BYTES
 from bridge.queues import Gate, Inbox, Latch, Mailbox, Outbox, ReadCredit
-from bridge.transport import Ending, Told, Transport, nobody
+from bridge.transport import Ending, Told, Transport
 from bridge.worker import Command, Worker
 
 MESSAGE_BYTES = 64
-"""What a message costs beyond its bytes on the wire, so that a million empty lines are not free."""
+"""What a message costs at least, however few its bytes are, so that a million empty lines are not free."""
 
 
 class Ask:
@@ -67,8 +69,8 @@ class Channel:
         self.name = name
         self.codec = codec
         self.inbox = inbox
-        self.handle: Callable[[], Any] = nobody
-        """The application's handle; it is not kept alive by this, unless the wiring wants it so."""
+        self.handle: Any = None
+        """The application's handle, while nobody but the channel keeps it alive."""
         self.on_open: Callable[[Channel], None] = _ignore
         self.on_closed: Callable[[Channel, Ending], None] = _ignore
         self.opened: Latch[SessionInfo | SessionEnded] = Latch()
@@ -79,11 +81,37 @@ class Channel:
 
     def forget_handle(self) -> None:
         """From now on the application alone keeps its handle alive.  Coordinator."""
-        self.handle = nobody
+        self.handle = None
 
     def tell(self, kind: str, payload: Any) -> None:
         """For the transport: note an event.  The worker's thread."""
-        self.worker.produce((self, kind, payload))
+        self.worker.produced.append((self, kind, payload))
+
+    def answer(self, data: bytes) -> bool:
+        """Write *data* on the calling thread, if it may be an answer and nothing is in its way; whether it was taken.
+
+        Any thread.  Only one message for each that was read goes this way: a stream of them is better merged.
+        """
+        transport = self.transport
+        if not transport.answerable or transport.lock.locked() or not 0 < len(data) <= RECORD_BYTES:
+            return False
+        with transport.lock:
+            if not (transport.answerable and transport.quiet and self.outbox.idle()):
+                return False
+            transport.answerable = False
+            try:
+                if not transport.write_at_once(data):
+                    self.outbox.hold(len(data))
+                    self.worker.post(transport, "wake")
+            except SessionEnded as error:
+                self.outbox.hold(len(data))
+                self.worker.post(transport, "end", error)
+            except BaseException:  # Ctrl-C: nobody knows what was half done
+                self.worker.post(
+                    transport, "end", SessionAborted("interrupted in the middle of a call of OpenSSL")
+                )
+                raise
+        return True
 
 
 def _ignore(*_: Any) -> None:
@@ -98,6 +126,9 @@ class Coordinator:
 
     def __init__(self) -> None:
         self._gate = Gate()
+        self._lock = (
+            threading.Lock()
+        )  # of whose the rest is for a turn: our thread's, or a worker's that helps
         self._mailbox: Mailbox[Word] = Mailbox(self._gate.ring)
         self._outgoing: dict[Worker, list[Command]] = {}
         self._stopping = False
@@ -131,9 +162,18 @@ class Coordinator:
         if channel.closed.peek() is None:
             self.post(channel, Ask.CLOSE, (timeout,))
 
-    def post_all(self, words: list[Word]) -> None:
-        """A worker's batch."""
-        self._mailbox.put(*words)
+    def hand_over(self, words: list[Word]) -> None:
+        """A worker's batch: handled on its own thread if the coordinator is idle, or else queued.  Workers only.
+
+        Never waits, except for the codecs.
+        """
+        if self._lock.acquire(False):
+            try:
+                self._handle(self._mailbox.take() + words)
+            finally:
+                self._lock.release()
+        else:
+            self._mailbox.put(*words)
 
     def stop(self) -> None:
         """Leave `run`, after what is queued."""
@@ -151,7 +191,12 @@ class Coordinator:
         """Sleep until a word comes, at most *timeout* seconds; handle all there are.  Whether there were any."""
         if timeout != 0.0 and self._mailbox.may_sleep() and not self._stopping:
             self._gate.sleep(timeout)
-        words = self._mailbox.take()
+        with self._lock:
+            words = self._mailbox.take()
+            self._handle(words)
+        return bool(words)
+
+    def _handle(self, words: list[Word]) -> None:
         for channel, what, payload in words:
             try:
                 self._handlers[what](channel, payload)
@@ -159,10 +204,11 @@ class Coordinator:
                 Exception
             ) as error:  # a bug of ours, or of a user's class: it costs this session, not the thread
                 self._fail(channel, error)
+        if not self._outgoing:
+            return
         outgoing, self._outgoing = self._outgoing, {}
         for worker, commands in outgoing.items():
             worker.post_all(commands)
-        return bool(words)
 
     def _fail(self, channel: Channel, error: Exception) -> None:
         events.warning("coordinator.failed", session=channel.name, error=repr(error))
@@ -197,48 +243,65 @@ class Coordinator:
 
     def _data(self, channel: Channel, data: bytes) -> None:
         if channel.ended:
-            channel.credit.give_back(len(data))
+            channel.credit.settle(len(data))
+            return
+        try:
+            messages = channel.codec.decode(data)
+        except Exception as error:
+            self._deliver(channel, [], len(data))
+            self._refuse(channel, error)
         else:
-            self._decode(channel, len(data), lambda: channel.codec.decode(data))
+            if type(messages) is list:
+                self._deliver(channel, messages, len(data))
+            else:
+                self._deliver_all(channel, messages, len(data))
 
     def _peer_closed(self, channel: Channel, _: None) -> None:
         if not channel.ended:
-            self._decode(channel, 0, channel.codec.eof)
+            try:
+                messages = channel.codec.eof()
+            except Exception as error:
+                self._refuse(channel, error)
+            else:
+                self._deliver_all(channel, messages, 0)
             self._end(channel, EndOfStream("the peer closed the session"))
 
-    def _decode(self, channel: Channel, size: int, decode: Callable[[], Iterable[Any]]) -> None:
-        """Deliver what *decode* makes of *size* new bytes, also if it raises after that."""
-        codec = channel.codec
-        held = getattr(codec, "buffered", 0)
-        messages: list[Any] = []
-        failure: SessionEnded | None = None
+    def _deliver_all(self, channel: Channel, messages: Iterable[Any], size: int) -> None:
+        """Deliver what *size* new bytes were decoded to, also if the codec raises in the middle of it."""
+        failure: Exception | None = None
+        whole: list[Any] = []
         try:
-            for message in decode():
-                messages.append(message)
-        except CodecError as error:
+            for message in messages:
+                whole.append(message)
+        except Exception as error:
+            failure = error
+        self._deliver(channel, whole, size)
+        if failure is not None:
+            self._refuse(channel, failure)
+
+    def _deliver(self, channel: Channel, messages: list[Any], size: int) -> None:
+        """Give *messages* to the inbox; the owner has paid for *size* new bytes."""
+        credit, held = channel.credit, channel.credit.kept
+        buffered = getattr(channel.codec, "buffered", 0)
+        if buffered != held:
+            credit.keep(buffered)
+        if messages:
+            session, count = channel.handle, len(messages)
+            share = max((held + size - buffered) // count, MESSAGE_BYTES)
+            channel.inbox._deliver(session, messages, credit, size, share)
+        elif size:
+            credit.settle(size)  # part of a message: the codec bounds that, and only more input can end it
+
+    def _refuse(self, channel: Channel, error: Exception) -> None:
+        """The codec failed: that ends its own session, with its error as the cause."""
+        if isinstance(error, CodecError):
             failure = fresh(error)
-        except Exception as error:  # a user's codec: it ends its own session, with its error as the cause
+        else:  # a user's codec
             failure = CodecError(f"the codec failed: {error!r}")
             failure.__cause__ = error.with_traceback(None)
-        if (buffered := getattr(codec, "buffered", 0)) != channel.credit.kept:
-            channel.credit.keep(buffered)
-        if messages:
-            self._deliver(channel, messages, size, held + size - getattr(codec, "buffered", 0))
-        elif size:
-            channel.credit.give_back(
-                size
-            )  # part of a message: the codec bounds that, and only more input can end it
-        if failure is not None:
-            channel.outbox.close(failure)
-            self._end(channel, failure)
-            self._command(channel, "end", failure)
-
-    def _deliver(self, channel: Channel, messages: list[Any], paid: int, size: int) -> None:
-        """Give *messages*, *size* bytes on the wire, to the inbox; the owner has paid for *paid* of them."""
-        credit, session = channel.credit, channel.handle()
-        share = size // len(messages) + MESSAGE_BYTES
-        credit.spend(share * len(messages) - paid)
-        channel.inbox._deliver([(session, message, credit, share, None) for message in messages])
+        channel.outbox.close(failure)
+        self._end(channel, failure)
+        self._command(channel, "end", failure)
 
     def _forget(self, channel: Channel, _: None) -> None:
         if channel.closed.peek() is None:
@@ -251,7 +314,7 @@ class Coordinator:
             channel.ended = True
             channel.end = cause
             opened = isinstance(channel.opened.peek(), SessionInfo)
-            channel.inbox._end(channel.handle(), cause, opened, lambda: self.close(channel, None))
+            channel.inbox._end(channel.handle, cause, opened, lambda: self.close(channel, None))
             channel.forget_handle()
 
     def _closed(self, channel: Channel, ending: Ending) -> None:

@@ -179,15 +179,22 @@ class TLSEngine:
 
     def read(self, size: int) -> bytes | Want:
         """SSL_read(3): at most *size* bytes of one record; ``b""`` is the peer's close_notify and nothing else."""
-        return self._receive("read", size)
+        assert size > 0
+        if self._error is not None:
+            raise fresh(self._error)
+        try:
+            return self._connection.recv(size)
+        except SSL.Error as error:
+            return self._received("read", self._outcome("read", error, self._connection.recv, size), size)
 
     def peek(self, size: int) -> bytes | Want:
         """SSL_peek(3): as `read`, and the bytes stay."""
-        return self._receive("peek", size, socket.MSG_PEEK)
+        assert size > 0
+        return self._received(
+            "peek", self._call("peek", self._connection.recv, size, socket.MSG_PEEK), size, socket.MSG_PEEK
+        )
 
-    def _receive(self, name: str, *arguments: int) -> bytes | Want:
-        assert arguments[0] > 0
-        data: bytes | Want = self._call(name, self._connection.recv, *arguments)
+    def _received(self, name: str, data: bytes | Want, *arguments: int) -> bytes | Want:
         while self.on_detour and data is Want.READ:
             self._fed = False
             if not self._feed_from_socket():
@@ -203,11 +210,17 @@ class TLSEngine:
         assert self._frozen is None or self._frozen is chunk, (
             "a pending write must be repeated with the same chunk"
         )
+        if self._error is not None:
+            raise fresh(self._error)
         if self._steps_back and self.mid_handshake():
             return self._wanted("write", Want.READ)
-        result = self._call("write", self._connection.send, chunk)
-        self._frozen = chunk if isinstance(result, Want) else None
-        return result
+        try:
+            self._frozen = None
+            return self._connection.send(chunk)
+        except SSL.Error as error:
+            result: int | Want = self._outcome("write", error, self._connection.send, chunk)
+            self._frozen = chunk if isinstance(result, Want) else None
+            return result
 
     def shutdown(self) -> bool | Want:
         """SSL_shutdown(3): send close_notify.  Whether the peer's has been received too."""
@@ -383,22 +396,23 @@ class TLSEngine:
             raise fresh(self._error)
         try:
             return function(*args)
-        except SSL.WantReadError:
+        except SSL.Error as error:
+            return self._outcome(name, error, function, *args)
+
+    def _outcome(self, name: str, error: SSL.Error, function: Callable[..., T], *args: Any) -> T | Any:
+        """What a call answers that ended in *error*: a want, an end, or its translation raised."""
+        if isinstance(error, SSL.WantReadError):
             return self._wanted(name, Want.READ)
-        except SSL.WantWriteError:
+        if isinstance(error, SSL.WantWriteError):
             want = self._wanted(name, Want.WRITE)
             if self._sock is None:
                 return want
             self._detour()
             return self._call(name, function, *args)
-        except SSL.ZeroReturnError as error:
-            if name in ("read", "peek"):
-                return b""
-            self._error = self._translate(name, error)
-            raise self._error from self._error.__cause__
-        except SSL.Error as error:
-            self._error = self._translate(name, error)
-            raise self._error from self._error.__cause__
+        if isinstance(error, SSL.ZeroReturnError) and name in ("read", "peek"):
+            return b""
+        self._error = self._translate(name, error)
+        raise self._error from self._error.__cause__
 
     def _wanted(self, name: str, want: Want) -> Want:
         self.wants[name, want] = self.wants.get((name, want), 0) + 1

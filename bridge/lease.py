@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 from bridge.errors import SessionAborted, SessionEnded
 from bridge.poll import NOTHING, Sleeper, Want, my_sleeper
 from bridge.transport import Transport
-from bridge.worker import Worker, take_turn
+from bridge.worker import Worker, fail
 
 T = TypeVar("T")
 
@@ -97,9 +97,13 @@ class Lease:
     def turn(self, ready: int = NOTHING) -> None:
         """Whatever is possible now, of everybody's, within a turn's budget; *ready* is what a poll said."""
         transport, changes = self._transport, self.changes
-        if ready:
-            transport.on_ready(ready)
-        self.at_once(take_turn, transport, time.monotonic(), transport.name)
+        try:
+            transport.turn(ready, time.monotonic())
+        except Exception as error:
+            fail(transport, error, transport.name)
+        except BaseException:
+            self._interrupted()
+            raise
         if self._sleepers and (self.changes != changes or transport.finished):
             self.ring()
 
@@ -107,10 +111,14 @@ class Lease:
         """*call* something of the transport.  If Ctrl-C or a bug cuts it short, the session is over."""
         try:
             return call(*arguments)
-        except BaseException:  # nobody knows what was half done, and bytes may be lost
-            self._transport.end(SessionAborted("interrupted in the middle of a call of OpenSSL"))
-            self.ring()
+        except BaseException:
+            self._interrupted()
             raise
+
+    def _interrupted(self) -> None:
+        """Nobody knows what was half done, and bytes may be lost."""
+        self._transport.end(SessionAborted("interrupted in the middle of a call of OpenSSL"))
+        self.ring()
 
     def until(self, done: Callable[[], object], timeout: float | None) -> bool:
         """Take turns until *done*, at most *timeout* seconds (None: for ever); false if that was too short."""
@@ -208,11 +216,11 @@ class Caretaker:
         "_gone",
         "_lease",
         "_leaving",
-        "_ready",
         "_transport",
         "again",
         "deadline",
         "finished",
+        "lock",
         "mask",
         "now",
         "retired",
@@ -223,10 +231,10 @@ class Caretaker:
         self, lease: Lease, transport: Transport, leaving: Callable[[], None], gone: Callable[[], None]
     ) -> None:
         self._lease = lease
+        self.lock = lease.lock
         self._transport = transport
         self._leaving = leaving
         self._gone = gone
-        self._ready = NOTHING
         self.sock: socket.socket | None = None
         self.mask = NOTHING
         self.again = False
@@ -240,32 +248,25 @@ class Caretaker:
 
     def close(self) -> None:
         """The command for a session that the application has lost: close it, by `Lease.close`."""
-        with self._lease.lock:
-            self._lease.close(None)
+        self._lease.close(None)
 
-    def on_ready(self, mask: int) -> None:
-        """The poll says *mask*."""
-        self._ready |= mask
-
-    def step(self, now: float) -> None:
+    def turn(self, ready: int, now: float) -> bool:
         """One turn with the transport, and what to wait for after it."""
         lease, transport = self._lease, self._transport
-        ready, self._ready = self._ready, NOTHING
-        with lease.lock:
-            lease.turn(ready)
-            self.mask = lease.chores()
-            self.sock = transport.sock
-            self.deadline, self.again = transport.deadline, transport.again
-            self.finished = lease.closing and transport.finished and not lease._sleepers
-            if self.finished:
-                self._collect()
+        lease.turn(ready)
+        self.mask = lease.chores()
+        self.sock = transport.sock
+        self.deadline, self.again = transport.deadline, transport.again
+        self.finished = lease.closing and transport.finished and not lease._sleepers
+        if self.finished:
+            self._collect()
+        return True
 
     def end(self, cause: SessionEnded) -> None:
         """The bridge is closed, or there was a bug: at once, whoever is in the middle of a call."""
-        with self._lease.lock:
-            self._transport.end(cause)
-            self._lease.closing = True
-            self._lease.ring()
+        self._transport.end(cause)
+        self._lease.closing = True
+        self._lease.ring()
 
     def gone(self) -> None:
         """The socket is closed."""

@@ -86,7 +86,7 @@ class Listener:
     def _deliver(self, session: Session) -> None:
         """Coordinator: a handshake is done."""
         if self.inbox is None:
-            self._accepted._deliver([(None, session, None, 0, None)])
+            self._accepted._deliver(None, [session], None, 0, 0)
             if self._over:
                 self._turn_away()
 

@@ -150,6 +150,13 @@ class Tally:
         """Whether the limit is not reached.  Any thread."""
         return self.used < self._limit
 
+    def follow(self, reported: int, now: int) -> int:
+        """One of the counts that make this one is *now*: report that, if it matters.  What is reported then."""
+        if reported == now or (now and -TALLY_STEP < now - reported < TALLY_STEP):
+            return reported
+        self.add(now - reported)
+        return now
+
 
 class Counts(Generic[T]):
     """How often each of many things happened.  Any thread."""
@@ -242,10 +249,8 @@ class Outbox:
 
     def _change(self, count: int) -> None:
         self._held += count
-        unreported = self._held - self._reported
-        if unreported and (not self._held or not -TALLY_STEP < unreported < TALLY_STEP):
-            self._reported = self._held
-            self._tally.add(unreported)
+        if self._reported or self._held >= TALLY_STEP:
+            self._reported = self._tally.follow(self._reported, self._held)
 
     def _sleep(self, timeout: float | None) -> bool:
         """Wait, with the lock held, for something to change; False if nothing did in time."""
@@ -302,9 +307,21 @@ class Outbox:
         """Whether nothing more is accepted."""
         return self._closed is not None
 
+    def idle(self) -> bool:
+        """Whether more is accepted, and nothing is ahead of it."""
+        return not self._held and self._closed is None
+
     def full(self) -> bool:
         """Whether even one more byte would have to wait."""
         return not self._fits(1)
+
+    # Called by whoever has the session's transport, for a message that did not go this way.
+
+    def hold(self, size: int) -> None:
+        """*size* bytes, ahead of all others, were handed to the transport and have not left yet."""
+        with self._lock:
+            self._accepted += size
+            self._change(size)
 
     # Called by the coordinator.
 
@@ -348,25 +365,70 @@ class Outbox:
 class ReadCredit:
     """How much more one session may read before the application takes what is there.
 
-    The owner of the socket `spend`s, the application `give_back`s.  When the owner stops for want of
-    credit, the give-back that makes enough room calls *resume*, once.
+    The owner of the socket `spend`s, the inbox charges what messages cost and gives it back as they are taken.
+    When the owner stops for want of credit, the change that makes enough room calls *resume*, once.
+
+    What was read and has not come to the coordinator yet is the difference of two counts, each with one writer, so
+    the owner needs no lock for it; the rest is guarded by the lock of the inbox, which holds it then anyway.
     """
 
-    __slots__ = ("_forfeit", "_limit", "_lock", "_paused", "_reported", "_resume", "_tally", "kept", "used")
+    __slots__ = (
+        "_decoded",
+        "_forfeit",
+        "_limit",
+        "_lock",
+        "_paused",
+        "_read",
+        "_reported",
+        "_resume",
+        "_tally",
+        "_used",
+        "kept",
+    )
 
-    def __init__(self, limit: int, tally: Tally, resume: Callable[[], None]) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, limit: int, tally: Tally, resume: Callable[[], None], inbox: Inbox) -> None:
+        self._lock = inbox._lock
         self._limit = limit
         self._tally = tally
-        self._reported = 0  # to the tally
         self._resume = resume
+        self._read = 0  # bytes since the beginning; the owner alone counts them
+        # Guarded by the lock.
+        self._decoded = 0  # of these, with the coordinator
+        self._used = 0  # what the messages in the inbox cost
+        self._reported = 0  # to the tally
         self._paused = False
         self._forfeit = False
-        self.used = 0
         self.kept = 0
 
+    # Called by the owner of the socket.
+
+    def room(self) -> int:
+        """How many bytes may be read.  If none, the owner will be called back."""
+        held = self._used + self._read - self._decoded
+        if not held or (held < self._limit and self._tally.has_room()):
+            return self._limit - held
+        with self._lock:
+            self._paused = self.held() > 0
+            return 0 if self._paused else self._limit
+
+    def spend(self, count: int) -> None:
+        """*count* bytes were read."""
+        self._read += count
+        if self._read - self._decoded >= TALLY_STEP:
+            with self._lock:
+                self._change(0)
+
+    # Called by the coordinator.
+
+    def settle(self, count: int) -> None:
+        """*count* bytes were read that cost nothing: they are part of a message, or nobody wants them."""
+        with self._lock:
+            resume = self._charge(count, 0)
+        if resume:
+            self._resume()
+
     def keep(self, count: int) -> None:
-        """The codec holds *count* bytes of a message that is not whole.  The coordinator.
+        """The codec holds *count* bytes of a message that is not whole.
 
         They count for the whole bridge, and not for this session: only by reading on can it get rid of them.
         """
@@ -374,48 +436,41 @@ class ReadCredit:
             self._tally.add(count - self.kept)
             self.kept = count
 
-    def room(self) -> int:
-        """How many bytes the owner may read.  If none, it will be called back; asked by the owner only."""
-        if self.used < self._limit and (not self.used or self._tally.has_room()):
-            return self._limit - self.used
-        with self._lock:
-            self._paused = self.used > 0
-            return 0 if self._paused else self._limit
-
-    def overdraft(self) -> int:
-        """By how much the owner has read more than it may."""
-        return self.used - self._limit
-
-    def spend(self, count: int) -> None:
-        """The owner read *count* bytes; or the coordinator found that messages take *count* more, or less."""
-        with self._lock:
-            if not self._forfeit:
-                self._change(count)
-
-    def give_back(self, count: int) -> None:
-        """*count* bytes have left the inbox, or turned out to be no message yet.  Any thread."""
-        with self._lock:
-            if self._forfeit:
-                return
-            self._change(-count)
-            resume = self._paused and self.used <= self._limit // 2
-            if resume:
-                self._paused = False
-        if resume:
-            self._resume()
-
     def forfeit(self) -> None:
-        """Nobody will ever take what is in the inbox.  The coordinator."""
+        """Nobody will ever take what is in the inbox."""
         with self._lock:
-            self._change(-self.used)
+            self._change(-self._used)
             self._forfeit = True
 
-    def _change(self, count: int) -> None:
-        self.used += count
-        unreported = self.used - self._reported
-        if unreported and (not self.used or not -TALLY_STEP < unreported < TALLY_STEP):
-            self._reported = self.used
-            self._tally.add(unreported)
+    # Called by any thread.
+
+    def held(self) -> int:
+        """What is read and not taken, in bytes."""
+        return self._used + self._read - self._decoded
+
+    def overdraft(self) -> int:
+        """By how much more was read than may be."""
+        return self.held() - self._limit
+
+    # Called with the lock.
+
+    def _charge(self, count: int, cost: int) -> bool:
+        """Of what was read, *count* bytes have become messages that cost *cost*.  Whether to resume reading."""
+        self._decoded += count
+        self._change(cost)
+        return self._paused and self._resumes()
+
+    def _change(self, cost: int) -> None:
+        if not self._forfeit:
+            self._used += cost
+        if self._reported or self.held() >= TALLY_STEP:
+            self._reported = self._tally.follow(self._reported, self.held())
+
+    def _resumes(self) -> bool:
+        if self.held() > self._limit // 2:
+            return False
+        self._paused = False
+        return True
 
 
 Entry = tuple[Any, Any, "ReadCredit | None", int, "Callable[[], None] | None"]
@@ -467,8 +522,7 @@ class Inbox:
         self._behind: dict[object, collections.deque[Entry] | None] = {}
         self._waiting = 0  # how many those are
         self._lock = threading.Lock()
-        self._arrived = threading.Condition(self._lock)
-        self._sleepers = 0
+        self._sleepers: collections.deque[Gate] = collections.deque()  # first come, first woken
         self._over: Exception | None = None
         self._feeders = 0
         self._handler = threading.local()
@@ -481,13 +535,15 @@ class Inbox:
         seconds, or at once if *block* is false; ShutDown after the end.
         """
         forks.check(self._born)
-        check_timeout("timeout", timeout)
+        if timeout is not None:
+            check_timeout("timeout", timeout)
         try:
             turn: _Turn = self._handler.turn
         except AttributeError:
             turn = self._handler.turn = _Turn(self)
         if turn.done is not None:
             turn.end()
+        resume = None
         with self._lock:
             if turn.session is not None:
                 self._release(turn)
@@ -495,8 +551,10 @@ class Inbox:
                 self._wait(timeout if block else 0.0)
             session, message, credit, cost, turn.done = self._entries.popleft()
             turn.session = session
-        if credit is not None:
-            credit.give_back(cost)
+            if credit is not None and credit._charge(0, -cost):
+                resume = credit._resume
+        if resume is not None:
+            resume()
         return session, message
 
     def task_done(self) -> None:
@@ -518,7 +576,7 @@ class Inbox:
         If its session is None, it is a word to any handler, and waits for no other.
         """
         session, message = item
-        self._deliver([(session, message, None, 0, None)])
+        self._deliver(session, [message], None, 0, 0)
 
     def qsize(self) -> int:
         """How many messages are waiting."""
@@ -542,22 +600,51 @@ class Inbox:
             if self._over is not None and not self._waiting:
                 raise fresh(self._over)
             left = _left(deadline)
-            self._sleepers += 1
-            try:
-                woken = left != 0.0 and self._arrived.wait(left)
-            finally:
-                self._sleepers -= 1
-            if not woken and not self._entries and (self._over is None or self._waiting):
+            if left == 0.0:
                 raise ReceiveTimeout(f"no message within {timeout or 0:g} seconds")
+            self._sleep(left)
+
+    def _sleep(self, timeout: float | None) -> None:
+        """Without the lock, until woken, at most *timeout* seconds."""
+        gate, slept = Gate(), False
+        self._sleepers.append(gate)
+        self._lock.release()
+        try:
+            gate.sleep(timeout)
+            slept = True
+        finally:
+            self._lock.acquire()
+            if gate in self._sleepers:
+                self._sleepers.remove(gate)
+            elif not slept:
+                self._wake(1)  # Ctrl-C: somebody else shall have what this one was woken for
+
+    def _wake(self, count: int) -> None:
+        while count > 0 and self._sleepers:
+            self._sleepers.popleft().ring()
+            count -= 1
 
     # Called by the coordinator, and by the wiring.
 
-    def _deliver(self, entries: list[Entry]) -> None:
+    def _deliver(
+        self,
+        session: Any,
+        messages: list[Any],
+        credit: ReadCredit | None,
+        size: int,
+        share: int,
+        done: Callable[[], None] | None = None,
+    ) -> None:
+        """Put *messages* in, which *size* bytes of *credit* have become, and each of which is to cost *share*."""
         with self._lock:
-            for entry in entries:
-                self._push(entry)
+            resume = credit is not None and credit._charge(size, share * len(messages))
+            for message in messages:
+                self._push((session, message, credit, share, done))
             if self._sleepers:
-                self._arrived.notify(len(entries))
+                self._wake(len(messages))
+        if resume:
+            assert credit is not None
+            credit._resume()
 
     def _push(self, entry: Entry) -> None:
         session = entry[0]
@@ -579,17 +666,16 @@ class Inbox:
         if behind:
             self._entries.append(behind.popleft())
             self._waiting -= 1
-            if self._sleepers:
-                self._arrived.notify()
+            self._wake(1)
         else:
             del self._behind[session]
         if self._over is not None:
-            self._arrived.notify_all()
+            self._wake(len(self._sleepers))
 
     def _finish(self, why: Exception) -> None:
         with self._lock:
             self._over = self._over or why
-            self._arrived.notify_all()
+            self._wake(len(self._sleepers))
 
     def _attach(self) -> None:
         with self._lock:
@@ -606,7 +692,7 @@ class Inbox:
     def _end(self, session: Any, why: SessionEnded, opened: bool, done: Callable[[], None]) -> None:
         """A session that feeds this inbox has ended."""
         if opened:  # one that never opened was never here: its `connect` raises, its listener logs
-            self._deliver([(session, None, None, 0, done)])
+            self._deliver(session, [None], None, 0, 0, done)
 
 
 class SessionInbox(Inbox):
@@ -614,24 +700,24 @@ class SessionInbox(Inbox):
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """The next message.  Any thread.  ReceiveTimeout, or how the session ended."""
-        _, message, credit, cost, _ = self._next(block, timeout)
-        if credit is not None:
-            credit.give_back(cost)
+        resume = None
+        with self._lock:
+            if not self._entries:
+                self._wait(timeout if block else 0.0)
+            _, message, credit, cost, _ = self._entries.popleft()
+            if credit is not None and credit._charge(0, -cost):
+                resume = credit._resume
+        if resume is not None:
+            resume()
         return message
 
     def peek(self, timeout: float | None = None) -> Any:
         """As `get`, and the message stays the next one."""
-        return self._next(True, timeout, remove=False)[1]
-
-    def _next(self, block: bool, timeout: float | None, remove: bool = True) -> Entry:
         with self._lock:
             if not self._entries:
-                self._wait(timeout if block else 0.0)
-            if remove:
-                return self._entries.popleft()
-            if self._sleepers:
-                self._arrived.notify()  # this wake-up takes nothing: pass it on
-            return self._entries[0]
+                self._wait(timeout)
+            self._wake(1)  # this wake-up takes nothing: pass it on
+            return self._entries[0][1]
 
     def _push(self, entry: Entry) -> None:
         self._entries.append(entry)  # one session needs no turns, and its receivers take none

@@ -46,16 +46,18 @@ class Session:
         forks.check(self._born)
         if timeout is not None:
             check_timeout("timeout", timeout)
-        data = self._channel.codec.encode(message)
+        channel = self._channel
+        data = channel.codec.encode(message)
         if type(data) is not bytes:
             raise TypeError(
-                f"{type(self._channel.codec).__name__}.encode must return bytes, not {type(data).__name__}"
+                f"{type(channel.codec).__name__}.encode must return bytes, not {type(data).__name__}"
             )
         if len(data) > self._limits.message_bytes:
             raise ValueError(
                 f"a message of {len(data)} bytes is over Limits.message_bytes, which is {self._limits.message_bytes}"
             )
-        self._channel.outbox.put(data, timeout)
+        if not channel.answer(data):
+            channel.outbox.put(data, timeout)
 
     def recv(self, timeout: float | None = None) -> Any:
         """The next message.  Waits at most *timeout* seconds (None: for ever), then raises ReceiveTimeout.

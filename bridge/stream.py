@@ -86,6 +86,9 @@ class _Received:
     def spend(self, count: int) -> None:
         self.used += count
 
+    def held(self) -> int:
+        return self.used
+
     def overdraft(self) -> int:
         return self.used - 1
 
@@ -380,13 +383,18 @@ class Stream:
 
     def _hand_over(self, piece: bytes) -> None:
         transport, sent = self._transport, self._sent
-        sent.take(len(piece))
         if not transport.quiet or len(piece) > RECORD_BYTES:
+            sent.take(len(piece))
             transport.send([piece])
-        elif transport.write_at_once(piece):
-            sent.give_back(len(piece))
-        else:
-            self._lease.ring()
+            return
+        try:
+            if transport.write_at_once(piece):
+                return
+            sent.take(len(piece))
+        except SessionEnded as error:
+            sent.take(len(piece))
+            transport.end(error)
+        self._lease.ring()
 
     def _all_gone(self) -> bool:
         return not self._sent.held() or self._lease.closing

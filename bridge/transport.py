@@ -36,6 +36,7 @@ import dataclasses
 import math
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -105,7 +106,6 @@ class SendCredit(Protocol):
 class ReceiveCredit(Protocol):
     """How much a transport may read: `bridge.queues.ReadCredit`, mostly."""
 
-    used: int
     kept: int
     """Bytes of a message that is not whole yet."""
 
@@ -114,6 +114,9 @@ class ReceiveCredit(Protocol):
 
     def spend(self, count: int) -> None:
         """So many were."""
+
+    def held(self) -> int:
+        """How many of these are not taken."""
 
     def overdraft(self) -> int:
         """By how much more was read than may be."""
@@ -199,6 +202,7 @@ class Transport:
         "_handshake",
         "_hello",
         "_hurried",
+        "_idle",
         "_linger_left",
         "_lingering",
         "_operations",
@@ -215,10 +219,12 @@ class Transport:
         "_write",
         "_write_left",
         "again",
+        "answerable",
         "cause",
         "credit",
         "deadline",
         "finished",
+        "lock",
         "mask",
         "name",
         "now",
@@ -243,6 +249,7 @@ class Transport:
         self.credit = credit
         self._plan = plan
         self._tell = tell
+        self.lock = threading.Lock()
         # What the worker reads after each step.
         self.sock = plan.sock
         self.mask = NOTHING
@@ -261,6 +268,9 @@ class Transport:
         self._hello = b""  # what is left to send of a client's first flight
         self._exchanging = False  # the handshake is done, and the end has not come
         self._deadlines: dict[type[DeadlineExceeded], float] = {}
+        self._idle = plan.timeouts.idle
+        self.answerable = False
+        """Something was read since the last `write_at_once`, which might be an answer to it."""
         # What is to be done.
         self._handshake = _Operation()
         self._read = _Operation()
@@ -292,6 +302,19 @@ class Transport:
 
     # What the worker calls.
 
+    def turn(self, ready: int, now: float) -> bool:
+        """The poll says *ready*: `on_ready` and `step`, or the short way if nothing but reading is under way.
+
+        False after the short way: there is nothing new to wait for.
+        """
+        if not (self.quiet and ready == self.mask == READ and self.credit.room() > 0):
+            if ready:
+                self.on_ready(ready)
+        elif self._read_shortly(now):
+            return False
+        self.step(now)
+        return True
+
     def on_ready(self, mask: int) -> None:
         """The poll says *mask*: ready the operations that waited for it."""
         for operation in self._operations:
@@ -314,6 +337,31 @@ class Transport:
 
     # The shortest turns there are, for an owner that wants one thing only of a session that is `quiet`.
 
+    def _read_shortly(self, now: float) -> bool:
+        """One short record of plain data, and nothing else to be said about it; or what a step has to go on from."""
+        engine = self._engine
+        assert engine is not None
+        self.now = now
+        try:
+            data = engine.read(RECORD_BYTES)
+            if isinstance(data, Want):
+                self._read.wait_for(data)
+            elif data:
+                self._touch()
+                self.credit.spend(len(data))
+                self.answerable = True
+                self._tell(Told.DATA, data)
+                if len(data) < RECORD_BYTES and not engine.on_detour:
+                    return True
+                self._read.ready = True
+            else:
+                self._peer_closed = True
+                self._read.rest()
+                self._on_peer_closed()
+        except SessionEnded as error:
+            self.end(error)
+        return False
+
     def read_at_once(self) -> bytes:
         """The next record if it is there and plain data; ``b""`` if it was anything else, which has been dealt with."""
         engine = self._engine
@@ -325,6 +373,8 @@ class Transport:
                 self._read.ready = len(data) == RECORD_BYTES or (engine.on_detour and engine.has_more())
                 if not engine.on_detour:
                     self.mask = NOTHING if self._read.ready else READ
+                    if self._idle is not None:
+                        self._deadlines[IdleTimeout] = time.monotonic() + self._idle
                     return data
             elif isinstance(data, Want):
                 self._read.wait_for(data)
@@ -343,24 +393,24 @@ class Transport:
         return data
 
     def write_at_once(self, data: bytes) -> bool:
-        """Write *data*, at most a record.  Whether the kernel has it; if not it is on its way, as after `send`."""
+        """Write *data*, at most a record.  Whether the kernel has it; if not it is on its way, as after `send`.
+
+        The caller does the accounting of what is on its way, and `end`s the session for the SessionEnded it raises.
+        """
         assert self._engine is not None and self._chunk is None
-        try:
-            count = self._engine.write(data)
-        except SessionEnded as error:
-            self._chunks.append(data)
-            self.end(error)
+        count = self._engine.write(data)
+        if count == len(data) and not self._engine.on_detour:
+            if self._idle is not None:
+                self._deadlines[IdleTimeout] = time.monotonic() + self._idle
+            return True
+        self.now = time.monotonic()
+        if isinstance(count, Want):
+            self._chunk = data
+            self._wait_to_write(count)
         else:
-            if count == len(data) and not self._engine.on_detour:
-                return True
-            self.now = time.monotonic()
-            if isinstance(count, Want):
-                self._chunk = data
-                self._wait_to_write(count)
-            else:
-                self._accepted += count
-                self._chunk = data[count:] or None
-                self._write.ready = True
+            self._accepted += count
+            self._chunk = data[count:] or None
+            self._write.ready = True
         self._settle()
         return False
 
@@ -413,9 +463,9 @@ class Transport:
         self.quiet = (
             self._exchanging
             and (self._read.ready or self._read.want is READ)
-            and mask in (READ, NOTHING)
-            and not (self._deadlines or self._write.ready or self._shutdown.ready or self._handshake.ready)
+            and not (self._write.ready or self._shutdown.ready or self._handshake.ready or self._discarding)
             and self._shutdown.want is self._handshake.want is self._write.want is None
+            and len(self._deadlines) == (IdleTimeout in self._deadlines)
             and not self._engine.on_detour  # type: ignore[union-attr]
         )
         self.deadline = min(self._deadlines.values()) if self._deadlines else None
@@ -446,11 +496,12 @@ class Transport:
             if self._write.want is None:
                 self._write.ready = True
 
-    def resume_reading(self) -> None:
-        """Read credit has come back: the step that follows finds it."""
+    def wake(self) -> None:
+        """The command that does nothing: the turn that follows finds what is to be done."""
 
     def renegotiate(self) -> None:
         """Ask the peer for a new handshake (TLS 1.2)."""
+        self.quiet = False
         if self.state is State.OPEN:
             self._handshake.ready = True
 
@@ -488,6 +539,7 @@ class Transport:
 
     def _start_draining(self, why: str) -> bool:
         """Whether there is anything to drain: the session is, or was until now, open, or will send what it has."""
+        self.quiet = False
         if self.state in (State.CONNECTING, State.HANDSHAKING):
             if not self._chunks and (self._discarding or self._unwrapping):
                 self.end(SessionClosed(f"{why} before the session was open"))
@@ -557,6 +609,7 @@ class Transport:
         self._read.wait_for(READ)
         self._read.ready = True
         self._write.ready = bool(self._chunks)
+        self.answerable = True
         self._touch()
         self._move(State.OPEN, "handshake done")
         self._tell(Told.OPEN, info)
@@ -612,6 +665,7 @@ class Transport:
                 if not self._discarding:
                     self.credit.spend(len(data))
                     self._touch()
+                    self.answerable = True
                     self._tell(Told.DATA, data)
         if self._peer_closed:
             self._on_peer_closed()
@@ -866,8 +920,8 @@ class Transport:
     # Bookkeeping.
 
     def _touch(self) -> None:
-        if self._plan.timeouts.idle is not None:
-            self._set_deadline(IdleTimeout, self._plan.timeouts.idle)
+        if self._idle is not None:
+            self._deadlines[IdleTimeout] = self.now + self._idle
 
     def _set_deadline(
         self, kind: type[DeadlineExceeded], seconds: float | None, at_most: float | None = None
@@ -941,7 +995,7 @@ class Transport:
                 if (want := operation.want) is not None and not operation.ready
             },
             "since": self.since,
-            "inbox_bytes": self.credit.used + self.credit.kept,
+            "inbox_bytes": self.credit.held() + self.credit.kept,
             "outbox_bytes": self.outbox.held(),
             "counts": dict(self._wants),
         }

@@ -13,6 +13,7 @@ any order; `run` is the thread.  Whatever one session's turn raises ends that se
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import math
@@ -41,11 +42,15 @@ class Pollable(Protocol):
     retired: list[socket.socket]
     now: float
 
-    def on_ready(self, mask: int) -> None:
-        """The poll says *mask*."""
+    @property
+    def lock(self) -> contextlib.AbstractContextManager[Any]:
+        """The worker holds it for each turn; others for a moment, where the pollable lets them."""
 
-    def step(self, now: float) -> None:
-        """Do all that is possible without sleeping, within a turn's budget."""
+    def turn(self, ready: int, now: float) -> bool:
+        """The poll says *ready*: do all that is possible without sleeping, within a turn's budget.
+
+        False if the worker need not look at what is above: nothing of it has changed.
+        """
 
     def end(self, cause: SessionEnded) -> None:
         """Come to an end; a second time: at once."""
@@ -54,15 +59,15 @@ class Pollable(Protocol):
         """It has finished, and its sockets are closed."""
 
 
-def take_turn(pollable: Pollable, now: float, whose: str) -> None:
-    """A step of *pollable*; whatever it raises ends it, and nobody else.  Its owner's thread, called *whose*."""
-    try:
-        pollable.step(now)
-    except Exception as error:  # a bug of ours, or of a callback: it costs this session, not the thread
-        events.warning("worker.failed", worker=whose, error=repr(error))
-        failure = SessionAborted(f"internal error: {error!r}")
-        failure.__cause__ = error
-        pollable.end(failure)
+def fail(pollable: Pollable, error: Exception, whose: str) -> None:
+    """A turn of *pollable* raised *error*: a bug of ours, or of a callback.  It costs this session, not the thread.
+
+    Its owner's thread, called *whose*.
+    """
+    events.warning("worker.failed", worker=whose, error=repr(error))
+    failure = SessionAborted(f"internal error: {error!r}")
+    failure.__cause__ = error
+    pollable.end(failure)
 
 
 class _Watch:
@@ -94,10 +99,11 @@ class Worker:
         self._poller: Poller[Pollable | None] = Poller()
         self._poller.watch(self._doorbell, Want.READ, None)
         self._watched: dict[Pollable, _Watch] = {}
-        self._runnable: dict[Pollable, None] = {}
+        self._runnable: dict[Pollable, int] = {}
         self._timers: list[tuple[float, int, _Watch]] = []
         self._order = itertools.count()
-        self._produced: list[Any] = []
+        self.produced: list[Any] = []
+        """What the turns tell the coordinator, which gets it before the step ends.  Its own thread."""
         self._stopping = False
 
     # Any thread.
@@ -120,10 +126,6 @@ class Worker:
 
     # Its own thread.
 
-    def produce(self, event: Any) -> None:
-        """Note something for the coordinator; it gets it before this step ends."""
-        self._produced.append(event)
-
     def run(self) -> None:
         """The thread: step and sleep until `stop`."""
         try:
@@ -145,13 +147,12 @@ class Worker:
             if pollable is None:
                 self._doorbell.silence()
             else:
-                pollable.on_ready(mask)
-                runnable[pollable] = None
+                runnable[pollable] = mask
         self._obey(runnable, now)
         self._fire_timers(runnable, now)
-        for pollable in runnable:
-            self._turn(pollable, now)
-            if len(self._produced) >= HAND_OVER:
+        for pollable, mask in runnable.items():
+            self._turn(pollable, mask, now)
+            if len(self.produced) >= HAND_OVER:
                 self._flush()
         self._flush()
         if self._stopping:
@@ -170,7 +171,7 @@ class Worker:
         self._mailbox.awake()
         return ready
 
-    def _obey(self, runnable: dict[Pollable, None], now: float) -> None:
+    def _obey(self, runnable: dict[Pollable, int], now: float) -> None:
         for pollable, method, arguments in self._mailbox.take():
             if pollable is None:
                 self._stopping = True
@@ -179,25 +180,32 @@ class Worker:
                 if pollable.finished:
                     continue
                 self._watched[pollable] = _Watch(pollable)
-            pollable.now = now
-            getattr(pollable, method)(*arguments)
-            runnable[pollable] = None
+            with pollable.lock:
+                pollable.now = now
+                getattr(pollable, method)(*arguments)
+            runnable.setdefault(pollable, NOTHING)
 
-    def _fire_timers(self, runnable: dict[Pollable, None], now: float) -> None:
+    def _fire_timers(self, runnable: dict[Pollable, int], now: float) -> None:
         while self._timers and self._timers[0][0] <= now:
             when, _, watch = heapq.heappop(self._timers)
             if watch.timer == when and watch.pollable is not None:
                 watch.timer = math.inf
-                runnable[watch.pollable] = None
+                runnable.setdefault(watch.pollable, NOTHING)
 
-    def _turn(self, pollable: Pollable, now: float) -> None:
+    def _turn(self, pollable: Pollable, ready: int, now: float) -> None:
         watch = self._watched.get(pollable)
         if watch is None:
             return
-        take_turn(pollable, now, self.name)
-        self._attend(pollable, watch)
-        if pollable.again:
-            self._runnable[pollable] = None
+        with pollable.lock:
+            try:
+                changed = pollable.turn(ready, now)
+            except Exception as error:
+                changed = True
+                fail(pollable, error, self.name)
+            if changed:
+                self._attend(pollable, watch)
+                if pollable.again:
+                    self._runnable[pollable] = NOTHING
 
     def _attend(self, pollable: Pollable, watch: _Watch) -> None:
         """Bring poll set and timers in line with what the pollable wants now."""
@@ -228,16 +236,17 @@ class Worker:
             heapq.heappush(self._timers, (watch.timer, next(self._order), watch))
 
     def _flush(self) -> None:
-        if self._produced:
-            produced, self._produced = self._produced, []
+        if self.produced:
+            produced, self.produced = self.produced, []
             self._hand_over(produced)
 
     def _shut_down(self) -> None:
         for pollable, watch in list(self._watched.items()):
-            for _ in range(2):  # once to end it, once more to end its lingering
-                pollable.end(SessionAborted("the bridge was closed"))
-            pollable.step(time.monotonic())
-            self._attend(pollable, watch)
+            with pollable.lock:
+                for _ in range(2):  # once to end it, once more to end its lingering
+                    pollable.end(SessionAborted("the bridge was closed"))
+                pollable.turn(NOTHING, time.monotonic())
+                self._attend(pollable, watch)
         self._flush()
         self._poller.close()
         self._doorbell.close()

@@ -63,6 +63,8 @@ THREADING = {
         "local",
     },  # a line of the key log, which all workers write; a buffer for each thread
     "poll": {"local"},  # a bed for each thread
+    "transport": {"Lock"},  # of whose a session is for a turn
+    "coordinator": {"Lock"},  # of whose the codecs are for a turn
     "lease": {"RLock"},  # who holds it owns the transport
     "stream": {"RLock", "TIMEOUT_MAX"},  # of writers: one whole write after the other
     "bridge": {"Event", "Thread", "current_thread"},
@@ -358,7 +360,7 @@ OWNERSHIP = {
     "codecs' encode": ["codecs.Codec.encode"],
     "session inbox (messages)": ["queues.SessionInbox.get", "coordinator.Channel.inbox"],
     "send credit (outbox)": ["queues.Outbox.put", "queues.Outbox.take", "queues.Outbox.give_back"],
-    "read credit": ["queues.ReadCredit.spend", "queues.ReadCredit.give_back"],
+    "read credit": ["queues.ReadCredit.spend", "queues.ReadCredit.room", "queues.ReadCredit._charge"],
     "worker's mailbox + doorbell": [
         "worker.Worker._mailbox",
         "worker.Worker._doorbell",

@@ -12,6 +12,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -283,12 +284,14 @@ def key_updater(sock: socket.socket, identity: KeyPair) -> KeyUpdater:
 # ── 1: one owner ──
 
 
-def test_fact_01_one_thread_makes_every_call_of_a_connection(
+def test_fact_01_one_thread_at_a_time_is_inside_a_connection_and_all_but_a_write_is_the_worker_s(
     tls: Contexts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     callers: dict[SSL.Connection, set[str]] = {}
-    for name in ("do_handshake", "recv", "send", "shutdown", "pending"):
+    for name in ("do_handshake", "recv", "shutdown", "pending"):
         spy_on(monkeypatch, name, callers)
+    writers: dict[SSL.Connection, set[str]] = {}
+    spy_on(monkeypatch, "send", writers)
     with bridge.Bridge(workers=3) as ours, ThreadPoolExecutor(8) as applications:
         listener = ours.listen(("127.0.0.1", 0), tls.server)
         connect = lambda _: ours.connect(listener.address, tls.client, server_hostname="localhost")  # noqa: E731
@@ -302,7 +305,12 @@ def test_fact_01_one_thread_makes_every_call_of_a_connection(
         assert all(applications.map(lambda session: session.close(PATIENCE), sessions))
     assert len(callers) == 8
     assert all(len(threads) == 1 for threads in callers.values()), callers
-    assert set().union(*callers.values()) <= {f"bridge-worker-{number}" for number in range(3)}
+    workers = {f"bridge-worker-{number}" for number in range(3)}
+    assert set().union(*callers.values()) <= workers
+    assert set().union(*writers.values()) - workers, "answers are written by those who send them"
+
+
+_inside: weakref.WeakKeyDictionary[SSL.Connection, threading.Lock] = weakref.WeakKeyDictionary()
 
 
 def spy_on(monkeypatch: pytest.MonkeyPatch, name: str, callers: dict[SSL.Connection, set[str]]) -> None:
@@ -310,7 +318,12 @@ def spy_on(monkeypatch: pytest.MonkeyPatch, name: str, callers: dict[SSL.Connect
 
     def spy(self: SSL.Connection, *arguments: Any) -> Any:
         callers.setdefault(self, set()).add(threading.current_thread().name)
-        return original(self, *arguments)
+        alone = _inside.setdefault(self, threading.Lock()).acquire(blocking=False)
+        assert alone, f"a second thread calls {name}"
+        try:
+            return original(self, *arguments)
+        finally:
+            _inside[self].release()
 
     monkeypatch.setattr(bridge.connection.Connection, name, spy)
 
@@ -1173,7 +1186,7 @@ def test_fact_16_names_are_resolved_on_the_callers_thread(
 # ── 17: batching is what pays ──
 
 
-def test_fact_17_what_is_queued_leaves_as_one_record_and_arrives_as_one_hand_over(
+def test_fact_17_what_is_queued_behind_a_first_message_leaves_as_one_record_and_arrives_as_one_hand_over(
     rig: Lockstep, tls: Contexts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, server = both_opened(rig, tls, *rig.large_pair(), codec=codecs.Lines)
@@ -1186,14 +1199,15 @@ def test_fact_17_what_is_queued_leaves_as_one_record_and_arrives_as_one_hand_ove
 
     monkeypatch.setattr(bridge.connection.Connection, "send", spy)
     batches: list[int] = []
-    hand_over = rig.bridges[1]._coordinator.post_all
+    hand_over = rig.bridges[1]._coordinator.hand_over
     rig.bridges[1]._workers[0]._hand_over = lambda words: (batches.append(len(words)), hand_over(words))[1]
     lines = [f"line {number}" for number in range(1000)]
     for line in lines:
         client.send(line)
     rig.settle()
-    assert records == [sum(len(line) + 1 for line in lines)]
-    assert batches == [1]
+    first, *others = (len(line) + 1 for line in lines)
+    assert records == [first, sum(others)]
+    assert batches == [1, 1]
     assert list(received(server)) == lines
 
 

@@ -180,7 +180,7 @@ def test_a_peek_that_waits_does_not_swallow_a_receiver_s_wake_up(
         waiting = [pool.submit(server.peek, PATIENCE) for _ in range(3)]
         waiting.append(pool.submit(server.recv, PATIENCE))
         waiting += [pool.submit(server.peek, PATIENCE) for _ in range(3)]
-        until(lambda: server._channel.inbox._sleepers == 7)
+        until(lambda: len(server._channel.inbox._sleepers) == 7)
         client.send(b"%d" % number)
         assert waiting[3].result(PATIENCE) == b"%d" % number
         client.send(b"more")
@@ -279,7 +279,7 @@ def test_the_end_of_a_session_comes_exactly_once(
         if how == "codec":
             client.send(b"\0\0\0\1x")
             assert shared.get(timeout=PATIENCE)[1] == b"x"
-            session = next(iter(b._channels._members)).handle()
+            session = next(iter(b._channels._members)).handle
             client.send(b"\0\0\0\2")
         else:
             client.send(b"x")

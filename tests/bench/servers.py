@@ -206,8 +206,10 @@ def serve_bridge_inbox(job: Job) -> None:
         while True:
             session, message = shared.get()
             if message is not None and job.role == "echo":
-                with contextlib.suppress(bridge.SessionEnded):
+                try:
                     session.send(message)
+                except bridge.SessionEnded:
+                    pass  # the inbox says so too
 
     with bridge.Bridge(workers=1) as b:
         listener = b.listen(("127.0.0.1", 0), bridge.server_context(job.cert, job.key), inbox=shared)
