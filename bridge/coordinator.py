@@ -90,21 +90,23 @@ class Channel:
     def answer(self, data: bytes) -> bool:
         """Write *data* on the calling thread, if it may be an answer and nothing is in its way; whether it was taken.
 
-        Any thread.  Only one message for each that was read goes this way: a stream of them is better merged.
+        Any thread.  Of messages smaller than a record only one for each that was read goes this way: a stream of
+        them is better merged.
         """
-        transport = self.transport
-        if not transport.answerable or transport.lock.locked() or not 0 < len(data) <= RECORD_BYTES:
+        transport, left = self.transport, len(data)
+        if not (left >= RECORD_BYTES or (left and transport.answerable)) or transport.lock.locked():
             return False
         with transport.lock:
-            if not (transport.answerable and transport.quiet and self.outbox.idle()):
+            if not (transport.quiet and self.outbox.idle()):
                 return False
             transport.answerable = False
             try:
-                if not transport.write_at_once(data):
-                    self.outbox.hold(len(data))
+                left -= transport.write_at_once(data)
+                if left:
+                    self.outbox.hold(left)
                     self.worker.post(transport, "wake")
             except SessionEnded as error:
-                self.outbox.hold(len(data))
+                self.outbox.hold(left)
                 self.worker.post(transport, "end", error)
             except BaseException:  # Ctrl-C: nobody knows what was half done
                 self.worker.post(

@@ -28,7 +28,7 @@ from typing import Any, Generic, TypeVar
 
 from bridge import forks
 from bridge.errors import OperationTimeout, ReceiveTimeout, SendTimeout, SessionEnded, ShutDown, fresh
-from bridge.limits import check_timeout
+from bridge.limits import RECORD_BYTES, check_timeout
 
 T = TypeVar("T")
 
@@ -38,7 +38,8 @@ def deadline_after(timeout: float | None) -> float | None:
     return None if timeout is None else time.monotonic() + timeout
 
 
-def _left(deadline: float | None) -> float | None:
+def time_left(deadline: float | None) -> float | None:
+    """Seconds until *deadline*, not negative and not too many for a lock."""
     return None if deadline is None else min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
 
 
@@ -223,26 +224,30 @@ class Outbox:
 
     # Called by any application thread.
 
-    def put(self, data: bytes, timeout: float | None) -> None:
+    def put(self, data: bytes, timeout: float | None) -> bool:
         """Hand over *data* whole, or raise and have handed over nothing.
 
         Waits for room at most *timeout* seconds (None: for ever), then raises SendTimeout; raises the cause
-        when the session ended or this side closed it.
+        when the session ended or this side closed it.  False, and nothing handed over, if it had to wait and nothing
+        is ahead of it any more: there may be a shorter way.
         """
         size = len(data)
         with self._lock:
             if self._closed is not None:
                 raise fresh(self._closed)
             if not size:
-                return
+                return True
             if self._held and (self._waiting or not self._fits(size)):
                 self._wait_for_room(size, timeout)
+                if not self._held:
+                    return False
             self._accepted += size
             self._change(size)
             self._pending.append(data)
             first = len(self._pending) == 1
         if first:
             self._notify()
+        return True
 
     def _fits(self, size: int) -> bool:
         return not self._held or (self._held + size <= self._limit and self._tally.has_room())
@@ -273,7 +278,7 @@ class Outbox:
         self._waiting.append(ticket)
         try:
             while self._waiting[0] is not ticket or not self._fits(size):
-                woken = self._sleep(_left(deadline))
+                woken = self._sleep(time_left(deadline))
                 if self._closed is not None:
                     raise fresh(self._closed)
                 if not woken and (self._waiting[0] is not ticket or not self._fits(size)):
@@ -295,7 +300,7 @@ class Outbox:
             while (behind := target - self._gone) > 0:
                 if self._lost is not None:
                     raise fresh(self._lost)
-                if not self._sleep(_left(deadline)) and self._gone < target and self._lost is None:
+                if not self._sleep(time_left(deadline)) and self._gone < target and self._lost is None:
                     raise OperationTimeout(f"flush: {behind} bytes had not left within {timeout:g} seconds")
 
     def held(self) -> int:
@@ -339,8 +344,14 @@ class Outbox:
         with self._lock:
             self._gone += count
             self._change(-count)
-            if self._sleepers > len(self._waiting) or (self._waiting and self._fits(self._waiting[0][0])):
+            if self._sleepers > len(self._waiting) or self._has_room_again():
                 self._wake_all()  # somebody flushes, or the first in line has room
+
+    def _has_room_again(self) -> bool:
+        """Whether it is time to wake the first in line: with room for more than itself, or all to itself."""
+        size = self._waiting[0][0] if self._waiting else 0
+        enough = 0 if size >= RECORD_BYTES else self._limit // 2
+        return size > 0 and self._held <= enough and self._fits(size)
 
     # Called by any thread.
 
@@ -599,7 +610,7 @@ class Inbox:
         while not self._entries:
             if self._over is not None and not self._waiting:
                 raise fresh(self._over)
-            left = _left(deadline)
+            left = time_left(deadline)
             if left == 0.0:
                 raise ReceiveTimeout(f"no message within {timeout or 0:g} seconds")
             self._sleep(left)

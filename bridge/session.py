@@ -12,7 +12,7 @@ from bridge.coordinator import Ask, Channel, Coordinator
 from bridge.engine import SessionInfo
 from bridge.errors import ConfigurationError, EndOfStream, SessionAborted, SessionClosed, SessionEnded, fresh
 from bridge.limits import Limits, Timeouts, check_timeout
-from bridge.queues import SessionInbox
+from bridge.queues import SessionInbox, deadline_after, time_left
 from bridge.transport import CloseReport
 
 
@@ -57,7 +57,9 @@ class Session:
                 f"a message of {len(data)} bytes is over Limits.message_bytes, which is {self._limits.message_bytes}"
             )
         if not channel.answer(data):
-            channel.outbox.put(data, timeout)
+            deadline = deadline_after(timeout)
+            while not channel.outbox.put(data, time_left(deadline)) and not channel.answer(data):
+                pass
 
     def recv(self, timeout: float | None = None) -> Any:
         """The next message.  Waits at most *timeout* seconds (None: for ever), then raises ReceiveTimeout.

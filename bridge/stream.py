@@ -383,16 +383,18 @@ class Stream:
 
     def _hand_over(self, piece: bytes) -> None:
         transport, sent = self._transport, self._sent
-        if not transport.quiet or len(piece) > RECORD_BYTES:
-            sent.take(len(piece))
+        left = len(piece)
+        if not transport.quiet:
+            sent.take(left)
             transport.send([piece])
             return
         try:
-            if transport.write_at_once(piece):
+            left -= transport.write_at_once(piece)
+            if not left:
                 return
-            sent.take(len(piece))
+            sent.take(left)
         except SessionEnded as error:
-            sent.take(len(piece))
+            sent.take(left)
             transport.end(error)
         self._lease.ring()
 

@@ -392,27 +392,39 @@ class Transport:
             self._settle()
         return data
 
-    def write_at_once(self, data: bytes) -> bool:
-        """Write *data*, at most a record.  Whether the kernel has it; if not it is on its way, as after `send`.
+    def write_at_once(self, data: bytes) -> int:
+        """Write *data*, within a turn's budget.  How much of it has left; the rest is on its way, as after `send`.
 
-        The caller does the accounting of what is on its way, and `end`s the session for the SessionEnded it raises.
+        The caller does the accounting of the rest, and `end`s the session for the SessionEnded it raises.
         """
-        assert self._engine is not None and self._chunk is None
-        count = self._engine.write(data)
-        if count == len(data) and not self._engine.on_detour:
-            if self._idle is not None:
-                self._deadlines[IdleTimeout] = time.monotonic() + self._idle
-            return True
-        self.now = time.monotonic()
-        if isinstance(count, Want):
-            self._chunk = data
-            self._wait_to_write(count)
-        else:
-            self._accepted += count
-            self._chunk = data[count:] or None
-            self._write.ready = True
+        engine, size, done = self._engine, len(data), 0
+        assert engine is not None and self._chunk is None
+        chunk: bytes | memoryview = data
+        while True:
+            count = engine.write(chunk)
+            if isinstance(count, Want):
+                self.now = time.monotonic()
+                self._chunk = chunk
+                self._wait_to_write(count)
+                break
+            if engine.on_detour:  # the kernel is full, and what OpenSSL took waits in memory
+                self.now = time.monotonic()
+                self._accepted = count
+                self._chunk = chunk[count:] or None
+                self._write.ready = True
+                break
+            done += count
+            if done == size:
+                if self._idle is not None:
+                    self._deadlines[IdleTimeout] = time.monotonic() + self._idle
+                return size
+            chunk = memoryview(data)[done:]
+            if done >= WRITE_BUDGET:
+                self._chunk = chunk
+                self._write.ready = True
+                break
         self._settle()
-        return False
+        return done
 
     def readable(self) -> bool:
         """Whether a read could get anywhere although no poll has announced anything."""
