@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import functools
 import itertools
 import os
 import socket
@@ -274,10 +275,13 @@ class Bridge:
 
         listener = Listener(sock.getsockname(), config, inbox, stop)
 
+        on_open = functools.partial(self._on_client, listener)
+        on_closed = functools.partial(self._on_client_closed, listener)
+
         def admit(accepted: socket.socket) -> None:
             peer = show_address(_peername(accepted))
             plan = Plan(listener.context, server_hostname=None, timeouts=timeouts, sock=accepted, peer=peer)
-            self._admit(listener, plan, codec, bounds)
+            self._admit(listener, plan, codec, bounds, on_open, on_closed)
 
         def closed() -> None:
             self._listeners.remove(listener)
@@ -396,17 +400,13 @@ class Bridge:
     ) -> Session:
         """One session and everything that hangs on it; nothing has started yet."""
         made = _check_codec(codec)
-        if plan.sock is not None:
+        if plan.sock is not None and how == "over":  # somebody's, until now
             plan = dataclasses.replace(plan, sock=_take_over(plan.sock))
-        channel = Channel(f"{next(_names)} {how} {plan.peer}", made, inbox or SessionInbox())
-        worker = channel.worker = next(self._turns)
         coordinator = self._coordinator
-
-        def resume() -> None:
-            worker.post(channel.transport, "wake")
-
-        channel.outbox = Outbox(bounds.outbox_bytes, self._outbox_tally, coordinator.sender(channel))
-        channel.credit = ReadCredit(bounds.inbox_bytes, self._inbox_tally, resume, channel.inbox)
+        channel = Channel(f"{next(_names)} {how} {plan.peer}", made, inbox or SessionInbox(), coordinator)
+        channel.worker = next(self._turns)
+        channel.outbox = Outbox(bounds.outbox_bytes, self._outbox_tally, channel.has_sent)
+        channel.credit = ReadCredit(bounds.inbox_bytes, self._inbox_tally, channel.resume, channel.inbox)
         channel.transport = Transport(channel.name, plan, channel.outbox, channel.credit, channel.tell)
         channel.on_closed = self._on_closed
         session = Session(channel, coordinator, plan.timeouts, bounds)
@@ -424,7 +424,15 @@ class Bridge:
     def _launch(self, channel: Channel) -> None:
         channel.worker.post(channel.transport, "start")
 
-    def _admit(self, listener: Listener, plan: Plan, codec: CodecFactory, bounds: Limits) -> None:
+    def _admit(
+        self,
+        listener: Listener,
+        plan: Plan,
+        codec: CodecFactory,
+        bounds: Limits,
+        on_open: Callable[[Channel], None],
+        on_closed: Callable[[Channel, Ending], None],
+    ) -> None:
         """A worker: a client was accepted."""
         try:
             session = self._wire(plan, codec, listener.inbox, bounds, "from")
@@ -440,26 +448,24 @@ class Bridge:
         channel = session._channel
         channel.handle = session
         listener.handshakes.add(1)
-
-        def on_open(channel: Channel) -> None:
-            listener.handshakes.add(-1)
-            listener._deliver(channel.handle)
-            if listener.inbox is None:
-                channel.forget_handle()
-
-        def on_closed(channel: Channel, ending: Ending) -> None:
-            if not isinstance(channel.opened.peek(), SessionInfo):
-                listener.handshakes.add(-1)
-                cause = ending.cause
-                kind = type(cause).__name__
-                events.info(
-                    "handshake.failed", session=channel.name, peer=plan.peer, cause=kind, error=str(cause)
-                )
-            self._on_closed(channel, ending)
-
-        channel.on_open = on_open
-        channel.on_closed = on_closed
+        channel.on_open, channel.on_closed = on_open, on_closed
         self._launch(channel)
+
+    def _on_client(self, listener: Listener, channel: Channel) -> None:
+        """The coordinator: a client's handshake is done."""
+        listener.handshakes.add(-1)
+        listener._deliver(channel.handle)
+        if listener.inbox is None:
+            channel.forget_handle()
+
+    def _on_client_closed(self, listener: Listener, channel: Channel, ending: Ending) -> None:
+        """The coordinator: a client's session is over, or never began."""
+        if not isinstance(channel.opened.peek(), SessionInfo):
+            listener.handshakes.add(-1)
+            cause, peer = ending.cause, channel.transport.peer
+            kind = type(cause).__name__
+            events.info("handshake.failed", session=channel.name, peer=peer, cause=kind, error=str(cause))
+        self._on_closed(channel, ending)
 
     def _refuses(self, listener: Listener, bounds: Limits) -> str | None:
         """A worker: why no client is accepted just now."""

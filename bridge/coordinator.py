@@ -7,7 +7,6 @@ waits: inboxes take what they are given, because reading stops long before they 
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -46,6 +45,7 @@ class Channel:
     __slots__ = (
         "closed",
         "codec",
+        "coordinator",
         "credit",
         "end",
         "ended",
@@ -65,8 +65,9 @@ class Channel:
     outbox: Outbox
     credit: ReadCredit
 
-    def __init__(self, name: str, codec: Codec[Any], inbox: Inbox) -> None:
+    def __init__(self, name: str, codec: Codec[Any], inbox: Inbox, coordinator: Coordinator) -> None:
         self.name = name
+        self.coordinator = coordinator
         self.codec = codec
         self.inbox = inbox
         self.handle: Any = None
@@ -86,6 +87,14 @@ class Channel:
     def tell(self, kind: str, payload: Any) -> None:
         """For the transport: note an event.  The worker's thread."""
         self.worker.produced.append((self, kind, payload))
+
+    def has_sent(self) -> None:
+        """The outbox has something for the coordinator.  Any thread; never waits."""
+        self.coordinator.post(self, Ask.SEND)
+
+    def resume(self) -> None:
+        """There is room again for what is read.  Any thread; never waits."""
+        self.worker.post(self.transport, "wake")
 
     def answer(self, data: bytes) -> bool:
         """Write *data* on the calling thread, if it may be an answer and nothing is in its way; whether it was taken.
@@ -153,10 +162,6 @@ class Coordinator:
     def post(self, channel: Channel, what: str, payload: Any = None) -> None:
         """Have *what* handled.  Never waits; may be called by a finalizer."""
         self._mailbox.put((channel, what, payload))
-
-    def sender(self, channel: Channel) -> Callable[[], None]:
-        """`post` of SEND, made beforehand: it is called for almost every message."""
-        return functools.partial(self._mailbox.put, (channel, Ask.SEND, None))
 
     def close(self, channel: Channel, timeout: float | None) -> None:
         """Have the session closed politely; nothing more is accepted.  Never waits; idempotent."""

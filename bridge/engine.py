@@ -59,6 +59,9 @@ from bridge.poll import Want
 
 T = TypeVar("T")
 
+_CALLS = ("handshake", "read", "peek", "write", "flush", "shutdown", "renegotiate")
+_KEYS = {(call, want): (call, want) for call in _CALLS for want in Want}
+"""One object for all sessions, which count by them."""
 _ESTABLISHED = b"SSL negotiation finished successfully"
 _TLS_CONTENT_TYPES = range(20, 25)  # RFC 8446, 5.1 and RFC 6520
 HEADER_BYTES = 5
@@ -415,7 +418,8 @@ class TLSEngine:
         raise self._error from self._error.__cause__
 
     def _wanted(self, name: str, want: Want) -> Want:
-        self.wants[name, want] = self.wants.get((name, want), 0) + 1
+        key = _KEYS[name, want]
+        self.wants[key] = self.wants.get(key, 0) + 1
         return want
 
     def _translate(self, name: str, error: SSL.Error) -> SessionEnded:
