@@ -293,9 +293,10 @@ class Coordinator:
         if buffered != held:
             credit.keep(buffered)
         if messages:
-            session, count = channel.handle, len(messages)
-            share = max((held + size - buffered) // count, MESSAGE_BYTES)
-            channel.inbox._deliver(session, messages, credit, size, share)
+            share = (held + size - buffered) // len(messages)
+            if share < MESSAGE_BYTES:
+                share = MESSAGE_BYTES
+            channel.inbox._deliver(channel.handle, messages, credit, size, share)
         elif size:
             credit.settle(size)  # part of a message: the codec bounds that, and only more input can end it
 

@@ -6,25 +6,26 @@ import os
 
 from bridge.errors import ForkedError
 
-_generation = 0
+current = 0
+"""The number of this process in its line of forks."""
 
 
 def generation() -> int:
-    """The number of this process in its line of forks; handles note it when they are made."""
-    return _generation
+    """`current`; handles note it when they are made."""
+    return current
 
 
 def check(born: int) -> None:
     """ForkedError if the process has forked since *born* was noted.  Takes no lock; any thread."""
-    if born != _generation:
+    if born != current:
         raise ForkedError(
             "this Bridge was made before fork(), and its threads live in the parent only; make a new one in the child"
         )
 
 
 def _in_child() -> None:
-    global _generation
-    _generation += 1
+    global current
+    current += 1
 
 
 if hasattr(os, "register_at_fork"):

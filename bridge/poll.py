@@ -136,8 +136,10 @@ class EpollPoller(Generic[T]):
         at_most = -1 if timeout is None else math.ceil(min(timeout, LONGEST_SLEEP) * 1000) / 1000
         ready = []
         for fd, event in self._epoll.poll(at_most):
-            told, mask = self._told[fd]
-            ready.append((told, mask & _FROM_POLL.get(event, mask)))  # an error or a hang-up readies all
+            entry = told, mask = self._told[fd]
+            if event != mask:  # as is READABLE, and readable is what most are waited for
+                entry = told, mask & _FROM_POLL.get(event, mask)  # an error or a hang-up readies all
+            ready.append(entry)
         return ready
 
     def close(self) -> None:

@@ -427,7 +427,7 @@ class ReadCredit:
         self._read += count
         if self._read - self._decoded >= TALLY_STEP:
             with self._lock:
-                self._change(0)
+                self._report()
 
     # Called by the coordinator.
 
@@ -450,7 +450,7 @@ class ReadCredit:
     def forfeit(self) -> None:
         """Nobody will ever take what is in the inbox."""
         with self._lock:
-            self._change(-self._used)
+            self._charge(0, -self._used)
             self._forfeit = True
 
     # Called by any thread.
@@ -468,20 +468,17 @@ class ReadCredit:
     def _charge(self, count: int, cost: int) -> bool:
         """Of what was read, *count* bytes have become messages that cost *cost*.  Whether to resume reading."""
         self._decoded += count
-        self._change(cost)
-        return self._paused and self._resumes()
-
-    def _change(self, cost: int) -> None:
         if not self._forfeit:
             self._used += cost
-        if self._reported or self.held() >= TALLY_STEP:
-            self._reported = self._tally.follow(self._reported, self.held())
-
-    def _resumes(self) -> bool:
-        if self.held() > self._limit // 2:
+        if self._reported or self._used >= TALLY_STEP:
+            self._report()
+        if not self._paused or self.held() > self._limit // 2:
             return False
         self._paused = False
         return True
+
+    def _report(self) -> None:
+        self._reported = self._tally.follow(self._reported, self.held())
 
 
 Entry = tuple[Any, Any, "ReadCredit | None", int, "Callable[[], None] | None"]
@@ -545,7 +542,8 @@ class Inbox:
         Raises ReceiveTimeout (a `queue.Empty` and a `TimeoutError`) if nothing arrived within *timeout*
         seconds, or at once if *block* is false; ShutDown after the end.
         """
-        forks.check(self._born)
+        if self._born != forks.current:
+            forks.check(self._born)
         if timeout is not None:
             check_timeout("timeout", timeout)
         try:
@@ -650,25 +648,21 @@ class Inbox:
         with self._lock:
             resume = credit is not None and credit._charge(size, share * len(messages))
             for message in messages:
-                self._push((session, message, credit, share, done))
+                if session not in self._behind:
+                    self._entries.append((session, message, credit, share, done))
+                    if session is not None:
+                        self._behind[session] = None
+                else:
+                    behind = self._behind[session]
+                    if behind is None:
+                        behind = self._behind[session] = collections.deque()
+                    behind.append((session, message, credit, share, done))
+                    self._waiting += 1
             if self._sleepers:
                 self._wake(len(messages))
         if resume:
             assert credit is not None
             credit._resume()
-
-    def _push(self, entry: Entry) -> None:
-        session = entry[0]
-        if session in self._behind:
-            behind = self._behind[session]
-            if behind is None:
-                behind = self._behind[session] = collections.deque()
-            behind.append(entry)
-            self._waiting += 1
-        else:
-            self._entries.append(entry)
-            if session is not None:
-                self._behind[session] = None
 
     def _release(self, turn: _Turn) -> None:
         """A handler's *turn* is over, so the session's next entry is ready."""
@@ -730,8 +724,8 @@ class SessionInbox(Inbox):
             self._wake(1)  # this wake-up takes nothing: pass it on
             return self._entries[0][1]
 
-    def _push(self, entry: Entry) -> None:
-        self._entries.append(entry)  # one session needs no turns, and its receivers take none
+    def _deliver(self, session: Any, messages: list[Any], *charge: Any) -> None:
+        super()._deliver(None, messages, *charge)  # one session needs no turns, and its receivers take none
 
     def _end(self, session: Any, why: SessionEnded, opened: bool, done: Callable[[], None]) -> None:
         self._finish(why)

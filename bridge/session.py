@@ -43,7 +43,8 @@ class Session:
         SendTimeout, and nothing of the message was sent.  Raises TypeError or ValueError for what the codec
         cannot encode or what is over `Limits.message_bytes`; and the session's cause after its end.
         """
-        forks.check(self._born)
+        if self._born != forks.current:
+            forks.check(self._born)
         if timeout is not None:
             check_timeout("timeout", timeout)
         channel = self._channel

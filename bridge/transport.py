@@ -351,11 +351,13 @@ class Transport:
             if isinstance(data, Want):
                 self._read.wait_for(data)
             elif data:
-                self._touch()
-                self.credit.spend(len(data))
+                if self._idle is not None:
+                    self._touch()
+                size = len(data)
+                self.credit.spend(size)
                 self.answerable = True
                 self._tell(Told.DATA, data)
-                if len(data) < RECORD_BYTES and not engine.on_detour:
+                if size < RECORD_BYTES and not engine.on_detour:
                     return True
                 self._read.ready = True
             else:
@@ -406,7 +408,8 @@ class Transport:
         chunk: bytes | memoryview = data
         while True:
             count = engine.write(chunk)
-            if isinstance(count, Want):
+            if type(count) is not int:
+                assert isinstance(count, Want)
                 self.now = time.monotonic()
                 self._chunk = chunk
                 self._wait_to_write(count)

@@ -99,7 +99,7 @@ class Worker:
         self._poller: Poller[Pollable | None] = Poller()
         self._poller.watch(self._doorbell, Want.READ, None)
         self._watched: dict[Pollable, _Watch] = {}
-        self._runnable: dict[Pollable, int] = {}
+        self._runnable: dict[Any, int] = {}  # pollables, and what the poll says of each
         self._timers: list[tuple[float, int, _Watch]] = []
         self._order = itertools.count()
         self.produced: list[Any] = []
@@ -143,15 +143,22 @@ class Worker:
         ready = self._look(timeout)
         now = time.monotonic()
         runnable, self._runnable = self._runnable, {}
-        for pollable, mask in ready:
-            if pollable is None:
-                self._doorbell.silence()
-            else:
-                runnable[pollable] = mask
+        runnable.update(ready)
+        if runnable.pop(None, NOTHING):
+            self._doorbell.silence()
         self._obey(runnable, now)
         self._fire_timers(runnable, now)
         for pollable, mask in runnable.items():
-            self._turn(pollable, mask, now)
+            watch = self._watched.get(pollable)
+            if watch is not None:
+                with pollable.lock:
+                    try:
+                        changed = pollable.turn(mask, now)
+                    except Exception as error:
+                        changed = True
+                        fail(pollable, error, self.name)
+                    if changed:
+                        self._attend(pollable, watch)
             if len(self.produced) >= HAND_OVER:
                 self._flush()
         self._flush()
@@ -171,7 +178,7 @@ class Worker:
         self._mailbox.awake()
         return ready
 
-    def _obey(self, runnable: dict[Pollable, int], now: float) -> None:
+    def _obey(self, runnable: dict[Any, int], now: float) -> None:
         for pollable, method, arguments in self._mailbox.take():
             if pollable is None:
                 self._stopping = True
@@ -185,27 +192,12 @@ class Worker:
                 getattr(pollable, method)(*arguments)
             runnable.setdefault(pollable, NOTHING)
 
-    def _fire_timers(self, runnable: dict[Pollable, int], now: float) -> None:
+    def _fire_timers(self, runnable: dict[Any, int], now: float) -> None:
         while self._timers and self._timers[0][0] <= now:
             when, _, watch = heapq.heappop(self._timers)
             if watch.timer == when and watch.pollable is not None:
                 watch.timer = math.inf
                 runnable.setdefault(watch.pollable, NOTHING)
-
-    def _turn(self, pollable: Pollable, ready: int, now: float) -> None:
-        watch = self._watched.get(pollable)
-        if watch is None:
-            return
-        with pollable.lock:
-            try:
-                changed = pollable.turn(ready, now)
-            except Exception as error:
-                changed = True
-                fail(pollable, error, self.name)
-            if changed:
-                self._attend(pollable, watch)
-                if pollable.again:
-                    self._runnable[pollable] = NOTHING
 
     def _attend(self, pollable: Pollable, watch: _Watch) -> None:
         """Bring poll set and timers in line with what the pollable wants now."""
@@ -234,6 +226,8 @@ class Worker:
         elif pollable.deadline is not None and pollable.deadline < watch.timer:
             watch.timer = pollable.deadline
             heapq.heappush(self._timers, (watch.timer, next(self._order), watch))
+        if pollable.again:
+            self._runnable[pollable] = NOTHING
 
     def _flush(self) -> None:
         if self.produced:
