@@ -216,7 +216,7 @@ class Outbox:
         self._reported = 0  # to the tally
         self._notify = notify
         self._accepted = 0  # bytes, since the beginning
-        self._gone = 0  # of these, with the kernel
+        self._gone = 0  # of these, with the kernel; less what is ahead of them and is not
         self._held = 0  # accepted, and neither with the kernel nor lost
         self._closed: SessionEnded | None = None  # why nothing more is accepted
         self._lost: SessionEnded | None = None  # why what is held will never leave
@@ -320,7 +320,7 @@ class Outbox:
     def hold(self, size: int) -> None:
         """*size* bytes, ahead of all others, were handed to the transport and have not left yet."""
         with self._lock:
-            self._accepted += size
+            self._gone -= size  # whoever flushes what was put meanwhile has these to wait for as well
             self._change(size)
 
     # Called by the coordinator.
@@ -404,7 +404,7 @@ class ReadCredit:
 
     def room(self) -> int:
         """How many bytes may be read.  If none, the owner will be called back."""
-        held = self._used + self._read - self._decoded
+        held = self._read - self._decoded + self._used  # in this order: what moves just now counts twice
         if not held or (held < self._limit and self._tally.has_room()):
             return self._limit - held
         with self._lock:
@@ -446,7 +446,7 @@ class ReadCredit:
 
     def held(self) -> int:
         """What is read and not taken, in bytes."""
-        return self._used + self._read - self._decoded
+        return -self._decoded + self._read + self._used  # in this order it is never less than nothing
 
     def overdraft(self) -> int:
         """By how much more was read than may be."""
