@@ -307,7 +307,8 @@ class Transport:
 
         False after the short way: there is nothing new to wait for.
         """
-        if not (self.quiet and ready == self.mask == READ and self.credit.room() > 0):
+        on_time = self.deadline is None or now < self.deadline
+        if not (self.quiet and ready == self.mask == READ and on_time and self.credit.room() > 0):
             if ready:
                 self.on_ready(ready)
         elif self._read_shortly(now):
