@@ -17,7 +17,7 @@ from bridge.codecs import Codec
 from bridge.engine import SessionInfo
 from bridge.errors import CodecError, EndOfStream, SessionAborted, SessionClosed, SessionEnded, fresh
 from bridge.limits import RECORD_BYTES
-from bridge.queues import Gate, Inbox, Latch, Mailbox, Outbox, ReadCredit
+from bridge.queues import Gate, Inbox, Latch, Mailbox, Outbox, ReadCredit, let_go
 from bridge.transport import Ending, Told, Transport
 from bridge.worker import Command, Worker
 
@@ -90,27 +90,38 @@ class Channel:
     def answer(self, data: bytes) -> bool:
         """Write *data* on the calling thread, if it may be an answer and nothing is in its way; whether it was taken.
 
-        Any thread.  Only one message for each that was read goes this way: a stream of them is better merged.
+        Any thread; never waits, not even for a turn of the worker's, which may call back and log.  Only one message
+        for each that was read goes this way: a stream of them is better merged.
         """
         transport = self.transport
-        if not transport.answerable or transport.lock.locked() or not 0 < len(data) <= RECORD_BYTES:
+        lock: Any = transport.lock
+        if not transport.answerable or lock._is_owned() or not 0 < len(data) <= RECORD_BYTES:
             return False
-        with transport.lock:
-            if not (transport.answerable and transport.quiet and self.outbox.idle()):
-                return False
-            transport.answerable = False
+        try:
+            return lock.acquire(False) and self._answer(transport, data)
+        finally:
             try:
-                if not transport.write_at_once(data):
-                    self.outbox.hold(len(data))
-                    self.worker.post(transport, "wake")
-            except SessionEnded as error:
+                let_go(lock)
+            finally:  # a signal handler may have raised in the middle of it
+                let_go(lock)
+
+    def _answer(self, transport: Transport, data: bytes) -> bool:
+        if not (transport.answerable and transport.quiet and self.outbox.idle()):
+            return False
+        transport.answerable = False
+        try:
+            if not transport.write_at_once(data):
                 self.outbox.hold(len(data))
-                self.worker.post(transport, "end", error)
-            except BaseException:  # Ctrl-C: nobody knows what was half done
-                self.worker.post(
-                    transport, "end", SessionAborted("interrupted in the middle of a call of OpenSSL")
-                )
-                raise
+                self.worker.post(transport, "wake")
+        except SessionEnded as error:
+            self.outbox.hold(len(data))
+            self.worker.post(transport, "end", error)
+        except BaseException:  # Ctrl-C
+            transport.freeze()
+            self.worker.post(
+                transport, "end", SessionAborted("interrupted in the middle of a call of OpenSSL")
+            )
+            raise
         return True
 
 

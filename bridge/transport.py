@@ -249,7 +249,7 @@ class Transport:
         self.credit = credit
         self._plan = plan
         self._tell = tell
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # reentrant to know its owner, not to be entered again
         # What the worker reads after each step.
         self.sock = plan.sock
         self.mask = NOTHING
@@ -414,6 +414,10 @@ class Transport:
             self._write.ready = True
         self._settle()
         return False
+
+    def freeze(self) -> None:
+        """Nobody knows what is half done: OpenSSL is not called any more, until the owner `end`s the session."""
+        self.quiet = self._exchanging = False
 
     def readable(self) -> bool:
         """Whether a read could get anywhere although no poll has announced anything."""

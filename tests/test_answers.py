@@ -1,0 +1,498 @@
+"""The short ways of a byte: answers that the sending thread writes, batches that workers handle, short turns.
+
+All that can come between them and the long way, through the queues: mostly in lockstep, in the order in which it
+would hurt.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from conftest import KeyPair
+from OpenSSL import SSL
+from rig import (
+    PATIENCE,
+    Lockstep,
+    begin_close,
+    engine_of,
+    is_closed,
+    is_open,
+    only,
+    received,
+    wants,
+)
+
+import bridge
+from bridge import codecs
+from bridge.poll import Want
+from bridge.queues import Outbox, ReadCredit, SessionInbox, Tally
+from bridge.session import Session
+
+LARGE = b"x" * 16_000
+"""One record, and more than the smallest socket buffers take."""
+Pair = tuple[Session, Session]
+
+
+@pytest.fixture
+def rig() -> Iterator[Lockstep]:
+    with Lockstep() as made:
+        yield made
+
+
+@pytest.fixture
+def contexts(ca_file: str, server_cert: KeyPair, tls_version: str) -> tuple[bridge.Context, bridge.Context]:
+    """Client's and server's, for each version in turn."""
+    identity = server_cert.certfile, server_cert.keyfile
+    return (
+        bridge.client_context(ca_file, **only(tls_version)),
+        bridge.server_context(*identity, renegotiation=True, **only(tls_version)),
+    )
+
+
+def framed() -> codecs.LengthPrefixed:
+    return codecs.LengthPrefixed(4)
+
+
+def opened(
+    rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context], *pair: Any, **options: Any
+) -> Pair:
+    """A client's session, made with *options*, and a server's, for which nothing is under way."""
+    client = rig.session(contexts[0], pair[0], codec=framed, **options)
+    server = rig.session(contexts[1], pair[1], codec=framed)
+    rig.until(lambda: is_open(client) and is_open(server))
+    rig.settle()
+    return client, server
+
+
+def asked(rig: Lockstep, client: Session, server: Session) -> None:
+    """The server has sent something, so that the client may answer."""
+    server.send(b"?")
+    rig.until(lambda: not client.inbox.empty())
+    assert client.recv(0) == b"?"
+    rig.settle()
+    assert client._channel.transport.answerable and client._channel.transport.quiet
+
+
+def half_answered(rig: Lockstep, client: Session, server: Session) -> None:
+    """The client has answered, and the socket is full in the middle of it."""
+    asked(rig, client, server)
+    client.send(LARGE)
+    assert client.outbox.qsize() == len(LARGE) + 4
+
+
+@pytest.fixture
+def pair(rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context]) -> Pair:
+    return opened(rig, contexts, *rig.small_pair())
+
+
+# ── order ──
+
+
+def test_an_answer_that_is_stuck_leaves_before_all_that_is_sent_after_it(rig: Lockstep, pair: Pair) -> None:
+    client, server = pair
+    for number in range(20):
+        half_answered(rig, client, server)
+        more = [b"%d.%d" % (number, count) for count in range(3)]
+        for message in more:
+            client.send(message)
+        rig.until(lambda: server.inbox.qsize() == 4)
+        assert list(received(server)) == [LARGE, *more]
+
+
+def test_an_answer_does_not_overtake_what_this_side_has_sent_before_it(rig: Lockstep, pair: Pair) -> None:
+    client, server = pair
+    asked(rig, client, server)
+    client.send(b"1")
+    assert client.outbox.empty(), "an answer"
+    client.send(b"2")
+    assert client.outbox.qsize() > 0, "queued"
+    worker = rig.bridges[0]._workers[0]
+    server.send(b"?")
+    rig.bridges[1]._coordinator.step()
+    rig.bridges[1]._workers[0].step()
+    worker.step()
+    assert client._channel.transport.answerable
+    client.send(b"3")
+    rig.until(lambda: server.inbox.qsize() == 3)
+    assert list(received(server)) == [b"1", b"2", b"3"]
+
+
+def test_what_is_sent_in_the_middle_of_an_answer_comes_after_it(
+    rig: Lockstep, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a signal handler, a finalizer, or a callback of OpenSSL's: on this thread, with the session in its hands."""
+    client, server = pair
+    asked(rig, client, server)
+    original = bridge.connection.Connection.send
+
+    def interrupted(connection: SSL.Connection, data: bytes) -> int:
+        monkeypatch.undo()
+        client.send(b"inner")
+        return original(connection, data)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(bridge.connection.Connection, "send", interrupted)
+    client.send(LARGE)
+    rig.until(lambda: server.inbox.qsize() == 2)
+    assert list(received(server)) == [LARGE, b"inner"]
+    assert client.outbox.empty()
+
+
+def test_a_codec_may_answer_on_whichever_thread_decodes(
+    rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context]
+) -> None:
+    class Echo(codecs.LengthPrefixed):
+        def decode(self, data: bytes) -> list[bytes]:
+            messages = list(super().decode(data))
+            for message in messages:
+                sessions[0].send(message)
+            return messages
+
+    near, far = rig.small_pair()
+    server = rig.session(contexts[1], far, codec=lambda: Echo(4))
+    sessions = [server]
+    client = rig.session(contexts[0], near, codec=framed)
+    rig.until(lambda: is_open(client) and is_open(server))
+    sent = [b"%d" % number * (number * 997 % 5_000) for number in range(1, 30)]
+    for message in sent:
+        client.send(message)
+    rig.until(lambda: client.inbox.qsize() == len(sent))
+    assert list(received(client)) == sent
+
+
+# ── ends ──
+
+
+@pytest.mark.parametrize("how", ["close", "send_eof"])
+def test_a_stuck_answer_leaves_before_close_notify(rig: Lockstep, pair: Pair, how: str) -> None:
+    client, server = pair
+    half_answered(rig, client, server)
+    if how == "close":
+        begin_close(client)
+    else:
+        client.send_eof()
+    for session in (client, client.outbox):
+        with pytest.raises(bridge.SessionClosed):
+            session.send(b"late") if session is client else session.put(b"late")
+    rig.until(lambda: isinstance(server.end, bridge.EndOfStream))
+    assert list(received(server)) == [LARGE]
+    begin_close(server)
+    rig.until(lambda: is_closed(client) and is_closed(server))
+    report = client._channel.closed.peek().report  # type: ignore[union-attr]
+    assert report and report.unsent == 0 and report.close_notify_received
+
+
+@pytest.mark.parametrize("end", ["abort", "close"])
+def test_a_closed_session_takes_no_answer_though_its_owner_has_not_heard_of_it(
+    rig: Lockstep, pair: Pair, end: str
+) -> None:
+    client, server = pair
+    asked(rig, client, server)
+    if end == "abort":
+        client.abort()
+    else:
+        begin_close(client)
+    assert client._channel.transport.quiet, "its owner has not heard of it"
+    with pytest.raises(bridge.SessionEnded):
+        client.send(b"too late")
+    rig.until(lambda: server.end is not None)
+    assert list(received(server)) == []
+
+
+def test_what_of_an_answer_has_not_left_is_reported_as_unsent(rig: Lockstep, pair: Pair) -> None:
+    client, server = pair
+    half_answered(rig, client, server)
+    client.send(b"queued")
+    client.abort()
+    rig.until(lambda: is_closed(client))
+    ending = client._channel.closed.peek()
+    assert ending is not None and ending.report.unsent == len(LARGE) + 4 + len(b"queued") + 4
+    assert rig.bridges[0].snapshot().outbox_bytes == 0
+
+
+def test_an_answer_to_a_peer_that_is_gone_ends_the_session_and_nothing_else(
+    rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context]
+) -> None:
+    near, far = rig.small_pair()
+    client, server = opened(rig, contexts, near, far)
+    asked(rig, client, server)
+    server.abort()
+    rig.bridges[1]._coordinator.step()
+    rig.bridges[1]._workers[0].step()
+    client.send(b"to nobody")
+    rig.until(lambda: is_closed(client))
+    ending = client._channel.closed.peek()
+    assert ending is not None and isinstance(ending.cause, bridge.PeerReset)
+    assert ending.report.unsent == len(b"to nobody") + 4
+    with pytest.raises(bridge.PeerReset):
+        client.send(b"again")
+    with pytest.raises(bridge.PeerReset):
+        client.flush(0.1)
+
+
+def test_after_ctrl_c_in_the_middle_of_an_answer_nothing_is_read_or_written_any_more(
+    rig: Lockstep, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, server = pair
+    asked(rig, client, server)
+    calls: list[str] = []
+    original = bridge.connection.Connection.send
+
+    def interrupted(connection: SSL.Connection, data: bytes) -> int:
+        original(connection, data)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bridge.connection.Connection, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.send(b"cut")
+    server.send(b"?")
+    rig.bridges[1]._coordinator.step()
+    rig.bridges[1]._workers[0].step()
+    with monkeypatch.context() as patched:
+        for name in ("send", "recv"):
+            patched.setattr(bridge.connection.Connection, name, lambda *_: calls.append("called"))
+        transport = client._channel.transport
+        transport.turn(Want.READ, time.monotonic())  # of a worker that was in the middle of its step
+        client.send(b"by another thread")
+        while not is_closed(client):
+            rig.bridges[0]._workers[0].step()
+            rig.bridges[0]._coordinator.step()
+    ending = client._channel.closed.peek()
+    assert ending is not None and isinstance(ending.cause, bridge.SessionAborted)
+    assert ending.report.unsent == len(b"by another thread") + 4
+
+
+# ── deadlines ──
+
+
+class Clock(types.SimpleNamespace):
+    """Time that passes when the test says so."""
+
+    now = 1_000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    for module in ("worker", "transport"):
+        monkeypatch.setattr(getattr(bridge, module), "time", made)
+    return made
+
+
+@pytest.mark.parametrize("last", ["read", "answer"])
+def test_a_session_is_idle_after_its_last_short_turn_and_not_before(
+    clock: Clock, rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context], last: str
+) -> None:
+    near, far = rig.large_pair()
+    client, server = opened(rig, contexts, near, far, timeouts=bridge.Timeouts(idle=10))
+    worker = rig.bridges[0]._workers[0]
+    for _ in range(5):
+        clock.now += 6
+        server.send(b"?")
+        server.send(b"?")
+        rig.until(lambda: client.inbox.qsize() == 2)
+        assert list(received(client)) == [b"?", b"?"]
+    clock.now += 3
+    if last == "answer":
+        client.send(b"!")
+        assert client.outbox.empty(), "written at once"
+        clock.now += 8
+        worker.step()
+        assert client._channel.transport.cause is None
+        clock.now += 2
+    else:
+        clock.now += 7
+    rig.until(lambda: is_closed(client))
+    with pytest.raises(bridge.IdleTimeout):
+        client.recv(0)
+
+
+def test_a_deadline_that_comes_with_the_last_message_is_not_forgotten(
+    clock: Clock, rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context]
+) -> None:
+    near, far = rig.large_pair()
+    client, server = opened(rig, contexts, near, far, timeouts=bridge.Timeouts(idle=10))
+    clock.now += 6
+    server.send(b"1")
+    rig.until(lambda: client.inbox.qsize() == 1)
+    clock.now += 6  # the timer was set to the deadline before that message
+    server.send(b"2")
+    rig.bridges[1]._coordinator.step()
+    rig.bridges[1]._workers[0].step()
+    rig.until(lambda: client.inbox.qsize() == 2)
+    clock.now += 9
+    rig.settle()
+    assert not is_closed(client)
+    clock.now += 2
+    rig.settle()
+    assert isinstance(client.end, bridge.IdleTimeout), "nothing has come for eleven seconds"
+
+
+def test_a_stuck_answer_stalls(
+    clock: Clock, rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context]
+) -> None:
+    client, server = opened(rig, contexts, *rig.small_pair(), timeouts=bridge.Timeouts(write_stall=10))
+    half_answered(rig, client, server)
+    worker = rig.bridges[0]._workers[0]
+    worker.step()
+    clock.now += 9
+    worker.step()
+    assert client._channel.transport.cause is None
+    clock.now += 2
+    worker.step()
+    assert isinstance(client._channel.transport.cause, bridge.WriteStalled)
+
+
+# ── locks ──
+
+
+class Snatched:
+    """A session's lock, which its worker has."""
+
+    def _is_owned(self) -> bool:
+        return False
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        assert not blocking, "would wait for the worker's turn, which may log, and call back"
+        return False
+
+
+def test_a_sender_does_not_wait_for_the_worker_s_turn(rig: Lockstep, pair: Pair) -> None:
+    client, server = pair
+    asked(rig, client, server)
+    transport = client._channel.transport
+    lock, transport.lock = transport.lock, Snatched()  # type: ignore[assignment]
+    client.send(b"queued")
+    transport.lock = lock
+    rig.until(lambda: not server.inbox.empty())
+    assert server.recv(0) == b"queued"
+
+
+def test_a_busy_coordinator_gets_what_was_read_in_order(rig: Lockstep, pair: Pair) -> None:
+    client, server = pair
+    one = rig.bridges[0]
+    for number in range(10):
+        server.send(b"%d" % number)
+        rig.bridges[1]._coordinator.step()
+        rig.bridges[1]._workers[0].step()
+        if number % 3:
+            with one._coordinator._lock:
+                one._workers[0].step()
+        else:
+            one._workers[0].step()
+    rig.settle()
+    assert list(received(client)) == [b"%d" % number for number in range(10)]
+
+
+# ── renegotiation ──
+
+
+def test_an_answer_in_the_middle_of_a_renegotiation_waits_for_its_end(
+    rig: Lockstep, ca_file: str, server_cert: KeyPair
+) -> None:
+    version = only("TLSv1.2")
+    contexts = (
+        bridge.client_context(ca_file, **version),
+        bridge.server_context(server_cert.certfile, server_cert.keyfile, renegotiation=True, **version),
+    )
+    client, server = opened(rig, contexts, *rig.large_pair())
+    asked(rig, client, server)
+    server.renegotiate()
+    rig.bridges[1]._coordinator.step()
+    rig.bridges[1]._workers[0].step()
+    while not engine_of(client).mid_handshake():
+        rig.bridges[0]._workers[0].step()
+    client.send(b"!")
+    assert client.outbox.qsize() > 0 and wants(client)["write"] == "read"
+    rig.until(lambda: not server.inbox.empty())
+    assert server.recv(0) == b"!"
+    rig.until(client.outbox.empty)
+    asked(rig, client, server)
+
+
+# ── credit ──
+
+
+def outbox() -> Outbox:
+    return Outbox(1000, Tally(1_000_000), lambda: None)
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline, pause = time.monotonic() + PATIENCE, threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        pause.wait(0.001)
+
+
+def test_flush_waits_for_its_own_bytes_and_not_for_as_many_of_an_answer() -> None:
+    """The answer found the outbox idle, and came to stick only when somebody had put something into it."""
+    box = outbox()
+    box.put(b"x" * 10, 0)
+    with ThreadPoolExecutor(1) as pool:
+        flushed = pool.submit(box.flush, PATIENCE)
+        until(lambda: box._sleepers == 1)
+        box.hold(100)
+        box.give_back(100)
+        with pytest.raises(bridge.OperationTimeout):
+            box.flush(0.05)
+        assert not flushed.done()
+        box.give_back(10)
+        flushed.result(PATIENCE)
+    box.hold(5)
+    with pytest.raises(bridge.OperationTimeout, match="5 bytes"):
+        box.flush(0)
+    box.give_back(5)
+    box.flush(0)
+    assert box.held() == 0
+
+
+class Overtaken(ReadCredit):
+    """Read credit whose first count changes hands as soon as it has been looked at."""
+
+    __slots__ = ("meanwhile",)
+
+    def _look(self, name: str) -> int:
+        value: int = getattr(ReadCredit, name).__get__(self)
+        meanwhile, self.meanwhile = getattr(self, "meanwhile", None), None
+        if meanwhile is not None:
+            meanwhile()
+        return value
+
+    _used = property(lambda self: self._look("_used"), lambda self, n: ReadCredit._used.__set__(self, n))  # type: ignore[attr-defined]
+    _decoded = property(
+        lambda self: self._look("_decoded"),
+        lambda self, n: ReadCredit._decoded.__set__(self, n),  # type: ignore[attr-defined]
+    )
+    _read = property(lambda self: self._look("_read"), lambda self, n: ReadCredit._read.__set__(self, n))  # type: ignore[attr-defined]
+
+
+def test_what_becomes_a_message_just_now_is_never_taken_for_room() -> None:
+    inbox = SessionInbox()
+    credit = Overtaken(100, Tally(1_000_000), lambda: None, inbox)
+    for _ in range(3):
+        credit.spend(100)
+        credit.meanwhile = lambda: inbox._deliver(None, [b"m"], credit, 100, 100)
+        assert credit.room() <= 0
+        assert inbox.get(block=False) == b"m"
+
+
+def test_nobody_ever_sees_less_than_nothing_held() -> None:
+    inbox = SessionInbox()
+    credit = Overtaken(100, Tally(1_000_000), lambda: None, inbox)
+
+    def more() -> None:
+        credit.spend(50)
+        inbox._deliver(None, [b"m"], credit, 50, 50)
+
+    for number in range(3):
+        credit.meanwhile = more
+        assert credit.held() >= 50 * number
