@@ -6,6 +6,8 @@ would hurt.
 
 from __future__ import annotations
 
+import socket
+import sys
 import threading
 import time
 import types
@@ -25,13 +27,14 @@ from rig import (
     is_open,
     only,
     received,
+    shrink,
     wants,
 )
 
 import bridge
 from bridge import codecs
 from bridge.poll import Want
-from bridge.queues import Outbox, ReadCredit, SessionInbox, Tally
+from bridge.queues import Inbox, Outbox, ReadCredit, SessionInbox, Tally
 from bridge.session import Session
 
 LARGE = b"x" * 16_000
@@ -496,3 +499,103 @@ def test_nobody_ever_sees_less_than_nothing_held() -> None:
     for number in range(3):
         credit.meanwhile = more
         assert credit.held() >= 50 * number
+
+
+# ── threads ──
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads change places at every chance."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def handle(shared: Inbox) -> None:
+    """Answer everything until a session ends."""
+    while True:
+        session, message = shared.get(timeout=10 * PATIENCE)
+        if message is None:
+            return
+        session.send(b"answer " + message, PATIENCE)
+
+
+def flood(session: Session, name: bytes, count: int) -> None:
+    for number in range(count):
+        session.send(name + b" %d " % number + bytes(number * 7919 % 2_000), PATIENCE)
+
+
+def gather(session: Session, count: int) -> dict[bytes, list[int]]:
+    """Who sent which numbers, in the order in which they came."""
+    found: dict[bytes, list[int]] = {}
+    for _ in range(count):
+        *name, number, _ = session.recv(PATIENCE).rstrip(b"\0").split(b" ")
+        found.setdefault(b" ".join(name), []).append(int(number))
+    return found
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(5_000, marks=pytest.mark.stress)])
+def test_answers_of_a_pool_and_floods_of_others_on_the_same_sessions_lose_nothing(
+    restless: None, contexts: tuple[bridge.Context, bridge.Context], count: int
+) -> None:
+    """Tiny buffers and credit; each session floods, is flooded, and is answered by whichever handler has it."""
+    shared, limits = bridge.Inbox(), bridge.Limits(inbox_bytes=3_000, outbox_bytes=3_000)
+    patience = PATIENCE * max(1, count / 300)
+    with (
+        bridge.Bridge(workers=2, limits=limits) as far,
+        bridge.Bridge(workers=2, limits=limits) as near,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        pairs = []
+        for _ in range(3):
+            ours, theirs = map(shrink, socket.socketpair())
+            server = near.adopt(theirs, contexts[1], codec=framed, inbox=shared, wait=False)
+            client = far.adopt(ours, contexts[0], server_hostname="localhost", codec=framed)
+            pairs.append((client, server))
+
+        handlers = [pool.submit(handle, shared) for _ in range(3)]
+        gathering = [pool.submit(gather, client, 4 * count) for client, _ in pairs]
+        floods = [pool.submit(flood, client, name, count) for client, _ in pairs for name in (b"a", b"b")]
+        floods += [pool.submit(flood, server, name, count) for _, server in pairs for name in (b"c", b"d")]
+        for future in floods:
+            future.result(patience)
+        whole = list(range(count))
+        for future in gathering:
+            assert future.result(patience) == dict.fromkeys([b"answer a", b"answer b", b"c", b"d"], whole)
+        for client, server in pairs:
+            server.flush(patience)
+            assert server.outbox.empty() and client.outbox.empty()
+        assert near.snapshot().inbox_bytes == far.snapshot().inbox_bytes == 0
+        for client, _ in pairs:
+            client.abort()
+        for handler in handlers:
+            handler.result(patience)
+
+
+def test_getters_that_give_up_all_the_time_swallow_no_wake_up(restless: None) -> None:
+    inbox, count = Inbox(), 400
+
+    def get(timeout: float) -> list[int]:
+        found = []
+        while True:
+            try:
+                number = inbox.get(timeout=timeout)[1]
+            except bridge.ReceiveTimeout:
+                continue
+            if number is None:
+                return found
+            found.append(number)
+
+    with ThreadPoolExecutor(6) as pool:
+        getters = [pool.submit(get, timeout) for timeout in (0.0001, 0.0005, 0.001, 0.01, PATIENCE, PATIENCE)]
+        for number in range(count):
+            inbox.put((None, number))
+            if number % 10 == 0:
+                until(inbox.empty)
+        for _ in getters:
+            inbox.put((None, None))
+        found = [number for getter in getters for number in getter.result(PATIENCE)]
+    assert sorted(found) == list(range(count))
+    assert inbox.empty() and not inbox._sleepers
