@@ -1,8 +1,9 @@
 """The coordinator: one thread that routes what the application sends and decodes what the workers read.
 
 The parser lives here and nowhere else: whatever woke a worker, and whichever OpenSSL call happened to
-produce plaintext, the bytes come to this thread, in order, and meet their session's codec.  Nothing here
-waits: inboxes take what they are given, because reading stops long before they could grow (see `queues`).
+produce plaintext, the bytes come here, in order, and meet their session's codec.  Which thread that is, the
+coordinator's or that of a worker which found it idle, makes no difference: a lock lets one in at a time.  Nothing
+here waits: inboxes take what they are given, because reading stops long before they could grow (see `queues`).
 """
 
 from __future__ import annotations
@@ -137,9 +138,7 @@ class Coordinator:
 
     def __init__(self) -> None:
         self._gate = Gate()
-        self._lock = (
-            threading.Lock()
-        )  # of whose the rest is for a turn: our thread's, or a worker's that helps
+        self._lock = threading.Lock()  # whose the rest is for a turn: our thread's, or a worker's that helps
         self._mailbox: Mailbox[Word] = Mailbox(self._gate.ring)
         self._outgoing: dict[Worker, list[Command]] = {}
         self._stopping = False

@@ -1,21 +1,24 @@
-"""What crosses between threads, and the only locks.
+"""What crosses between threads, and the locks of it.
 
 Theory of operation
 -------------------
 Two kinds of thing cross.  *Words* go through a `Mailbox`: unbounded in form, but every word in it is
 paid for elsewhere (a chunk of bytes by credit, a command by the one call that made it), so putting never
 waits.  *Bytes* are bounded by credit: senders take it in `Outbox.put`, the only place where anybody waits
-for room, and the owner of the socket gives it back when the kernel took the bytes.  Readers' credit runs
-the other way: the owner takes it with each read and stops reading when it is gone; it comes back when the
-application takes the message.
+for room, and the owner of the socket gives it back when the kernel took the bytes.  An answer that its sender
+has written itself (`Channel.answer`) costs none, unless the kernel did not take all of it; what is left is then
+held as if it had been put first.  Readers' credit runs the other way: the owner takes it with each read and
+stops reading when it is gone; it comes back when the application takes the message.
 
 The lost wake-up cannot happen because a sleeper declares itself asleep and looks into its mailbox *under
 one lock*, and a putter puts and looks for a sleeper under the same lock: whichever comes second sees the
 other.  Only the first put after that rings, so a busy thread is never rung at all.
 
-The locks are held for a few assignments, never while waiting, never while calling out, and never two at a
-time, except the byte counter of the whole bridge inside an outbox.  A mailbox's lock is reentrant because a
-finalizer may put a word at any moment, also in the middle of another put by the same thread.
+The locks here are held for a few assignments, never while waiting, never while calling out, and never two at
+a time, except the byte counter of the whole bridge inside an outbox or an inbox.  (Two others are held for a
+turn, a session's and the coordinator's: those who help only try them, and only the owner waits for its helper.)
+A mailbox's lock is reentrant because a finalizer may put a word at any moment, also in the middle of another
+put by the same thread.
 """
 
 from __future__ import annotations

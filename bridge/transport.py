@@ -26,7 +26,12 @@ has answered or its time is up.  Closing a socket with unread input makes the ke
 destroy what the peer has not read yet, an alert of ours for instance; so a failed session lingers likewise, with
 plain reads.  `abort` does none of that.
 
-Which thread: everything here belongs to the session's owner.  Others reach it by its worker's mailbox.
+Which thread: everything here belongs to the session's owner, which holds `lock` for each turn and command.
+Others reach it by its worker's mailbox, with one exception: while the session is `quiet` (open, and nothing but
+reading under way) a sender may take the lock for one `write_at_once`.  It tells nobody anything and ends
+nothing, for that is the owner's; what it could not finish is left as any write is, and a word wakes the worker.
+A quiet session's owner takes short turns likewise: one read, and neither wants nor deadlines to look at again.
+Hence whatever starts something else, a command or a deadline, must end the quiet, or find the long turn.
 """
 
 from __future__ import annotations
