@@ -6,6 +6,8 @@ would hurt.
 
 from __future__ import annotations
 
+import contextlib
+import random
 import socket
 import sys
 import threading
@@ -15,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import peers
 import pytest
 from conftest import KeyPair
 from OpenSSL import SSL
@@ -572,6 +575,89 @@ def test_answers_of_a_pool_and_floods_of_others_on_the_same_sessions_lose_nothin
             client.abort()
         for handler in handlers:
             handler.result(patience)
+
+
+def answer_all(session: Session) -> int:
+    """Answer with numbers while it may send, and read to the end.  How many were accepted."""
+    accepted = 0
+    with contextlib.suppress(bridge.SessionEnded):
+        while True:
+            message = session.recv(PATIENCE)
+            session.send(b"%d" % accepted + message)
+            accepted += 1
+    with contextlib.suppress(bridge.SessionEnded):
+        while True:
+            session.recv(PATIENCE)
+    return accepted
+
+
+def ask_for_ever(session: Session, size: int) -> None:
+    with contextlib.suppress(bridge.SessionEnded):
+        while True:
+            session.send(bytes(size), PATIENCE)
+
+
+@pytest.mark.parametrize("rounds", [20, pytest.param(1_000, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("end", ["close", "send_eof"])
+def test_every_answer_that_was_accepted_arrives_whenever_this_side_closes(
+    restless: None, contexts: tuple[bridge.Context, bridge.Context], end: str, rounds: int
+) -> None:
+    rng = random.Random(rounds)
+    with bridge.Bridge(workers=1) as far, bridge.Bridge(workers=1) as near, ThreadPoolExecutor(4) as pool:
+        for _ in range(rounds):
+            ours, theirs = map(shrink, socket.socketpair())
+            server = near.adopt(theirs, contexts[1], codec=framed, wait=False)
+            client = far.adopt(ours, contexts[0], server_hostname="localhost", codec=framed)
+            size = rng.choice((1, 100, 3_000))
+            asking = pool.submit(ask_for_ever, server, size)
+            answering = pool.submit(answer_all, client)
+            found = [server.recv(PATIENCE) for _ in range(rng.randrange(6))]
+            closing = pool.submit(getattr(client, end))
+            found += list(server)
+            assert server.close()
+            result = closing.result(PATIENCE)
+            assert result or end == "send_eof", "nothing is unsent"
+            accepted = answering.result(PATIENCE)
+            assert found == [b"%d" % number + bytes(size) for number in range(accepted)]
+            asking.result(PATIENCE)
+            assert client.close()
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or peers.libssl() is None, reason="needs Linux and a libssl that ctypes can use"
+)
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        pytest.param({"version": "TLSv1.3", "update_every": 1 << 13}, id="key-updates"),
+        pytest.param({"version": "TLSv1.2", "renegotiate_every": 1 << 15}, id="renegotiations"),
+    ],
+)
+def test_answers_go_on_while_the_peer_changes_keys_and_renegotiates(
+    server_cert: KeyPair, ca_file: str, trouble: dict[str, Any]
+) -> None:
+    identity = {"certfile": server_cert.certfile, "keyfile": server_cert.keyfile}
+    pattern, checker = peers.Pattern(), peers.Checker(peers.Pattern())
+    with (
+        peers.program("echo", role="server", **trouble, **identity) as peer,
+        bridge.Bridge(workers=1) as ours,
+    ):
+        session = ours.connect(
+            ("127.0.0.1", peer.port()), bridge.client_context(ca_file), server_hostname="localhost"
+        )
+        sent = 0
+        for number in range(600):
+            size = 1 + number * 7919 % 12_000
+            session.send(bytes(pattern.at(sent, size)), PATIENCE)
+            sent += size
+            while checker.received < sent - 6_000 * (number % 3):  # now in turns, and now ahead
+                checker.feed(session.recv(PATIENCE))
+        while checker.received < sent:
+            checker.feed(session.recv(PATIENCE))
+        assert session.close()
+        result = peer.result()
+    assert result["error"] is None and result["echoed"] == sent
+    assert result["updates"] + result["renegotiations"] > 20
 
 
 def test_getters_that_give_up_all_the_time_swallow_no_wake_up(restless: None) -> None:
