@@ -190,7 +190,7 @@ class Plan:
 
 
 class Transport:
-    """What a worker owns of one session.  See the module's essay; no method may be called by another thread."""
+    """What a worker owns of one session.  The module's essay says who else may call what: next to nothing."""
 
     __slots__ = (
         "_accepted",
