@@ -42,9 +42,9 @@ BytesLike = bytes | bytearray | memoryview
 class Codec(Protocol[M]):
     """Decodes and encodes the messages, of type *M*, of one session.
 
-    Threads: `decode` and `eof` are called by the coordinator only, so they need no lock.  `encode` is called
-    by any application thread, by several at once, and while `decode` runs: it must not touch what `decode`
-    changes.  None of them may wait.
+    Threads: `decode` and `eof` are called by the coordinator, or a worker in its place, and never by two at a
+    time, so they need no lock.  `encode` is called by any application thread, by several at once, and while
+    `decode` runs: it must not touch what `decode` changes.  None of them may wait.
 
     An exception out of `decode` or `eof` ends this session, and only this one, with a `bridge.CodecError`.
     """
@@ -53,7 +53,7 @@ class Codec(Protocol[M]):
 
     @abc.abstractmethod
     def decode(self, data: bytes) -> Iterable[M]:
-        """The messages that *data*, the next bytes of the stream, completes.  Coordinator only.
+        """The messages that *data*, the next bytes of the stream, completes.  One thread at a time.
 
         What is left over is kept for the next call.  The caller iterates to the end, so this may be a
         generator: what it yields before it raises is delivered, and then the session ends.
@@ -67,7 +67,7 @@ class Codec(Protocol[M]):
         """
 
     def eof(self) -> Iterable[M]:
-        """The messages that the clean end of the stream completes: none, by default.  Coordinator only.
+        """The messages that the clean end of the stream completes: none, by default.  One thread at a time.
 
         Called once, after the peer's close_notify.  After a truncated or aborted stream it is not called:
         no end was seen, so nothing is complete.
@@ -125,7 +125,7 @@ class _Framed(Codec[M]):
         """What to say when the stream ends while bytes are held."""
 
     def decode(self, data: bytes) -> Iterable[M]:
-        """The messages that *data* completes.  Coordinator only.
+        """The messages that *data* completes.  One thread at a time.
 
         Raises CodecError (MessageTooLarge) for a bad message: at once if there was no good one before it in
         *data*, else while iterating, after the good ones.  Every later call raises the same.
@@ -133,7 +133,7 @@ class _Framed(Codec[M]):
         return self._collect(self._parse(data))
 
     def eof(self) -> Iterable[M]:
-        """Nothing; or CodecError if the stream ended inside a message.  Coordinator only."""
+        """Nothing; or CodecError if the stream ended inside a message.  One thread at a time."""
         return self._collect(self._finish())
 
     @property

@@ -1,8 +1,9 @@
 """The coordinator: one thread that routes what the application sends and decodes what the workers read.
 
 The parser lives here and nowhere else: whatever woke a worker, and whichever OpenSSL call happened to
-produce plaintext, the bytes come to this thread, in order, and meet their session's codec.  Nothing here
-waits: inboxes take what they are given, because reading stops long before they could grow (see `queues`).
+produce plaintext, the bytes come here, in order, and meet their session's codec.  Which thread that is, the
+coordinator's or that of a worker which found it idle, makes no difference: a lock lets one in at a time.  Nothing
+here waits: inboxes take what they are given, because reading stops long before they could grow (see `queues`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from bridge.codecs import Codec
 from bridge.engine import SessionInfo
 from bridge.errors import CodecError, EndOfStream, SessionAborted, SessionClosed, SessionEnded, fresh
 from bridge.limits import RECORD_BYTES
-from bridge.queues import Gate, Inbox, Latch, Mailbox, Outbox, ReadCredit
+from bridge.queues import Gate, Inbox, Latch, Mailbox, Outbox, ReadCredit, let_go
 from bridge.transport import Ending, Told, Transport
 from bridge.worker import Command, Worker
 
@@ -99,29 +100,40 @@ class Channel:
     def answer(self, data: bytes) -> bool:
         """Write *data* on the calling thread, if it may be an answer and nothing is in its way; whether it was taken.
 
-        Any thread.  Of messages smaller than a record only one for each that was read goes this way: a stream of
-        them is better merged.
+        Any thread; never waits, not even for a turn of the worker's, which may call back and log.  Of messages smaller
+        than a record only one for each that was read goes this way: a stream of them is better merged.
         """
-        transport, left = self.transport, len(data)
-        if not (left >= RECORD_BYTES or (left and transport.answerable)) or transport.lock.locked():
+        transport, size = self.transport, len(data)
+        lock: Any = transport.lock
+        if not (size >= RECORD_BYTES or (size and transport.answerable)) or lock._is_owned():
             return False
-        with transport.lock:
-            if not (transport.quiet and self.outbox.idle()):
-                return False
-            transport.answerable = False
+        try:
+            return lock.acquire(False) and self._answer(transport, data)
+        finally:
             try:
-                left -= transport.write_at_once(data)
-                if left:
-                    self.outbox.hold(left)
-                    self.worker.post(transport, "wake")
-            except SessionEnded as error:
+                let_go(lock)
+            finally:  # a signal handler may have raised in the middle of it
+                let_go(lock)
+
+    def _answer(self, transport: Transport, data: bytes) -> bool:
+        if not (transport.quiet and self.outbox.idle()):
+            return False
+        transport.answerable = False
+        left = len(data)
+        try:
+            left -= transport.write_at_once(data)
+            if left:
                 self.outbox.hold(left)
-                self.worker.post(transport, "end", error)
-            except BaseException:  # Ctrl-C: nobody knows what was half done
-                self.worker.post(
-                    transport, "end", SessionAborted("interrupted in the middle of a call of OpenSSL")
-                )
-                raise
+                self.worker.post(transport, "wake")
+        except SessionEnded as error:
+            self.outbox.hold(left)
+            self.worker.post(transport, "end", error)
+        except BaseException:  # Ctrl-C
+            transport.freeze()
+            self.worker.post(
+                transport, "end", SessionAborted("interrupted in the middle of a call of OpenSSL")
+            )
+            raise
         return True
 
 
@@ -137,9 +149,7 @@ class Coordinator:
 
     def __init__(self) -> None:
         self._gate = Gate()
-        self._lock = (
-            threading.Lock()
-        )  # of whose the rest is for a turn: our thread's, or a worker's that helps
+        self._lock = threading.Lock()  # whose the rest is for a turn: our thread's, or a worker's that helps
         self._mailbox: Mailbox[Word] = Mailbox(self._gate.ring)
         self._outgoing: dict[Worker, list[Command]] = {}
         self._stopping = False

@@ -1,21 +1,24 @@
-"""What crosses between threads, and the only locks.
+"""What crosses between threads, and the locks of it.
 
 Theory of operation
 -------------------
 Two kinds of thing cross.  *Words* go through a `Mailbox`: unbounded in form, but every word in it is
 paid for elsewhere (a chunk of bytes by credit, a command by the one call that made it), so putting never
 waits.  *Bytes* are bounded by credit: senders take it in `Outbox.put`, the only place where anybody waits
-for room, and the owner of the socket gives it back when the kernel took the bytes.  Readers' credit runs
-the other way: the owner takes it with each read and stops reading when it is gone; it comes back when the
-application takes the message.
+for room, and the owner of the socket gives it back when the kernel took the bytes.  An answer that its sender
+has written itself (`Channel.answer`) costs none, unless the kernel did not take all of it; what is left is then
+held as if it had been put first.  Readers' credit runs the other way: the owner takes it with each read and
+stops reading when it is gone; it comes back when the application takes the message.
 
 The lost wake-up cannot happen because a sleeper declares itself asleep and looks into its mailbox *under
 one lock*, and a putter puts and looks for a sleeper under the same lock: whichever comes second sees the
 other.  Only the first put after that rings, so a busy thread is never rung at all.
 
-The locks are held for a few assignments, never while waiting, never while calling out, and never two at a
-time, except the byte counter of the whole bridge inside an outbox.  A mailbox's lock is reentrant because a
-finalizer may put a word at any moment, also in the middle of another put by the same thread.
+The locks here are held for a few assignments, never while waiting, never while calling out, and never two at
+a time, except the byte counter of the whole bridge inside an outbox or an inbox.  (Two others are held for a
+turn, a session's and the coordinator's: those who help only try them, and only the owner waits for its helper.)
+A mailbox's lock is reentrant because a finalizer may put a word at any moment, also in the middle of another
+put by the same thread.
 """
 
 from __future__ import annotations
@@ -41,6 +44,12 @@ def deadline_after(timeout: float | None) -> float | None:
 def time_left(deadline: float | None) -> float | None:
     """Seconds until *deadline*, not negative and not too many for a lock."""
     return None if deadline is None else min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+
+
+def let_go(lock: Any) -> None:
+    """Release a reentrant *lock*, if this thread has it."""
+    if lock._is_owned():
+        lock.release()
 
 
 class Gate:
@@ -217,7 +226,7 @@ class Outbox:
         self._reported = 0  # to the tally
         self._notify = notify
         self._accepted = 0  # bytes, since the beginning
-        self._gone = 0  # of these, with the kernel
+        self._gone = 0  # of these, with the kernel; less what is ahead of them and is not
         self._held = 0  # accepted, and neither with the kernel nor lost
         self._closed: SessionEnded | None = None  # why nothing more is accepted
         self._lost: SessionEnded | None = None  # why what is held will never leave
@@ -325,7 +334,7 @@ class Outbox:
     def hold(self, size: int) -> None:
         """*size* bytes, ahead of all others, were handed to the transport and have not left yet."""
         with self._lock:
-            self._accepted += size
+            self._gone -= size  # whoever flushes what was put meanwhile has these to wait for as well
             self._change(size)
 
     # Called by the coordinator.
@@ -415,7 +424,7 @@ class ReadCredit:
 
     def room(self) -> int:
         """How many bytes may be read.  If none, the owner will be called back."""
-        held = self._used + self._read - self._decoded
+        held = self._read - self._decoded + self._used  # in this order: what moves just now counts twice
         if not held or (held < self._limit and self._tally.has_room()):
             return self._limit - held
         with self._lock:
@@ -457,7 +466,7 @@ class ReadCredit:
 
     def held(self) -> int:
         """What is read and not taken, in bytes."""
-        return self._used + self._read - self._decoded
+        return -self._decoded + self._read + self._used  # in this order it is never less than nothing
 
     def overdraft(self) -> int:
         """By how much more was read than may be."""

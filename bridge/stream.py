@@ -28,7 +28,7 @@ from bridge.errors import (
 from bridge.lease import Lease
 from bridge.limits import RECORD_BYTES
 from bridge.poll import Want
-from bridge.queues import Latch
+from bridge.queues import Latch, let_go
 from bridge.transport import CloseReport, Ending, Plan, Told, Transport
 from bridge.worker import Worker
 
@@ -342,9 +342,9 @@ class Stream:
             return self._write_now(view) if timeout == 0 else self._write(view, give_up)
         finally:
             try:
-                _let_go(writers)
+                let_go(writers)
             finally:  # a signal handler may have raised in the middle of it
-                _let_go(writers)
+                let_go(writers)
 
     @_leased
     def _write(self, view: memoryview, give_up: float | None) -> int:
@@ -532,11 +532,6 @@ class Stream:
 
     def __repr__(self) -> str:
         return f"<Stream {self.name} {self._transport.state.value}>"
-
-
-def _let_go(lock: Any) -> None:
-    if lock._is_owned():
-        lock.release()
 
 
 def _left(give_up: float | None) -> float | None:

@@ -26,7 +26,12 @@ has answered or its time is up.  Closing a socket with unread input makes the ke
 destroy what the peer has not read yet, an alert of ours for instance; so a failed session lingers likewise, with
 plain reads.  `abort` does none of that.
 
-Which thread: everything here belongs to the session's owner.  Others reach it by its worker's mailbox.
+Which thread: everything here belongs to the session's owner, which holds `lock` for each turn and command.
+Others reach it by its worker's mailbox, with one exception: while the session is `quiet` (open, and nothing but
+reading under way) a sender may take the lock for one `write_at_once`.  It tells nobody anything and ends
+nothing, for that is the owner's; what it could not finish is left as any write is, and a word wakes the worker.
+A quiet session's owner takes short turns likewise: one read, and neither wants nor deadlines to look at again.
+Hence whatever starts something else, a command or a deadline, must end the quiet, or find the long turn.
 """
 
 from __future__ import annotations
@@ -184,7 +189,7 @@ class Plan:
 
 
 class Transport:
-    """What a worker owns of one session.  See the module's essay; no method may be called by another thread."""
+    """What a worker owns of one session.  The module's essay says who else may call what: next to nothing."""
 
     __slots__ = (
         "_accepted",
@@ -248,7 +253,7 @@ class Transport:
         self.credit = credit
         self._plan = plan
         self._tell = tell
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # reentrant to know its owner, not to be entered again
         # What the worker reads after each step.
         self.sock = plan.sock
         self.mask = NOTHING
@@ -311,7 +316,8 @@ class Transport:
 
         False after the short way: there is nothing new to wait for.
         """
-        if not (self.quiet and ready == self.mask == READ and self.credit.room() > 0):
+        on_time = self.deadline is None or now < self.deadline
+        if not (self.quiet and ready == self.mask == READ and on_time and self.credit.room() > 0):
             if ready:
                 self.on_ready(ready)
         elif self._read_shortly(now):
@@ -432,6 +438,10 @@ class Transport:
                 break
         self._settle()
         return done
+
+    def freeze(self) -> None:
+        """Nobody knows what is half done: OpenSSL is not called any more, until the owner `end`s the session."""
+        self.quiet = self._exchanging = False
 
     def readable(self) -> bool:
         """Whether a read could get anywhere although no poll has announced anything."""

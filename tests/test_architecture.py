@@ -63,7 +63,7 @@ THREADING = {
         "local",
     },  # a line of the key log, which all workers write; a buffer for each thread
     "poll": {"local"},  # a bed for each thread
-    "transport": {"Lock"},  # of whose a session is for a turn
+    "transport": {"RLock"},  # of whose a session is for a turn
     "coordinator": {"Lock"},  # of whose the codecs are for a turn
     "lease": {"RLock"},  # who holds it owns the transport
     "stream": {"RLock", "TIMEOUT_MAX"},  # of writers: one whole write after the other

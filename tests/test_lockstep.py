@@ -8,6 +8,7 @@ wants, partial writes, backpressure and closes in orders that real threads would
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import queue
 import random
@@ -101,6 +102,14 @@ class Side:
         self.session: Any = None
         self.eof_sent = False
         self.end: Exception | None = None
+        worker: Any = self.bridge._workers[0]
+        self._go_on, worker._fire_timers = worker._fire_timers, self._in_the_middle
+
+    def _in_the_middle(self, *arguments: Any) -> None:
+        """An application thread is quick, and the worker has looked at its poll and its mailbox already."""
+        if self.rng.random() < 0.2:
+            self.application(False)
+        self._go_on(*arguments)
 
     def application(self, renegotiate: bool) -> None:
         """One thing an application might do now."""
@@ -108,8 +117,10 @@ class Side:
             self.unsent.clear()
         action = self.rng.randrange(5)
         if action <= 1 and self.unsent:
+            busy = self.rng.random() < 0.3  # so that what might be an answer is queued
             try:
-                self.session.outbox.put_nowait(self.unsent[0])
+                with self.session._channel.transport.lock if busy else contextlib.nullcontext():
+                    self.session.outbox.put_nowait(self.unsent[0])
             except queue.Full:
                 return
             except bridge.SessionEnded as error:
@@ -132,7 +143,9 @@ class Side:
     def system(self) -> bool:
         """One step of one thread that does not exist."""
         actor = self.rng.choice((self.bridge._workers[0], self.bridge._coordinator))
-        return actor.step()
+        busy = actor is not self.bridge._coordinator and self.rng.random() < 0.4
+        with self.bridge._coordinator._lock if busy else contextlib.nullcontext():
+            return actor.step()
 
     def is_open(self) -> bool:
         """Whether the coordinator has heard of the handshake: `renegotiate` would wait for it."""
