@@ -20,6 +20,7 @@ import works
 from report import Goal, Result, Sample, Spread, markdown, ratios
 
 HERE = Path(__file__).parent
+DOCS = HERE.parent.parent / "docs"
 
 
 def echo(peer: str, number: int, rate: float, work: str = "echo-64-64", **more: Any) -> Sample:
@@ -139,6 +140,11 @@ def test_a_result_survives_its_file_and_the_later_of_two_counts(tmp_path: Path) 
     second.save(tmp_path / "2.json")
     assert Result.load(tmp_path / "1.json") == first
     assert Result.merged([tmp_path / "1.json", tmp_path / "2.json"]) == second
+
+
+def test_the_documentation_shows_the_report_of_the_figures_it_keeps() -> None:
+    figures = sorted((DOCS / "figures").glob("*.json"))
+    assert markdown(Result.merged(figures), works.GOALS) == (DOCS / "figures" / "report.md").read_text()
 
 
 # ── options ──
