@@ -19,7 +19,7 @@ project_copyright = "2026, the tls-bridge contributors"
 release = version = version("tls-bridge")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "figures"]
 html_theme = "furo"
 html_title = f"tls-bridge {release}"
 

@@ -23,6 +23,11 @@
 
 #define RECORD 16384
 
+/* Lines: message number n (modulo NUMBERS) of sender s is "s nnnn xx...x\n", LINE bytes. */
+#define SENDERS 4
+#define LINE 100
+#define NUMBERS 1000
+
 static _Noreturn void die(const char *what)
 {
     fprintf(stderr, "%s: %s\n", what, errno ? strerror(errno) : "failed");
@@ -81,4 +86,17 @@ static void make_pattern(void)
 {
     for (size_t i = 0; i < sizeof pattern; i++)
         pattern[i] = (unsigned char)i;
+}
+
+/* The beginning of a line, which tells its sender and number. */
+#define MARK 7
+static char marks[SENDERS][NUMBERS][MARK + 1], rest_of_line[LINE - MARK];
+
+static void make_lines(void)
+{
+    for (int sender = 0; sender < SENDERS; sender++)
+        for (int n = 0; n < NUMBERS; n++)
+            snprintf(marks[sender][n], MARK + 1, "%d %04d ", sender, n);
+    memset(rest_of_line, 'x', sizeof rest_of_line);
+    rest_of_line[sizeof rest_of_line - 1] = '\n';
 }

@@ -1,7 +1,7 @@
 """Programs that use the standard library's `ssl`, or what stands in its place, through other libraries.
 
-Run as processes by `run.py`.  ``http-server`` prints ``port N`` and ends when its stdin does; ``http-client`` and
-``mqtt-client`` print what they measured, as JSON.
+Run as processes by `run.py`.  ``http-server`` and ``cheroot`` print ``port N`` and end when their stdin does;
+``http-client`` and ``mqtt-client`` print what they measured, as JSON.
 """
 
 from __future__ import annotations
@@ -47,6 +47,30 @@ def http_server(module: Any, options: argparse.Namespace) -> None:
     server.socket = context.wrap_socket(server.socket, server_side=True)
     print(f"port {server.server_address[1]}", flush=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(0)
+
+
+def application(_: dict[str, Any], start_response: Any) -> list[bytes]:
+    """The same kilobyte from a WSGI server."""
+    start_response("200 OK", [("Content-Length", str(len(BODY)))])
+    return [BODY]
+
+
+def cheroot(module: Any, options: argparse.Namespace) -> None:
+    """cheroot, with ten threads, its default, and the adapter for the standard library's `ssl`."""
+    from cheroot import wsgi
+    from cheroot.ssl.builtin import BuiltinSSLAdapter
+
+    server = wsgi.Server(("127.0.0.1", 0), application)
+    server.ssl_adapter = BuiltinSSLAdapter(options.cert, options.key)
+    if module is not ssl:
+        server.ssl_adapter.context = module.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        server.ssl_adapter.context.load_cert_chain(options.cert, options.key)
+    server.prepare()
+    print(f"port {server.bind_addr[1]}", flush=True)
+    threading.Thread(target=server.serve, daemon=True).start()
     while os.read(sys.stdin.fileno(), 1):
         pass
     os._exit(0)
@@ -107,7 +131,12 @@ def mqtt_client(module: Any, options: argparse.Namespace) -> None:
     print(json.dumps({"operations": len(took), "seconds": options.seconds, "p50_us": p50}), flush=True)
 
 
-ROLES = {"http-server": http_server, "http-client": http_client, "mqtt-client": mqtt_client}
+ROLES = {
+    "http-server": http_server,
+    "cheroot": cheroot,
+    "http-client": http_client,
+    "mqtt-client": mqtt_client,
+}
 
 
 def main() -> None:

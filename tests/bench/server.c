@@ -1,4 +1,4 @@
-/* The limit: one thread, epoll, OpenSSL.  server ROLE CERT KEY CORE; ROLE is echo, source or sink.
+/* The limit: one thread, epoll, OpenSSL.  server ROLE CERT KEY CORE; ROLE is echo, source, sink, both or lines.
  *
  * Prints "port N", and ends when its stdin does.
  */
@@ -13,7 +13,8 @@ struct peer {
 };
 
 static int epoll;
-static enum { ECHO, SOURCE, SINK } role;
+static enum { ECHO, SOURCE, SINK, BOTH, LINES } role;
+static const char *const roles[] = {"echo", "source", "sink", "both", "lines"};
 
 static void drop(struct peer *peer)
 {
@@ -106,6 +107,52 @@ static bool sink(struct peer *peer)
     }
 }
 
+/* Until neither way goes on; then it waits for both. */
+static bool both(struct peer *peer)
+{
+    unsigned char data[RECORD];
+    bool moved;
+    do {
+        moved = false;
+        for (int i = 0; i < 8; i++) {
+            int n = SSL_read(peer->ssl, data, sizeof data);
+            if (n <= 0 && !wanted(peer, n))
+                return false;
+            if (n <= 0)
+                break;
+            moved = true;
+        }
+        for (int i = 0; i < 8; i++) {
+            int n = SSL_write(peer->ssl, pattern + peer->offset % 256, RECORD);
+            if (n <= 0 && !wanted(peer, n))
+                return false;
+            if (n <= 0)
+                break;
+            peer->offset += (size_t)n;
+            moved = true;
+        }
+    } while (moved);
+    want(peer, EPOLLIN | EPOLLOUT);
+    return true;
+}
+
+/* One SSL_write a message, as the other servers' senders have one call a message; each session gets its share. */
+static bool lines(struct peer *peer)
+{
+    for (int i = 0; i < 64; i++) {
+        size_t sender = peer->offset % SENDERS, number = peer->offset / SENDERS % NUMBERS;
+        char line[LINE];
+        memcpy(line, marks[sender][number], MARK);
+        memcpy(line + MARK, rest_of_line, sizeof rest_of_line);
+        int n = SSL_write(peer->ssl, line, LINE);
+        if (n <= 0)
+            return wanted(peer, n);
+        peer->offset++;
+    }
+    want(peer, EPOLLOUT);
+    return true;
+}
+
 static bool serve(struct peer *peer)
 {
     ERR_clear_error();
@@ -114,7 +161,8 @@ static bool serve(struct peer *peer)
         if (n <= 0)
             return wanted(peer, n);
     }
-    return role == ECHO ? echo(peer) : role == SOURCE ? source(peer) : sink(peer);
+    static bool (*const serves[])(struct peer *) = {echo, source, sink, both, lines};
+    return serves[role](peer);
 }
 
 static void accept_all(int listener, SSL_CTX *context)
@@ -149,14 +197,17 @@ static int listen_on_loopback(void)
 int main(int argc, char **argv)
 {
     if (argc != 5) {
-        fprintf(stderr, "usage: server echo|source|sink CERT KEY CORE\n");
+        fprintf(stderr, "usage: server echo|source|sink|both|lines CERT KEY CORE\n");
         return 2;
     }
-    role = !strcmp(argv[1], "echo") ? ECHO : !strcmp(argv[1], "source") ? SOURCE : SINK;
+    for (unsigned i = 0; i < sizeof roles / sizeof *roles; i++)
+        if (!strcmp(argv[1], roles[i]))
+            role = i;
     signal(SIGPIPE, SIG_IGN);
     pin(atoi(argv[4]));
     raise_fd_limit();
     make_pattern();
+    make_lines();
 
     SSL_CTX *context = new_context(TLS_server_method());
     SSL_CTX_set_mode(context, SSL_MODE_RELEASE_BUFFERS);
