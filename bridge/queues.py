@@ -31,7 +31,7 @@ from typing import Any, Generic, TypeVar
 
 from bridge import forks
 from bridge.errors import OperationTimeout, ReceiveTimeout, SendTimeout, SessionEnded, ShutDown, fresh
-from bridge.limits import RECORD_BYTES, check_timeout
+from bridge.limits import check_timeout
 
 T = TypeVar("T")
 
@@ -191,6 +191,18 @@ TALLY_STEP = 4096
 """A session reports to its bridge's `Tally` when it has changed by so much, or is empty: not at each message."""
 
 
+class _Ticket:
+    """A message whose sender waits for room.  Guarded by the outbox's lock, but for the gate."""
+
+    __slots__ = ("alone", "data", "gate", "outcome")
+
+    def __init__(self, data: bytes, alone: bool) -> None:
+        self.data = data
+        self.alone = alone  # its sender would rather have the outbox to itself
+        self.gate = Gate()
+        self.outcome: bool | None = None  # what `Outbox.put` is to answer
+
+
 class Outbox:
     """What one session's senders have handed over and the kernel has not yet taken.
 
@@ -201,26 +213,26 @@ class Outbox:
     __slots__ = (
         "_accepted",
         "_closed",
+        "_flushing",
         "_gone",
         "_held",
         "_limit",
         "_lock",
         "_lost",
+        "_moved",
         "_notify",
         "_pending",
         "_reported",
-        "_room",
-        "_sleepers",
         "_tally",
         "_waiting",
     )
 
     def __init__(self, limit: int, tally: Tally, notify: Callable[[], None]) -> None:
         self._lock = threading.Lock()
-        self._room: threading.Condition | None = None  # made for the first who has to wait
-        self._sleepers = 0
+        self._moved: threading.Condition | None = None  # made for the first who flushes
+        self._flushing = 0
         self._pending: list[bytes] = []
-        self._waiting: list[list[int]] = []  # what senders without room want, first come first served
+        self._waiting: collections.deque[_Ticket] | None = None  # first come, first served
         self._limit = limit
         self._tally = tally
         self._reported = 0  # to the tally
@@ -233,12 +245,12 @@ class Outbox:
 
     # Called by any application thread.
 
-    def put(self, data: bytes, timeout: float | None) -> bool:
+    def put(self, data: bytes, timeout: float | None, alone: bool = False) -> bool:
         """Hand over *data* whole, or raise and have handed over nothing.
 
         Waits for room at most *timeout* seconds (None: for ever), then raises SendTimeout; raises the cause
-        when the session ended or this side closed it.  False, and nothing handed over, if it had to wait and nothing
-        is ahead of it any more: there may be a shorter way.
+        when the session ended or this side closed it.  With *alone*: False, and nothing handed over, if it had to wait
+        and nothing is ahead of it any more, nor behind it: there may be a shorter way.
         """
         size = len(data)
         with self._lock:
@@ -247,16 +259,17 @@ class Outbox:
             if not size:
                 return True
             if self._held and (self._waiting or not self._fits(size)):
-                self._wait_for_room(size, timeout)
-                if not self._held:
-                    return False
-            self._accepted += size
-            self._change(size)
-            self._pending.append(data)
+                return self._wait_for_room(_Ticket(data, alone), timeout)
+            self._accept(data, size)
             first = len(self._pending) == 1
         if first:
             self._notify()
         return True
+
+    def _accept(self, data: bytes, size: int) -> None:
+        self._accepted += size
+        self._change(size)
+        self._pending.append(data)
 
     def _fits(self, size: int) -> bool:
         return not self._held or (self._held + size <= self._limit and self._tally.has_room())
@@ -267,36 +280,63 @@ class Outbox:
             self._reported = self._tally.follow(self._reported, self._held)
 
     def _sleep(self, timeout: float | None) -> bool:
-        """Wait, with the lock held, for something to change; False if nothing did in time."""
-        if self._room is None:
-            self._room = threading.Condition(self._lock)
-        self._sleepers += 1
+        """Wait, with the lock held, for bytes to leave or for the end; False if neither came in time."""
+        if self._moved is None:
+            self._moved = threading.Condition(self._lock)
+        self._flushing += 1
         try:
-            return timeout != 0.0 and self._room.wait(timeout)
+            return timeout != 0.0 and self._moved.wait(timeout)
         finally:
-            self._sleepers -= 1
+            self._flushing -= 1
 
-    def _wake_all(self) -> None:
-        if self._sleepers:
-            assert self._room is not None
-            self._room.notify_all()
+    def _wake_flushing(self) -> None:
+        if self._flushing:
+            assert self._moved is not None
+            self._moved.notify_all()
 
-    def _wait_for_room(self, size: int, timeout: float | None) -> None:
-        deadline = deadline_after(timeout)
-        ticket = [size]
+    def _wait_for_room(self, ticket: _Ticket, timeout: float | None) -> bool:
+        """Without the lock, until whoever makes room takes the message out of its sender's hands."""
+        if self._waiting is None:
+            self._waiting = collections.deque()
         self._waiting.append(ticket)
+        self._lock.release()
         try:
-            while self._waiting[0] is not ticket or not self._fits(size):
-                woken = self._sleep(time_left(deadline))
-                if self._closed is not None:
-                    raise fresh(self._closed)
-                if not woken and (self._waiting[0] is not ticket or not self._fits(size)):
-                    raise SendTimeout(
-                        f"no room for {size} bytes within {timeout:g} seconds; nothing was sent"
-                    )
+            ticket.gate.sleep(timeout if timeout is None else min(timeout, threading.TIMEOUT_MAX))
         finally:
-            self._waiting.remove(ticket)
-            self._wake_all()  # the next in line has come to the front
+            self._lock.acquire()
+            if ticket in self._waiting:
+                notify = self._grant(
+                    self._limit
+                )  # there may be room by now, just not enough to wake anybody for
+                if ticket in self._waiting:
+                    self._waiting.remove(ticket)
+                    notify |= self._grant(self._limit)  # the next in line may be smaller
+                if notify:
+                    self._notify()
+        if ticket.outcome is None:
+            if self._closed is not None:
+                raise fresh(self._closed)
+            raise SendTimeout(
+                f"no room for {len(ticket.data)} bytes within {timeout:g} seconds; nothing was sent"
+            )
+        return ticket.outcome
+
+    def _grant(self, most: int) -> bool:
+        """Take what waits and has room now, unless *most* bytes are held; whether to notify."""
+        waiting, before = self._waiting, len(self._pending)
+        while waiting and self._held <= most:
+            ticket = waiting[0]
+            if ticket.alone and len(waiting) == 1:
+                if self._held:
+                    break
+                ticket.outcome = False
+            elif self._fits(len(ticket.data)):
+                self._accept(ticket.data, len(ticket.data))
+                ticket.outcome = True
+            else:
+                break
+            waiting.popleft().gate.ring()
+        return not before and bool(self._pending)
 
     def flush(self, timeout: float | None) -> None:
         """Wait until the kernel has every byte handed over before this call.
@@ -353,33 +393,33 @@ class Outbox:
         with self._lock:
             self._gone += count
             self._change(-count)
-            if self._sleepers > len(self._waiting) or self._has_room_again():
-                self._wake_all()  # somebody flushes, or the first in line has room
-
-    def _has_room_again(self) -> bool:
-        """Whether it is time to wake the first in line: with room for more than itself, or all to itself."""
-        size = self._waiting[0][0] if self._waiting else 0
-        enough = 0 if size >= RECORD_BYTES else self._limit // 2
-        return size > 0 and self._held <= enough and self._fits(size)
+            notify = bool(self._waiting) and self._grant(self._limit // 2)  # enough to be worth the wake-ups
+            self._wake_flushing()
+        if notify:
+            self._notify()
 
     # Called by any thread.
 
     def close(self, why: SessionEnded) -> None:
         """Accept no more; waiting senders raise *why*.  What was accepted still leaves."""
         with self._lock:
-            self._closed = self._closed or why
-            self._wake_all()
+            self._turn_away(why)
 
     def discard(self, why: SessionEnded) -> int:
         """Accept no more, and what is held will never leave.  How many bytes that is."""
         with self._lock:
-            self._closed = self._closed or why
+            self._turn_away(why)
             self._lost = self._lost or why
             lost = self._held
             self._pending = []
             self._change(-lost)
-            self._wake_all()
+            self._wake_flushing()
         return lost
+
+    def _turn_away(self, why: SessionEnded) -> None:
+        self._closed = self._closed or why
+        while self._waiting:
+            self._waiting.popleft().gate.ring()
 
 
 class ReadCredit:

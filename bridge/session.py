@@ -11,7 +11,7 @@ from bridge import forks
 from bridge.coordinator import Ask, Channel, Coordinator
 from bridge.engine import SessionInfo
 from bridge.errors import ConfigurationError, EndOfStream, SessionAborted, SessionClosed, SessionEnded, fresh
-from bridge.limits import Limits, Timeouts, check_timeout
+from bridge.limits import RECORD_BYTES, Limits, Timeouts, check_timeout
 from bridge.queues import SessionInbox, deadline_after, time_left
 from bridge.transport import CloseReport
 
@@ -59,8 +59,8 @@ class Session:
             )
         if not channel.answer(data):
             deadline = deadline_after(timeout)
-            while not channel.outbox.put(data, time_left(deadline)) and not channel.answer(data):
-                pass
+            if not channel.outbox.put(data, timeout, len(data) >= RECORD_BYTES) and not channel.answer(data):
+                channel.outbox.put(data, time_left(deadline))
 
     def recv(self, timeout: float | None = None) -> Any:
         """The next message.  Waits at most *timeout* seconds (None: for ever), then raises ReceiveTimeout.
