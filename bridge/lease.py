@@ -39,8 +39,7 @@ T = TypeVar("T")
 class Lease:
     """The turns that many threads take with one transport.  Only ``with lease.lock:`` may anything else be called.
 
-    The guard is the bare lock, because a signal handler that raises (Ctrl-C) cannot come between it and its ``with``,
-    as it can in a context manager written in Python.  It is reentrant to know its owner, not to be entered again.
+    The lock is reentrant to know its owner, not to be entered again.
     """
 
     __slots__ = (
@@ -77,10 +76,14 @@ class Lease:
 
     def check(self) -> None:
         """RuntimeError if this thread holds it already.  To be called before it is taken."""
-        if self.mine():
-            raise RuntimeError(
-                "this session was called by a callback or a signal handler in the middle of one of its own calls"
-            )
+        if self.lock._is_owned():  # type: ignore[attr-defined]
+            self.refuse()
+
+    def refuse(self) -> None:
+        """Raise that RuntimeError."""
+        raise RuntimeError(
+            "this session was called by a callback or a signal handler in the middle of one of its own calls"
+        )
 
     def leave(self) -> None:
         """To be called last: what cannot wait for the next call goes to somebody who is there."""
@@ -136,25 +139,50 @@ class Lease:
         sock = transport.sock
         mask = NOTHING if sock is None else transport.mask
         try:
-            sleeper.asleep = True  # from here on a signal handler takes another bed
-            self._sleepers[sleeper] = mask
-            self.lock.release()
-            return sleeper.sleep(sock, mask, timeout)
-        finally:
-            sleeper.asleep = False
-            self._take_again()
-            self._sleepers.pop(sleeper, None)
+            try:
+                sleeper.asleep = True  # from here on a signal handler takes another bed
+                self._sleepers[sleeper] = mask
+                self.lock.release()
+                return sleeper.sleep(sock, mask, timeout)
+            finally:
+                self._rise(sleeper)
+        except BaseException:
+            self._rise(sleeper)  # it may have been interrupted itself
+            raise
 
-    def _take_again(self) -> None:
-        """Whatever interrupts it: the caller's ``with`` is going to release the lock."""
+    def _rise(self, sleeper: Sleeper) -> None:
+        """Take the lease again, which the caller's ``with`` is going to release, and leave the bed."""
+        interruption = self._regain()
+        self._sleepers.pop(sleeper, None)
+        sleeper.asleep = False
+        if interruption is not None:
+            raise interruption
+
+    def _regain(self) -> BaseException | None:
+        """Hold the lock, whatever interrupts the wait for it.  The interruption."""
         interruption: BaseException | None = None
         while not self.mine():
             try:
                 self.lock.acquire()
             except BaseException as error:
                 interruption = error
-        if interruption is not None:
-            raise interruption
+        return interruption
+
+    def mend(self, settle: Callable[[bool], object]) -> None:
+        """For a call that was interrupted, outside of its ``with``: do what it may have left undone.
+
+        With the lease, *settle* is called, and told whether anybody sleeps.  After that this thread does not hold it.
+        """
+        self._regain()  # one interruption is on its way already
+        try:
+            settle(bool(self._sleepers))
+            if self._transport.started():
+                self.turn()
+            self.ring()
+            self.leave()
+        finally:
+            while self.mine():
+                self.lock.release()
 
     def command(self, method: str, *arguments: Any) -> None:
         """Call a method of the transport that is a command, and see how far it gets."""
@@ -164,9 +192,16 @@ class Lease:
 
     def close(self, timeout: float | None) -> None:
         """Let everybody go who waits, and have a worker bring the session to a polite end, by *timeout* if sooner."""
-        if not self._transport.finished and (not self.closing or timeout is not None):
+        self.closing = True  # first: if the rest is interrupted, a worker sees to it
+        if not self._transport.finished and (not self._transport.closing() or timeout is not None):
             self.command("close", timeout)
+        self.ring()
+
+    def abort(self, why: SessionEnded) -> None:
+        """Let everybody go who waits, and end the session now."""
         self.closing = True
+        if not self._transport.finished:
+            self.command("abort", why)
         self.ring()
 
     def forget(self) -> None:
@@ -190,15 +225,15 @@ class Lease:
         """Somebody has to go on: a sleeper that polls for it already, or else the worker."""
         if self.closing and self._transport.finished and not self._attended:
             if not self._sleepers:
-                self._attended = True
                 self._caretaker.bury()
+                self._attended = True
             return
         if not self.closing and not self._transport.again:
             chores = self.chores()
-            if any(mask & chores == chores for mask in self._sleepers.values()):
+            if any([mask & chores == chores for mask in self._sleepers.values()]):
                 return
         self._attended = True
-        self._worker.post(self._caretaker, "wake")
+        self._worker.post(self._caretaker, "close" if self.closing else "wake")
 
 
 class Caretaker:
@@ -239,7 +274,7 @@ class Caretaker:
         """The command that brings it to its worker, and back to its mind; the step that follows does the work."""
 
     def close(self) -> None:
-        """The command for a session that the application has lost: close it, by `Lease.close`."""
+        """The command for a session that the application has done with, or lost: close it, by `Lease.close`."""
         with self._lease.lock:
             self._lease.close(None)
 
@@ -272,7 +307,10 @@ class Caretaker:
         self._gone()
 
     def bury(self) -> None:
-        """With the lease: close what the transport has done with, without troubling a worker."""
+        """With the lease: close what the transport has done with, without troubling a worker.
+
+        To be called again if it was interrupted.
+        """
         self.finished = True
         self._collect()
         for sock in self.retired:

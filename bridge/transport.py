@@ -193,6 +193,7 @@ class Transport:
         "_dialer",
         "_discarding",
         "_drain_when_open",
+        "_ended",
         "_engine",
         "_exchanging",
         "_half_closing",
@@ -274,6 +275,7 @@ class Transport:
         self._wants: dict[tuple[str, Want], int] = {}
         # How it ends.
         self._drain_when_open: str | None = None
+        self._ended = False  # and said so
         self._discarding = False  # close(): nobody will read what still comes
         self._unwrapping = False
         self._half_closing = False
@@ -370,11 +372,23 @@ class Transport:
 
     def runnable(self) -> bool:
         """Whether a step could get anywhere although no poll has announced anything."""
-        return any(operation.ready for operation in self._operations)
+        return self._read.ready or self._write.ready or self._shutdown.ready or self._handshake.ready
 
     def owes(self) -> bool:
         """Whether something that was accepted has not left."""
         return self.outbox.held() > 0
+
+    def started(self) -> bool:
+        """Whether `start` was called."""
+        return self.state is not State.CONNECTING
+
+    def closing(self) -> bool:
+        """Whether `close` was called."""
+        return self._discarding
+
+    def draining(self) -> bool:
+        """Whether this side has said, or is about to say, close_notify."""
+        return self.state is State.DRAINING
 
     def said_close(self) -> bool:
         """Whether the kernel has our close_notify."""
@@ -797,7 +811,7 @@ class Transport:
 
     def end(self, cause: SessionEnded, linger: bool = True) -> None:
         """The bad end: *cause* becomes the session's cause, unless it has one already."""
-        if self.cause is not None:
+        if self._ended:
             self._release()
         elif isinstance(cause, (Truncated, PeerReset)):
             said = self._sent_close and self._discarding  # then all was said, and the answer is not owed
@@ -808,14 +822,17 @@ class Transport:
             self._finish(cause)
 
     def _finish(self, cause: SessionEnded, lingering: bool = False) -> None:
+        """To be called again, by way of `end`, if it was interrupted."""
         forget_frames(cause)
-        self.cause = cause
+        cause = self.cause = self.cause or cause
         report = CloseReport(self.outbox.discard(cause), self._sent_close, self._peer_closed)
         if self._engine is not None and self.state is not State.HANDSHAKING:
             self._engine.remember()
-        self._move(State.CLOSED, TRANSITIONS[self.state][State.CLOSED])
-        unwrapped = self.sock if self._unwrapping and self._sent_close and self._peer_closed else None
-        leftover = self._engine.leftover() if self._engine is not None and unwrapped is not None else b""
+        if self.state is not State.CLOSED:
+            self._move(State.CLOSED, TRANSITIONS[self.state][State.CLOSED])
+        unwrapped, leftover = None, b""
+        if self._engine is not None and self._unwrapping and self._sent_close and self._peer_closed:
+            unwrapped, leftover = self.sock, self._engine.leftover()
         self._exchanging = self.quiet = False
         self._engine = self._dialer = self._chunk = None
         self._chunks.clear()
@@ -832,6 +849,7 @@ class Transport:
                 self.sock = None
             self._release()
         self._tell(Told.CLOSED, Ending(cause, report, dict(self._wants), unwrapped, leftover))
+        self._ended = True
 
     def _release(self) -> None:
         self.finished = True
