@@ -230,7 +230,7 @@ class Lease:
             return
         if not self.closing and not self._transport.again:
             chores = self.chores()
-            if any([mask & chores == chores for mask in self._sleepers.values()]):
+            if any(mask & chores == chores for mask in self._sleepers.values()):
                 return
         self._attended = True
         self._worker.post(self._caretaker, "close" if self.closing else "wake")

@@ -844,12 +844,13 @@ class Transport:
             self._half_close()
             self._read.wait_for(READ)
             self._set_deadline(CloseTimeout, self._plan.timeouts.close_notify)
-        else:
-            if unwrapped is not None:
-                self.sock = None
+        elif unwrapped is None:
             self._release()
         self._tell(Told.CLOSED, Ending(cause, report, dict(self._wants), unwrapped, leftover))
         self._ended = True
+        if unwrapped is not None:  # whose it is now
+            self.sock = None
+            self._release()
 
     def _release(self) -> None:
         self.finished = True
