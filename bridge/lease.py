@@ -139,41 +139,33 @@ class Lease:
         sock = transport.sock
         mask = NOTHING if sock is None else transport.mask
         try:
-            try:
-                sleeper.asleep = True  # from here on a signal handler takes another bed
-                self._sleepers[sleeper] = mask
-                self.lock.release()
-                return sleeper.sleep(sock, mask, timeout)
-            finally:
-                self._rise(sleeper)
+            sleeper.asleep = True  # from here on a signal handler takes another bed
+            self._sleepers[sleeper] = mask
+            self.lock.release()
+            ready = sleeper.sleep(sock, mask, timeout)
+            self.lock.acquire()
         except BaseException:
-            self._rise(sleeper)  # it may have been interrupted itself
+            self._regain()  # the caller's ``with`` is going to release it
             raise
+        finally:
+            sleeper.asleep = False
+            self._sleepers.pop(sleeper, None)
+        return ready
 
-    def _rise(self, sleeper: Sleeper) -> None:
-        """Take the lease again, which the caller's ``with`` is going to release, and leave the bed."""
-        interruption = self._regain()
-        self._sleepers.pop(sleeper, None)
-        sleeper.asleep = False
-        if interruption is not None:
-            raise interruption
-
-    def _regain(self) -> BaseException | None:
-        """Hold the lock, whatever interrupts the wait for it.  The interruption."""
-        interruption: BaseException | None = None
+    def _regain(self) -> None:
+        """Hold the lock, whatever interrupts the wait for it: one interruption is on its way already."""
         while not self.mine():
             try:
                 self.lock.acquire()
-            except BaseException as error:
-                interruption = error
-        return interruption
+            except BaseException:
+                pass
 
     def mend(self, settle: Callable[[bool], object]) -> None:
         """For a call that was interrupted, outside of its ``with``: do what it may have left undone.
 
         With the lease, *settle* is called, and told whether anybody sleeps.  After that this thread does not hold it.
         """
-        self._regain()  # one interruption is on its way already
+        self._regain()
         try:
             settle(bool(self._sleepers))
             if self._transport.started():

@@ -339,21 +339,24 @@ class Stream:
         """
         forks.check(self._born)
         view = memoryview(data).cast("B")
+        self._lease.check()
         writers = self._writers
-        if self._lease.mine() or writers._is_owned():  # type: ignore[attr-defined]
+        if writers._is_owned():  # type: ignore[attr-defined]
             self._lease.refuse()
-        give_up = None if timeout is None else time.monotonic() + timeout
         try:
             if timeout is None:
-                writers.acquire()
-            elif not writers.acquire(timeout=min(timeout, threading.TIMEOUT_MAX)):
+                with writers:
+                    return self._write(view, None)
+            give_up = time.monotonic() + timeout
+            if not writers.acquire(timeout=min(timeout, threading.TIMEOUT_MAX)):
                 raise WouldBlock(Want.WRITE) if timeout == 0 else OperationTimeout(_TOO_LATE)
-            return self._write_now(view) if timeout == 0 else self._write(view, give_up)
-        finally:
-            try:
-                _let_go(writers)
-            finally:  # a signal handler may have raised in the middle of it
-                _let_go(writers)
+            with writers:
+                writers.release()  # but not the one of the ``with``
+                return self._write_now(view) if timeout == 0 else self._write(view, give_up)
+        except BaseException:
+            while writers._is_owned():  # type: ignore[attr-defined]
+                writers.release()
+            raise
 
     @_leased
     def _write(self, view: memoryview, give_up: float | None) -> int:
@@ -406,7 +409,7 @@ class Stream:
     def _check_writable(self) -> None:
         if self._ending is not None:
             raise fresh(self._ending.cause)
-        if self._lease.closing or self._transport.draining():
+        if self._lease.closing or self._transport.draining:
             raise SessionClosed("this side has closed its half of the session")
 
     # Ends.
@@ -530,11 +533,6 @@ class Stream:
 
     def __repr__(self) -> str:
         return f"<Stream {self.name} {self._transport.state.value}>"
-
-
-def _let_go(lock: Any) -> None:
-    if lock._is_owned():
-        lock.release()
 
 
 def _left(give_up: float | None) -> float | None:

@@ -219,6 +219,7 @@ class Transport:
         "cause",
         "credit",
         "deadline",
+        "draining",
         "finished",
         "mask",
         "name",
@@ -249,6 +250,7 @@ class Transport:
         self.mask = NOTHING
         self.again = False
         self.quiet = False  # nothing but reading is under way
+        self.draining = False  # this side has said, or is about to say, close_notify
         self.deadline: float | None = None
         self.finished = False
         self.retired: list[socket.socket] = []
@@ -386,10 +388,6 @@ class Transport:
         """Whether `close` was called."""
         return self._discarding
 
-    def draining(self) -> bool:
-        """Whether this side has said, or is about to say, close_notify."""
-        return self.state is State.DRAINING
-
     def said_close(self) -> bool:
         """Whether the kernel has our close_notify."""
         return self._sent_close
@@ -509,6 +507,7 @@ class Transport:
                 self._drain_when_open = why
         elif self.state in (State.OPEN, State.PEER_CLOSED):
             self._move(State.DRAINING, why)
+            self.draining = True
             self._shutdown.ready = True
         return self.state is not State.CLOSED
 
