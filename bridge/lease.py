@@ -18,6 +18,17 @@ Between calls the session is *parked*: nobody polls, nobody reads ahead, and the
 application's own select as that of a plain socket.  What must not wait for a next call goes to a worker, which is
 then one more thread that takes turns: a handshake that nobody waits for, the rest of a write that did not wait,
 and, after the close, what is left to send, close_notify, and the linger.  See `Lease.chores`.
+
+Interrupts.  A signal handler may raise (Ctrl-C does), on the main thread, as a function is entered, as a call returns,
+or as a loop goes round.  Inside a call of the transport that ends the session: nobody knows what was half done.
+Anywhere else the session lives, and must be fit for whoever comes next.  ``with lease.lock:`` alone does not see to
+that.  CPython 3.11 to 3.13 always leave a `with` of a lock by its end.  3.10 does not if the handler raises just as
+another exception is about to run that end, and 3.14 does not if it raises just as the lock has been taken
+(python/cpython#148874).  Nor does a `finally` run to its own end when it is interrupted itself.
+
+So what may be left undone is done once more, outside of the `with`: `Lease.mend`.  Whatever it calls looks at the
+state and not at how it came about, and may be called twice: the end of a session, its burial, a word to its worker.
+One interrupt at a time is mended so; a second one within the same microseconds is not.
 """
 
 from __future__ import annotations
@@ -39,7 +50,8 @@ T = TypeVar("T")
 class Lease:
     """The turns that many threads take with one transport.  Only ``with lease.lock:`` may anything else be called.
 
-    The lock is reentrant to know its owner, not to be entered again.
+    The lock is reentrant to know its owner, not to be entered again; an exception that leaves the `with` is to be
+    followed by `mend`, unless it is one of ours.
     """
 
     __slots__ = (

@@ -14,6 +14,7 @@ import functools
 import gc
 import itertools
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 import pytest
 from conftest import KeyPair
+from dropin_rig import make_client_context, make_server_context
 from peers import Background
 from rig import PATIENCE, only, shrink, tcp_pair
 
@@ -298,3 +300,40 @@ def test_an_interrupt_leaves_nothing_locked_and_nobody_waiting(
         if not moment.where:
             assert number or kind != "call"
             return
+
+
+@pytest.mark.usefixtures("default_bridge")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["recv", "sendall", "close"])
+def test_an_interrupted_socket_leaves_no_descriptor_open(
+    background: Background, ca_file: str, server_cert: KeyPair, name: str, kind: str
+) -> None:
+    """The peer sees the end, though nobody closes once more what says that it is closed."""
+    contexts = make_client_context("ours", ca_file), make_server_context("theirs", server_cert)
+    arguments = {"recv": (10,), "sendall": (b"data",)}.get(name, ())
+    for number in itertools.count():
+        near, far = tcp_pair()
+        served = background.run(_serve, contexts[1], far)
+        client = contexts[0].wrap_socket(near, server_hostname="localhost")
+        client.settimeout(PATIENCE)
+        with Moment(kind, number) as moment, contextlib.suppress(Interrupt):
+            getattr(client, name)(*arguments)
+        if client.fileno() != -1:
+            client.close()
+        served.result(PATIENCE)
+        if not moment.where:
+            return
+
+
+def _serve(context: Any, sock: socket.socket) -> None:
+    """Say something, and read until the end, in TLS and beneath."""
+    sock.settimeout(PATIENCE)
+    with (
+        contextlib.suppress(ConnectionError, ssl.SSLError),
+        context.wrap_socket(sock, server_side=True) as tls,
+    ):
+        tls.sendall(b"data")
+        while tls.recv(100):
+            pass
+        with tls.unwrap() as plain:
+            assert plain.recv(1) == b""
