@@ -278,7 +278,7 @@ class Caretaker:
         """The command that brings it to its worker, and back to its mind; the step that follows does the work."""
 
     def close(self) -> None:
-        """The command for a session that the application has done with, or lost: close it, by `Lease.close`."""
+        """The command for a session that the application has lost: close it, by `Lease.close`."""
         with self._lease.lock:
             self._lease.close(None)
 
