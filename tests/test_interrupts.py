@@ -31,7 +31,7 @@ import bridge
 from bridge.stream import Stream
 
 PACKAGE = str(Path(bridge.__file__).parent)
-BLOCKS = {dis.opmap[name] for name in ("SETUP_FINALLY", "SETUP_WITH") if name in dis.opmap}
+BLOCKS = {dis.opmap[name] for name in ("SETUP_FINALLY", "SETUP_WITH") if sys.version_info < (3, 11)}
 """Of Python 3.10: the instructions that say where an exception goes on, and before which no handler runs."""
 KINDS = [
     "call",
