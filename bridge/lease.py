@@ -18,6 +18,17 @@ Between calls the session is *parked*: nobody polls, nobody reads ahead, and the
 application's own select as that of a plain socket.  What must not wait for a next call goes to a worker, which is
 then one more thread that takes turns: a handshake that nobody waits for, the rest of a write that did not wait,
 and, after the close, what is left to send, close_notify, and the linger.  See `Lease.chores`.
+
+Interrupts.  A signal handler may raise (Ctrl-C does), on the main thread, as a function is entered, as a call returns,
+or as a loop goes round.  Inside a call of the transport that ends the session: nobody knows what was half done.
+Anywhere else the session lives, and must be fit for whoever comes next.  ``with lease.lock:`` alone does not see to
+that.  CPython 3.11 to 3.13 always leave a `with` of a lock by its end.  3.10 does not if the handler raises just as
+another exception is about to run that end, and 3.14 does not if it raises just as the lock has been taken
+(python/cpython#148874).  Nor does a `finally` run to its own end when it is interrupted itself.
+
+So what may be left undone is done once more, outside of the `with`: `Lease.mend`.  Whatever it calls looks at the
+state and not at how it came about, and may be called twice: the end of a session, its burial, a word to its worker.
+One interrupt at a time is mended so; a second one within the same microseconds is not.
 """
 
 from __future__ import annotations
@@ -39,8 +50,8 @@ T = TypeVar("T")
 class Lease:
     """The turns that many threads take with one transport.  Only ``with lease.lock:`` may anything else be called.
 
-    The guard is the bare lock, because a signal handler that raises (Ctrl-C) cannot come between it and its ``with``,
-    as it can in a context manager written in Python.  It is reentrant to know its owner, not to be entered again.
+    The lock is reentrant to know its owner, not to be entered again; an exception that leaves the `with` is to be
+    followed by `mend`, unless it is one of ours.
     """
 
     __slots__ = (
@@ -77,10 +88,14 @@ class Lease:
 
     def check(self) -> None:
         """RuntimeError if this thread holds it already.  To be called before it is taken."""
-        if self.mine():
-            raise RuntimeError(
-                "this session was called by a callback or a signal handler in the middle of one of its own calls"
-            )
+        if self.lock._is_owned():  # type: ignore[attr-defined]
+            self.refuse()
+
+    def refuse(self) -> None:
+        """Raise that RuntimeError."""
+        raise RuntimeError(
+            "this session was called by a callback or a signal handler in the middle of one of its own calls"
+        )
 
     def leave(self) -> None:
         """To be called last: what cannot wait for the next call goes to somebody who is there."""
@@ -147,22 +162,39 @@ class Lease:
             sleeper.asleep = True  # from here on a signal handler takes another bed
             self._sleepers[sleeper] = mask
             self.lock.release()
-            return sleeper.sleep(sock, mask, timeout)
+            ready = sleeper.sleep(sock, mask, timeout)
+            self.lock.acquire()
+        except BaseException:
+            self._regain()  # the caller's ``with`` is going to release it
+            raise
         finally:
             sleeper.asleep = False
-            self._take_again()
             self._sleepers.pop(sleeper, None)
+        return ready
 
-    def _take_again(self) -> None:
-        """Whatever interrupts it: the caller's ``with`` is going to release the lock."""
-        interruption: BaseException | None = None
+    def _regain(self) -> None:
+        """Hold the lock, whatever interrupts the wait for it: one interruption is on its way already."""
         while not self.mine():
             try:
                 self.lock.acquire()
-            except BaseException as error:
-                interruption = error
-        if interruption is not None:
-            raise interruption
+            except BaseException:
+                pass
+
+    def mend(self, settle: Callable[[bool], object]) -> None:
+        """For a call that was interrupted, outside of its ``with``: do what it may have left undone.
+
+        With the lease, *settle* is called, and told whether anybody sleeps.  After that this thread does not hold it.
+        """
+        self._regain()
+        try:
+            settle(bool(self._sleepers))
+            if self._transport.started():
+                self.turn()
+            self.ring()
+            self.leave()
+        finally:
+            while self.mine():
+                self.lock.release()
 
     def command(self, method: str, *arguments: Any) -> None:
         """Call a method of the transport that is a command, and see how far it gets."""
@@ -172,9 +204,16 @@ class Lease:
 
     def close(self, timeout: float | None) -> None:
         """Let everybody go who waits, and have a worker bring the session to a polite end, by *timeout* if sooner."""
-        if not self._transport.finished and (not self.closing or timeout is not None):
+        self.closing = True  # first: if the rest is interrupted, a worker sees to it
+        if not self._transport.finished and (not self._transport.closing() or timeout is not None):
             self.command("close", timeout)
+        self.ring()
+
+    def abort(self, why: SessionEnded) -> None:
+        """Let everybody go who waits, and end the session now."""
         self.closing = True
+        if not self._transport.finished:
+            self.command("abort", why)
         self.ring()
 
     def forget(self) -> None:
@@ -198,15 +237,15 @@ class Lease:
         """Somebody has to go on: a sleeper that polls for it already, or else the worker."""
         if self.closing and self._transport.finished and not self._attended:
             if not self._sleepers:
-                self._attended = True
                 self._caretaker.bury()
+                self._attended = True
             return
         if not self.closing and not self._transport.again:
             chores = self.chores()
             if any(mask & chores == chores for mask in self._sleepers.values()):
                 return
         self._attended = True
-        self._worker.post(self._caretaker, "wake")
+        self._worker.post(self._caretaker, "close" if self.closing else "wake")
 
 
 class Caretaker:
@@ -273,7 +312,10 @@ class Caretaker:
         self._gone()
 
     def bury(self) -> None:
-        """With the lease: close what the transport has done with, without troubling a worker."""
+        """With the lease: close what the transport has done with, without troubling a worker.
+
+        To be called again if it was interrupted.
+        """
         self.finished = True
         self._collect()
         for sock in self.retired:

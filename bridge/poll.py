@@ -203,15 +203,14 @@ class Doorbell:
 class Sleeper:
     """A thread's bed beside one socket at a time.  `ring` from any thread; the rest belongs to the sleeper."""
 
-    __slots__ = ("_doorbell", "_poll", "_watched", "asleep", "ring")
+    __slots__ = ("_doorbell", "_watched", "asleep", "ring")
 
     def __init__(self) -> None:
         self.asleep = False  # or about to be: whoever sleeps here says so
         self._doorbell = Doorbell()
         self.ring = self._doorbell.ring
-        self._poll = _Poll()
-        self._poll.register(self._doorbell.fileno(), READABLE)
-        self._watched = (-1, NOTHING)  # a thread mostly sleeps beside one socket, for one thing
+        self._watched: tuple[int, int, Any] = (-1, NOTHING, None)
+        self._watch(-1, NOTHING)  # a thread mostly sleeps beside one socket, for one thing
 
     def sleep(self, sock: socket.socket | None, mask: int, timeout: float | None) -> int:
         """Sleep until *sock* is ready for something in *mask*, or a ring, or *timeout* seconds (None: for ever).
@@ -219,9 +218,10 @@ class Sleeper:
         For what it is ready; nothing if that was not why the sleep ended.
         """
         fd = -1 if sock is None or mask == NOTHING else sock.fileno()
-        if self._watched != (fd, mask):
-            self._watch(fd, mask)
-        found = self._poll.poll(None if timeout is None else math.ceil(min(timeout, LONGEST_SLEEP) * 1000))
+        watched, mask_watched, poll = self._watched
+        if watched != fd or mask_watched != mask:
+            poll = self._watch(fd, mask)
+        found = poll.poll(None if timeout is None else math.ceil(min(timeout, LONGEST_SLEEP) * 1000))
         ready = NOTHING
         for number, event in found:
             if number != fd:
@@ -232,13 +232,14 @@ class Sleeper:
                 ready = mask if event & ~(READABLE | WRITABLE) else ready | mask & _FROM_POLL[event]
         return ready
 
-    def _watch(self, fd: int, mask: int) -> None:
-        if self._watched[0] != -1:
-            self._poll.unregister(self._watched[0])
-        self._watched = (-1, NOTHING)
+    def _watch(self, fd: int, mask: int) -> Any:
+        """A poll object of its own: one that Ctrl-C interrupts is not left half changed."""
+        poll = _Poll()
+        poll.register(self._doorbell.fileno(), READABLE)
         if fd != -1:
-            self._poll.register(fd, _TO_POLL[mask])
-            self._watched = (fd, mask)
+            poll.register(fd, _TO_POLL[mask])
+        self._watched = (fd, mask, poll)
+        return poll
 
     def __del__(self) -> None:
         self._doorbell.close()

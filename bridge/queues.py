@@ -116,12 +116,16 @@ class Mailbox(Generic[T]):
 
     def put(self, *items: T) -> None:
         """Add *items*, in this order and with nothing between them.  Never waits."""
-        with self._lock:
-            self._items.extend(items)
-            asleep = self._asleep
-            self._asleep = False
-        if asleep:
+        try:
+            with self._lock:
+                self._items.extend(items)
+                asleep = self._asleep
+                self._asleep = False
+            if asleep:
+                self._ring()
+        except BaseException:  # Ctrl-C, and nobody knows where: a ring too many does no harm
             self._ring()
+            raise
 
     def take(self) -> list[T]:
         """All there is."""

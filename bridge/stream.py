@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from bridge import forks
 from bridge.engine import SessionInfo
 from bridge.errors import (
+    BridgeError,
     EndOfStream,
     OperationTimeout,
     SessionAborted,
@@ -28,7 +29,7 @@ from bridge.errors import (
 from bridge.lease import Lease
 from bridge.limits import RECORD_BYTES
 from bridge.poll import Want
-from bridge.queues import Latch, let_go
+from bridge.queues import Latch
 from bridge.transport import CloseReport, Ending, Plan, Told, Transport
 from bridge.worker import Worker
 
@@ -104,6 +105,12 @@ class _Received:
     def peek(self, size: int) -> bytes:
         return self.parts[0][:size]
 
+    def settle(self, somebody_waits: bool) -> None:
+        """Count again: a call was interrupted."""
+        self.used = sum(map(len, self.parts))
+        if not somebody_waits:
+            self.asking = 0
+
 
 def _leased(method: Callable[Concatenate[Stream, P], T]) -> Callable[Concatenate[Stream, P], T]:
     """*method*, with the lease."""
@@ -113,11 +120,17 @@ def _leased(method: Callable[Concatenate[Stream, P], T]) -> Callable[Concatenate
         forks.check(self._born)
         lease = self._lease
         lease.check()
-        with lease.lock:
-            try:
-                return method(self, *arguments, **options)
-            finally:
-                lease.leave()
+        try:
+            with lease.lock:
+                try:
+                    return method(self, *arguments, **options)
+                finally:
+                    lease.leave()
+        except BridgeError:
+            raise
+        except BaseException:
+            lease.mend(self._received.settle)
+            raise
 
     return call
 
@@ -134,13 +147,11 @@ class Stream:
         "_deaf",
         "_ending",
         "_eof",
-        "_half_closed",
         "_info",
         "_lease",
         "_owner",
         "_received",
         "_sent",
-        "_started",
         "_transport",
         "_writers",
         "gone",
@@ -159,12 +170,10 @@ class Stream:
         self._writers = threading.RLock()  # one write at a time: those of several threads never interleave
         self._owner = plan.owner
         # Guarded by the lease.
-        self._started = False
         self._info: SessionInfo | None = None
         self._ending: Ending | None = None
         self._eof = False  # the peer's close_notify has come
         self._deaf = False  # shutdown: reading is over
-        self._half_closed = False  # this side has said, or is about to say, close_notify
 
     # What the transport tells: always in a turn, so with the lease.
 
@@ -213,11 +222,8 @@ class Stream:
         return self._info
 
     def _start(self) -> None:
-        if not self._started:
-            self._started = True
-            self._transport.now = time.monotonic()
-            self._transport.start()
-            self._lease.turn()
+        if not self._transport.started():
+            self._lease.command("start")
 
     def _open(self, timeout: float | None) -> None:
         """With the lease: make sure that the handshake is done."""
@@ -251,26 +257,32 @@ class Stream:
         forks.check(self._born)
         lease, received = self._lease, self._received
         lease.check()
-        with lease.lock:
-            try:
-                if not received.parts:
-                    give_up = None if timeout is None else time.monotonic() + timeout
-                    quiet = self._transport.quiet and not self._deaf and timeout != 0
-                    data = self._read_quietly(give_up) if quiet else b""
-                    if data and len(data) <= size:
-                        return data
-                    if data:
-                        received.parts.append(data)
-                        received.used += len(data)
-                        lease.ring()
-                    elif not self._await_bytes(timeout, give_up):
-                        return b""
-                data = received.take(size)
-                if self._transport.runnable():
-                    lease.ring()  # there is room again, for somebody who wants input
-                return data
-            finally:
-                lease.leave()
+        try:
+            with lease.lock:
+                try:
+                    if not received.parts:
+                        give_up = None if timeout is None else time.monotonic() + timeout
+                        quiet = self._transport.quiet and not self._deaf and timeout != 0
+                        data = self._read_quietly(give_up) if quiet else b""
+                        if data and len(data) <= size:
+                            return data
+                        if data:
+                            received.parts.append(data)
+                            received.used += len(data)
+                            lease.ring()
+                        elif not self._await_bytes(timeout, give_up):
+                            return b""
+                    data = received.take(size)
+                    if self._transport.runnable():
+                        lease.ring()  # there is room again, for somebody who wants input
+                    return data
+                finally:
+                    lease.leave()
+        except BridgeError:
+            raise
+        except BaseException:
+            lease.mend(received.settle)
+            raise
 
     @_leased
     def peek(self, size: int, timeout: float | None = None) -> bytes:
@@ -332,19 +344,22 @@ class Stream:
         view = memoryview(data).cast("B")
         self._lease.check()
         writers = self._writers
-        if timeout is None:
-            with writers:
-                return self._write(view, None)
-        give_up = time.monotonic() + timeout
+        if writers._is_owned():  # type: ignore[attr-defined]
+            self._lease.refuse()
         try:
+            if timeout is None:
+                with writers:
+                    return self._write(view, None)
+            give_up = time.monotonic() + timeout
             if not writers.acquire(timeout=min(timeout, threading.TIMEOUT_MAX)):
                 raise WouldBlock(Want.WRITE) if timeout == 0 else OperationTimeout(_TOO_LATE)
-            return self._write_now(view) if timeout == 0 else self._write(view, give_up)
-        finally:
-            try:
-                let_go(writers)
-            finally:  # a signal handler may have raised in the middle of it
-                let_go(writers)
+            with writers:
+                writers.release()  # but not the one of the ``with``
+                return self._write_now(view) if timeout == 0 else self._write(view, give_up)
+        except BaseException:
+            while writers._is_owned():  # type: ignore[attr-defined]
+                writers.release()
+            raise
 
     @_leased
     def _write(self, view: memoryview, give_up: float | None) -> int:
@@ -404,7 +419,7 @@ class Stream:
     def _check_writable(self) -> None:
         if self._ending is not None:
             raise fresh(self._ending.cause)
-        if self._lease.closing or self._half_closed:
+        if self._lease.closing or self._transport.draining:
             raise SessionClosed("this side has closed its half of the session")
 
     # Ends.
@@ -418,7 +433,6 @@ class Stream:
         """
         if self._info is None or self._ending is not None:
             return
-        self._half_closed = True
         self._lease.command("send_eof", True)
         if timeout != 0:
             self._wait(self._said_close, timeout, "shutdown", Want.WRITE)
@@ -445,7 +459,6 @@ class Stream:
         received.asking += AHEAD_BYTES
         try:
             if self._ending is None:
-                self._half_closed = True
                 self._lease.command("unwrap", None, False)
             self._wait(lambda: self._ending is not None, timeout and _left(give_up), "unwrap", Want.READ)
         finally:
@@ -485,9 +498,7 @@ class Stream:
     def abort(self) -> None:
         """End now; what has not left is lost, and the peer sees a reset.  Idempotent; does not wait."""
         self._deaf = True
-        if not self._transport.finished:
-            self._lease.command("abort", SessionAborted("this side aborted the session"))
-        self._lease.close(None)
+        self._lease.abort(SessionAborted("this side aborted the session"))
 
     def busy_here(self) -> bool:
         """Whether this very thread is in the middle of a call of it: in a callback, or in a signal handler."""

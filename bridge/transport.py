@@ -200,6 +200,7 @@ class Transport:
         "_dialer",
         "_discarding",
         "_drain_when_open",
+        "_ended",
         "_engine",
         "_exchanging",
         "_half_closing",
@@ -227,6 +228,7 @@ class Transport:
         "cause",
         "credit",
         "deadline",
+        "draining",
         "finished",
         "lock",
         "mask",
@@ -259,6 +261,7 @@ class Transport:
         self.mask = NOTHING
         self.again = False
         self.quiet = False  # nothing but reading is under way
+        self.draining = False  # this side has said, or is about to say, close_notify
         self.deadline: float | None = None
         self.finished = False
         self.retired: list[socket.socket] = []
@@ -288,6 +291,7 @@ class Transport:
         self._wants: dict[tuple[str, Want], int] = {}
         # How it ends.
         self._drain_when_open: str | None = None
+        self._ended = False  # and said so
         self._discarding = False  # close(): nobody will read what still comes
         self._unwrapping = False
         self._half_closing = False
@@ -449,11 +453,19 @@ class Transport:
 
     def runnable(self) -> bool:
         """Whether a step could get anywhere although no poll has announced anything."""
-        return any(operation.ready for operation in self._operations)
+        return self._read.ready or self._write.ready or self._shutdown.ready or self._handshake.ready
 
     def owes(self) -> bool:
         """Whether something that was accepted has not left."""
         return self.outbox.held() > 0
+
+    def started(self) -> bool:
+        """Whether `start` was called."""
+        return self.state is not State.CONNECTING
+
+    def closing(self) -> bool:
+        """Whether `close` was called."""
+        return self._discarding
 
     def said_close(self) -> bool:
         """Whether the kernel has our close_notify."""
@@ -576,6 +588,7 @@ class Transport:
                 self._drain_when_open = why
         elif self.state in (State.OPEN, State.PEER_CLOSED):
             self._move(State.DRAINING, why)
+            self.draining = True
             self._shutdown.ready = True
         return self.state is not State.CLOSED
 
@@ -877,7 +890,7 @@ class Transport:
 
     def end(self, cause: SessionEnded, linger: bool = True) -> None:
         """The bad end: *cause* becomes the session's cause, unless it has one already."""
-        if self.cause is not None:
+        if self._ended:
             self._release()
         elif isinstance(cause, (Truncated, PeerReset)):
             said = self._sent_close and self._discarding  # then all was said, and the answer is not owed
@@ -888,14 +901,17 @@ class Transport:
             self._finish(cause)
 
     def _finish(self, cause: SessionEnded, lingering: bool = False) -> None:
+        """To be called again, by way of `end`, if it was interrupted."""
         forget_frames(cause)
-        self.cause = cause
+        cause = self.cause = self.cause or cause
         report = CloseReport(self.outbox.discard(cause), self._sent_close, self._peer_closed)
         if self._engine is not None and self.state is not State.HANDSHAKING:
             self._engine.remember()
-        self._move(State.CLOSED, TRANSITIONS[self.state][State.CLOSED])
-        unwrapped = self.sock if self._unwrapping and self._sent_close and self._peer_closed else None
-        leftover = self._engine.leftover() if self._engine is not None and unwrapped is not None else b""
+        if self.state is not State.CLOSED:
+            self._move(State.CLOSED, TRANSITIONS[self.state][State.CLOSED])
+        unwrapped, leftover = None, b""
+        if self._engine is not None and self._unwrapping and self._sent_close and self._peer_closed:
+            unwrapped, leftover = self.sock, self._engine.leftover()
         self._exchanging = self.quiet = False
         self._engine = self._dialer = self._chunk = None
         self._chunks.clear()
@@ -907,11 +923,13 @@ class Transport:
             self._half_close()
             self._read.wait_for(READ)
             self._set_deadline(CloseTimeout, self._plan.timeouts.close_notify)
-        else:
-            if unwrapped is not None:
-                self.sock = None
+        elif unwrapped is None:
             self._release()
         self._tell(Told.CLOSED, Ending(cause, report, dict(self._wants), unwrapped, leftover))
+        self._ended = True
+        if unwrapped is not None:  # whose it is now
+            self.sock = None
+            self._release()
 
     def _release(self) -> None:
         self.finished = True

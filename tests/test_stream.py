@@ -268,7 +268,7 @@ def test_an_interrupt_in_the_middle_of_a_turn_ends_the_session(
         client.read(1, PATIENCE)
 
 
-@pytest.mark.stress
+@pytest.mark.filterwarnings("ignore:(?s).*Interrupt:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that send signals")
 def test_interrupts_at_any_moment_leave_nothing_locked(b: bridge.Bridge, contexts: Any) -> None:
     """A handler that raises, as that of Ctrl-C does, a few hundred times in the middle of anything."""
@@ -286,15 +286,16 @@ def test_interrupts_at_any_moment_leave_nothing_locked(b: bridge.Bridge, context
         client, server = shaken(*ends)
         for _ in range(300):
             try:
-                signal.setitimer(signal.ITIMER_REAL, chance.uniform(2e-5, 3e-4))
-                while True:
-                    client.pending()
-                    now(server.read, 100)
-                    client.write(b"x", PATIENCE)
-            except (Interrupt, bridge.SessionEnded):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(2e-5, 3e-4))
+                    for _ in range(1000):  # and not for ever: Python drops what is raised in a finalizer
+                        client.pending()
+                        now(server.read, 100)
+                        client.write(b"x", PATIENCE)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except (Interrupt, bridge.SessionEnded):  # the alarm may also go off in the `finally`
                 pass
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
             assert not client._lease.mine() and not client._writers._is_owned()  # type: ignore[attr-defined]
             if client.end is not None or server.end is not None:
                 for end in (client, server):

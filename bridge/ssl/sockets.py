@@ -421,14 +421,20 @@ class SSLSocket(ssl.SSLSocket):
 
     def _real_close(self) -> None:
         wire = self._sslobj or self._wire
-        with _NOBODYS if wire is None else wire.lock:
-            wire, self._wire = self._wire, None
-            stream = None if wire is None else self._give_up(wire)
-            self._sslobj = None
-        if stream is None:
-            super()._real_close()  # type: ignore[misc]
-        else:
-            stream.close()
+        stream = None
+        try:
+            with _NOBODYS if wire is None else wire.lock:
+                if wire is not None and wire.stream is not None:
+                    stream = self._give_up(wire)
+                self._sslobj = self._wire = None
+            if stream is None:
+                super()._real_close()  # type: ignore[misc]
+            else:
+                stream.close()
+        except BaseException:
+            if wire is not None and wire.stream is not None:
+                wire.stream.forget()  # Ctrl-C, and nobody may try again
+            raise
 
     def _give_up(self, wire: Wire) -> Stream:
         """The descriptor is from now on its stream's alone."""

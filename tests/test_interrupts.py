@@ -1,0 +1,339 @@
+"""Ctrl-C in the middle of anything: a handler that raises, at each moment at which Python can run one, one by one.
+
+CPython runs signal handlers on the main thread only, and only as a function is entered, as a call returns, and as a
+loop goes round (which no loop here does without a call).  A profile function is called at the same points, and what
+it raises is raised there.  Python 3.10 has one point more, the entry of an ``except``, a ``finally`` or the end of a
+``with`` that an exception in flight is about to run; a trace function is called there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+import gc
+import itertools
+import socket
+import ssl
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+from conftest import KeyPair
+from dropin_rig import make_client_context, make_server_context
+from peers import Background
+from rig import PATIENCE, only, shrink, tcp_pair
+
+import bridge
+from bridge.stream import Stream
+
+PACKAGE = str(Path(bridge.__file__).parent)
+BLOCKS = {dis.opmap[name] for name in ("SETUP_FINALLY", "SETUP_WITH") if sys.version_info < (3, 11)}
+"""Of Python 3.10: the instructions that say where an exception goes on, and before which no handler runs."""
+KINDS = [
+    "call",
+    pytest.param("call inside OpenSSL", marks=pytest.mark.stress),  # where all moments are alike, and many
+    pytest.param("handler", marks=pytest.mark.skipif(not BLOCKS, reason="of Python 3.10 only")),
+]
+"""Of moments."""
+INSIDE = {"engine.py", "connection.py", "context.py", "names.py"}
+"""Modules that are called from within a call of the transport, and call OpenSSL."""
+EARLY = (bridge.OperationTimeout, bridge.WouldBlock, bridge.SessionEnded)
+"""What calls may raise here without an interrupt."""
+
+
+class Interrupt(BaseException):
+    """What the signal handler would raise."""
+
+
+class Moment:
+    """While it is entered: the *number*th moment, from 0, at which an interrupt can hit the bridge on this thread."""
+
+    def __init__(self, kind: str, number: int) -> None:
+        self.where = ""
+        """Where it hit; nothing if there was no such moment."""
+        self.lost = False
+        """Whether Python dropped it, as it does with what is raised in a finalizer."""
+        self._kind = kind
+        self._left = number
+
+    def __enter__(self) -> Moment:
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._drop
+        gc.disable()  # whose moments are not always the same
+        if self._kind == "handler":
+            sys.settrace(self._trace)
+        else:
+            sys.setprofile(self._profile)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+        sys.settrace(None)
+        gc.enable()
+        sys.unraisablehook = self._hook
+
+    def _drop(self, unraisable: Any) -> None:
+        self.lost = isinstance(unraisable.exc_value, Interrupt)
+        if not self.lost:
+            self._hook(unraisable)
+
+    def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
+        if event == "return" and frame.f_back is not None and not _is_ours(frame):
+            frame = frame.f_back
+        if event in ("call", "return", "c_return") and _is_ours(frame):
+            inside = Path(frame.f_code.co_filename).name in INSIDE
+            if inside == (self._kind == "call inside OpenSSL"):
+                self._pass(frame, event)
+
+    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if not _is_ours(frame):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and frame.f_lasti in _handlers(frame.f_code):
+            self._pass(frame, "handler")
+        return self._trace
+
+    def _pass(self, frame: FrameType, event: str) -> None:
+        self._left -= 1
+        if self._left == -1:
+            code = frame.f_code
+            self.where = f"{Path(code.co_filename).name}:{frame.f_lineno}, {code.co_name}, {event}"
+            raise Interrupt
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith(PACKAGE)
+
+
+@functools.cache
+def _handlers(code: CodeType) -> frozenset[int]:
+    """Where exceptions go on in *code* of Python 3.10, and may be met by another."""
+    targets = {step.argval for step in dis.get_instructions(code) if step.opcode in BLOCKS}
+    return frozenset(target for target in targets if code.co_code[target] not in BLOCKS)
+
+
+class Pair:
+    """Two streams of one connection, of which the first is interrupted."""
+
+    def __init__(self, b: bridge.Bridge, contexts: Any, background: Background, small: bool) -> None:
+        near, far = map(shrink, socket.socketpair()) if small else tcp_pair()
+        self.near = b.stream(near, contexts[0], server_hostname="localhost")
+        self.far = b.stream(far, contexts[1])
+        self.background = background
+        self.readers: list[Any] = []
+
+    def shake_hands(self) -> None:
+        """And take the tickets."""
+        shaking = self.background.run(self.far.handshake, PATIENCE)
+        self.near.handshake(PATIENCE)
+        shaking.result(PATIENCE)
+        with contextlib.suppress(bridge.WouldBlock):
+            self.near.read(1, 0)
+
+    def put_to_sleep(self, threads: int = 1) -> None:
+        """Have threads wait in a read of the near end."""
+        self.readers = [self.background.run(self.near.read, 1, PATIENCE) for _ in range(threads)]
+        while len(self.near._lease._sleepers) < threads:
+            assert not any(reader.done() for reader in self.readers)
+
+    def unwrap_far(self) -> None:
+        """Until the near end does, too."""
+
+        def unwrap() -> None:
+            with contextlib.suppress(*EARLY):
+                self.far.unwrap(PATIENCE)[0].close()
+
+        self.background.run(unwrap)
+
+    def check(self) -> None:
+        """The near end is of use for whoever comes next: it works or has ended, and can be closed."""
+        assert not self.near._lease.mine()
+        assert not self.near._writers._is_owned()  # type: ignore[attr-defined]
+        self.background.run(self._use).result(3 * PATIENCE)
+
+    def _use(self) -> None:
+        near, far = self.near, self.far
+        if self.readers and near.end is None:
+            with contextlib.suppress(bridge.SessionEnded):
+                far.write(b"cd", PATIENCE)
+        for reader in self.readers:
+            with contextlib.suppress(bridge.SessionEnded):
+                reader.result(PATIENCE)
+        answering = self.background.run(self._answer)
+        if near.end is not None:  # a socket that was handed back to whom was interrupted is there still
+            with contextlib.suppress(bridge.SessionEnded):
+                near.unwrap(0)[0].close()
+        try:
+            near.write(b"!", PATIENCE)
+            _read_to_mark(near)
+        except bridge.SessionEnded:
+            pass
+        assert near._received.used == sum(map(len, near._received.parts))
+        near.close()
+        answering.result(PATIENCE)
+        far.close()
+        for end in (near, far):
+            end.gone.wait(PATIENCE, "gone")
+
+    def _answer(self) -> None:
+        try:
+            _read_to_mark(self.far)
+            self.far.write(b"!", PATIENCE)
+        except bridge.SessionEnded:
+            self.far.close()
+
+
+def _read_to_mark(stream: Stream) -> None:
+    while (data := stream.read(65_536, PATIENCE)) and not data.endswith(b"!"):
+        pass
+
+
+def _peek_and_read(near: Stream) -> None:
+    near.peek(2, PATIENCE)
+    near.read(3, PATIENCE)
+    near.pending()
+    near.read(100, 0)
+
+
+def _fill(near: Stream) -> None:
+    while True:
+        near.write(bytes(20_000), 0)
+
+
+def _fill_and_close(near: Stream) -> None:
+    with contextlib.suppress(bridge.WouldBlock):
+        near.write(bytes(100_000), 0)
+    near.close(0.01)
+
+
+def _read_and_close(near: Stream) -> None:
+    for _ in range(2):
+        with contextlib.suppress(bridge.SessionEnded):
+            near.read(1)
+    near.close()
+
+
+Prepare = Callable[[Pair], object]
+SHAKE: Prepare = Pair.shake_hands
+CASES: dict[str, tuple[tuple[Prepare, ...], Callable[[Stream], object]]] = {
+    "handshake": ((lambda p: p.far.begin(),), lambda near: near.handshake(PATIENCE)),
+    "begin": ((lambda p: p.far.begin(),), Stream.begin),
+    "read": ((SHAKE, lambda p: p.far.write(b"data")), lambda near: near.read(10)),
+    "read in vain": ((SHAKE,), lambda near: near.read(10, 0.001)),
+    "read nothing": ((SHAKE,), lambda near: near.read(10, 0)),
+    "peek": ((SHAKE, lambda p: p.far.write(b"data" * 10)), _peek_and_read),
+    "write": ((SHAKE,), lambda near: near.write(b"x" * 100)),
+    "write in time": ((SHAKE,), lambda near: near.write(b"x" * 100, PATIENCE)),
+    "write too much": ((SHAKE,), lambda near: near.write(bytes(100_000), 0.001)),
+    "write what fits": ((SHAKE,), _fill),
+    "read the end": ((SHAKE, lambda p: p.far.close()), _read_and_close),
+    "read a reset": ((SHAKE, lambda p: p.far.abort()), _read_and_close),
+    "send_eof": ((SHAKE,), lambda near: near.send_eof(PATIENCE)),
+    "unwrap": ((SHAKE, Pair.unwrap_far), lambda near: near.unwrap(PATIENCE)[0].close()),
+    "unwrap in vain": ((SHAKE,), lambda near: near.unwrap(0.001)),
+    "close": ((SHAKE,), Stream.close),
+    "close second": ((SHAKE, lambda p: p.far.close()), Stream.close),
+    "close with a rest": ((SHAKE,), _fill_and_close),
+    "close unbegun": ((), Stream.close),
+    "abort": ((SHAKE,), Stream.abort),
+    "peek beside a reader": (
+        (SHAKE, Pair.put_to_sleep, lambda p: p.far.write(b"ab")),
+        lambda near: near.peek(1, 0),
+    ),
+    "write beside a reader": ((SHAKE, Pair.put_to_sleep), lambda near: near.write(b"x")),
+    "close beside readers": ((SHAKE, lambda p: p.put_to_sleep(2)), Stream.close),
+}
+SMALL = {"write too much", "write what fits", "close with a rest"}
+"""Over the smallest buffers."""
+MORE_OF_THE_SAME = {"close second", "close with a rest", "read a reset"}
+"""Which are worth seconds only under stress."""
+
+
+@pytest.fixture
+def b(background: Background) -> Iterator[bridge.Bridge]:
+    """A bridge that can be closed after all that."""
+    made = bridge.Bridge(workers=1)
+    yield made
+    background.run(made.close).result(PATIENCE)
+
+
+@pytest.fixture
+def contexts(ca_file: str, server_cert: KeyPair) -> tuple[bridge.Context, bridge.Context]:
+    """A client's and a server's."""
+    version = only("TLSv1.3")
+    return (
+        bridge.client_context(ca_file, **version),
+        bridge.server_context(server_cert.certfile, server_cert.keyfile, **version),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.stress if case in MORE_OF_THE_SAME else ()) for case in CASES],
+)
+def test_an_interrupt_leaves_nothing_locked_and_nobody_waiting(
+    b: bridge.Bridge, contexts: Any, background: Background, case: str, kind: str
+) -> None:
+    """Whoever calls next is served, or told that the session has ended; it can be closed, and so can its bridge."""
+    preparations, call = CASES[case]
+    for number in itertools.count():
+        pair = Pair(b, contexts, background, case in SMALL)
+        for prepare in preparations:
+            prepare(pair)
+        interrupted = False
+        with Moment(kind, number) as moment:
+            try:
+                call(pair.near)
+            except EARLY:
+                pass
+            except Interrupt:
+                interrupted = True
+        assert interrupted == (moment.where != "" and not moment.lost), moment.where
+        try:
+            pair.check()
+        except BaseException as error:
+            raise AssertionError(f"after an interrupt at {moment.where}") from error
+        if not moment.where:
+            assert number or kind != "call"
+            return
+
+
+@pytest.mark.usefixtures("default_bridge")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["recv", "sendall", "close"])
+def test_an_interrupted_socket_leaves_no_descriptor_open(
+    background: Background, ca_file: str, server_cert: KeyPair, name: str, kind: str
+) -> None:
+    """The peer sees the end, though nobody closes once more what says that it is closed."""
+    contexts = make_client_context("ours", ca_file), make_server_context("theirs", server_cert)
+    arguments = {"recv": (10,), "sendall": (b"data",)}.get(name, ())
+    for number in itertools.count():
+        near, far = tcp_pair()
+        served = background.run(_serve, contexts[1], far)
+        client = contexts[0].wrap_socket(near, server_hostname="localhost")
+        client.settimeout(PATIENCE)
+        with Moment(kind, number) as moment, contextlib.suppress(Interrupt):
+            getattr(client, name)(*arguments)
+        if client.fileno() != -1:
+            client.close()
+        served.result(PATIENCE)
+        if not moment.where:
+            return
+
+
+def _serve(context: Any, sock: socket.socket) -> None:
+    """Say something, and read until the end, in TLS and beneath."""
+    sock.settimeout(PATIENCE)
+    with (
+        contextlib.suppress(ConnectionError, ssl.SSLError),
+        context.wrap_socket(sock, server_side=True) as tls,
+    ):
+        tls.sendall(b"data")
+        while tls.recv(100):
+            pass
+        with tls.unwrap() as plain:
+            assert plain.recv(1) == b""
