@@ -28,6 +28,8 @@ from bridge.queues import Mailbox
 
 HAND_OVER = 64
 """Events a turn may gather before the coordinator gets the first of them."""
+STALLED_TURNS = 100
+"""Turns in a row that could have moved a byte, and moved none, before a session is taken for spinning."""
 
 
 class Pollable(Protocol):
@@ -53,6 +55,16 @@ class Pollable(Protocol):
     def gone(self) -> None:
         """It has finished, and its sockets are closed."""
 
+    @property
+    def moved(self) -> int:
+        """How many bytes of plaintext it has moved, ever."""
+
+    def evidence(self) -> tuple[object, ...] | None:
+        """What differs if a byte of anything has moved meanwhile; None for what moves no bytes."""
+
+    def stalled(self, turns: int, whose: str) -> None:
+        """After so many *turns* in vain in the hands of *whose* worker: end, and log where it stood."""
+
 
 def take_turn(pollable: Pollable, now: float, whose: str) -> None:
     """A step of *pollable*; whatever it raises ends it, and nobody else.  Its owner's thread, called *whose*."""
@@ -71,13 +83,17 @@ class _Watch:
     Timers that are out of date stay in the heap until their time comes; they keep only this alive.
     """
 
-    __slots__ = ("mask", "pollable", "sock", "timer")
+    __slots__ = ("evidence", "idle", "mask", "moved", "pollable", "sock", "timer", "turns")
 
     def __init__(self, pollable: Pollable) -> None:
         self.pollable: Pollable | None = pollable
         self.sock: socket.socket | None = None
         self.mask = NOTHING
         self.timer = math.inf
+        self.turns = 0  # that could have got anywhere, since we last looked whether they did
+        self.moved = 0
+        self.evidence: tuple[object, ...] | None = None
+        self.idle = 0  # turns that were watched, and moved nothing
 
 
 Command = tuple[Pollable | None, str, tuple[Any, ...]]
@@ -94,7 +110,7 @@ class Worker:
         self._poller: Poller[Pollable | None] = Poller()
         self._poller.watch(self._doorbell, Want.READ, None)
         self._watched: dict[Pollable, _Watch] = {}
-        self._runnable: dict[Pollable, None] = {}
+        self._runnable: dict[Pollable, bool] = {}  # whether it should get on, or was only given a word
         self._timers: list[tuple[float, int, _Watch]] = []
         self._order = itertools.count()
         self._produced: list[Any] = []
@@ -146,11 +162,11 @@ class Worker:
                 self._doorbell.silence()
             else:
                 pollable.on_ready(mask)
-                runnable[pollable] = None
+                runnable[pollable] = True
         self._obey(runnable, now)
         self._fire_timers(runnable, now)
-        for pollable in runnable:
-            self._turn(pollable, now)
+        for pollable, able in runnable.items():
+            self._turn(pollable, now, able)
             if len(self._produced) >= HAND_OVER:
                 self._flush()
         self._flush()
@@ -170,7 +186,7 @@ class Worker:
         self._mailbox.awake()
         return ready
 
-    def _obey(self, runnable: dict[Pollable, None], now: float) -> None:
+    def _obey(self, runnable: dict[Pollable, bool], now: float) -> None:
         for pollable, method, arguments in self._mailbox.take():
             if pollable is None:
                 self._stopping = True
@@ -181,23 +197,43 @@ class Worker:
                 self._watched[pollable] = _Watch(pollable)
             pollable.now = now
             getattr(pollable, method)(*arguments)
-            runnable[pollable] = None
+            runnable.setdefault(pollable, False)
 
-    def _fire_timers(self, runnable: dict[Pollable, None], now: float) -> None:
+    def _fire_timers(self, runnable: dict[Pollable, bool], now: float) -> None:
         while self._timers and self._timers[0][0] <= now:
             when, _, watch = heapq.heappop(self._timers)
             if watch.timer == when and watch.pollable is not None:
                 watch.timer = math.inf
-                runnable[watch.pollable] = None
+                runnable.setdefault(watch.pollable, False)
 
-    def _turn(self, pollable: Pollable, now: float) -> None:
+    def _turn(self, pollable: Pollable, now: float, able: bool) -> None:
         watch = self._watched.get(pollable)
         if watch is None:
             return
-        take_turn(pollable, now, self.name)
+        watch.turns += able
+        if able and watch.turns >= STALLED_TURNS:
+            self._take_watched_turn(pollable, watch, now)
+        else:
+            take_turn(pollable, now, self.name)
         self._attend(pollable, watch)
         if pollable.again:
-            self._runnable[pollable] = None
+            self._runnable[pollable] = True
+
+    def _take_watched_turn(self, pollable: Pollable, watch: _Watch, now: float) -> None:
+        """A turn of what has had many, to see whether they move anything: a session that spins is a bug, and ends.
+
+        A turn may well move no plaintext, for a record may come byte by byte; then its ciphertext has moved.
+        """
+        before = None if pollable.moved != watch.moved else pollable.evidence()
+        take_turn(pollable, now, self.name)
+        if before is None or pollable.moved != watch.moved:
+            watch.moved, watch.turns, watch.evidence, watch.idle = pollable.moved, 0, None, 0
+            return
+        after = pollable.evidence()
+        watch.idle = watch.idle + 1 if before == after == watch.evidence else 0
+        watch.evidence = after
+        if watch.idle >= STALLED_TURNS:
+            pollable.stalled(watch.idle, self.name)
 
     def _attend(self, pollable: Pollable, watch: _Watch) -> None:
         """Bring poll set and timers in line with what the pollable wants now."""
