@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -218,8 +220,23 @@ def test_mutated_pem(changes: list[tuple[str, int, bytes]], which: int) -> None:
     documented(lambda: bridge.client_context(ca))
 
 
+def test_a_ca_that_only_openssl_finds_damaged() -> None:
+    """cryptography loads it, and reads a name only when asked for; OpenSSL refuses the text that is no UTF-8."""
+    ca = x509.load_pem_x509_certificate(identity()[2]).public_bytes(Encoding.DER)
+    damaged = pem(ca.replace(b"trustme", b"\xffrustme"), "CERTIFICATE")
+    with pytest.raises(
+        bridge.ConfigurationError, match="OpenSSL refuses a certificate in the PEM given as cafile"
+    ):
+        bridge.client_context(damaged)
+    chain, key, _ = identity()
+    with pytest.raises(
+        bridge.ConfigurationError, match="OpenSSL refuses a certificate in the PEM given as client_ca"
+    ):
+        bridge.server_context(chain, key, client_ca=damaged)
+
+
 def pem(body: bytes, kind: str) -> bytes:
-    return b"-----BEGIN %s-----\n%s\n-----END %s-----\n" % (
+    return b"-----BEGIN %s-----\n%s-----END %s-----\n" % (
         kind.encode(),
         base64.encodebytes(body),
         kind.encode(),
