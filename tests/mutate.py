@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TESTS = {
-    "codecs": ["test_codecs.py"],
+    "codecs": ["test_codecs.py", "test_queues.py"],
     "queues": ["test_queues.py", "test_protocol_model.py", "test_queue_api.py", "test_flow_control.py"],
     "engine": ["test_engine.py", "test_ends.py", "test_errors.py"],
     "worker": ["test_stalls.py", "test_listener.py", "test_deadlines.py", "test_lifecycle.py"],
