@@ -100,6 +100,14 @@ class Acceptor:
             self.sock = None
             events.info("listener.closed", address=self._name)
 
+    moved = 0
+
+    def evidence(self) -> None:
+        """It moves no bytes; a client that others of the same socket accepted first is no bug."""
+
+    def stalled(self, turns: int, whose: str) -> None:
+        """Never called, for want of evidence."""
+
     def gone(self) -> None:
         """The socket is closed."""
         self._closed()

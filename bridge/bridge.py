@@ -57,11 +57,18 @@ class SessionSnapshot:
 
     name: str
     worker: str
+    """The thread that owns it; of a leased one, that which goes on when nobody calls."""
     state: str
     wants: dict[str, str]
     """For each OpenSSL call under way, what it waits for: ``{"read": "read", "write": "read"}``."""
+    ages: dict[str, float]
+    """And for how many seconds it has waited, since it was last tried."""
     seconds: float
     """For how long it has been in this state."""
+    received: int
+    """Bytes of plaintext that came, ever."""
+    sent: int
+    """Bytes of plaintext that the kernel took, ever."""
     inbox_bytes: int
     """Received, and not yet taken by the application."""
     outbox_bytes: int

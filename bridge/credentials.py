@@ -234,7 +234,12 @@ def load_trust(raw: SSL.Context, cafile: Certificates | None, what: str = "cafil
         store = raw.get_cert_store()
         assert store is not None
         for certificate in certificates(cafile, what):
-            store.add_cert(crypto.X509.from_cryptography(certificate))
+            try:
+                store.add_cert(crypto.X509.from_cryptography(certificate))
+            except crypto.Error as error:  # OpenSSL looks closer than cryptography does
+                raise ConfigurationError(
+                    f"OpenSSL refuses a certificate in {_called(cafile, what)}: {reasons(error)}"
+                ) from error
 
 
 def announce(raw: SSL.Context, client_ca: Certificates, what: str = "client_ca") -> None:

@@ -15,6 +15,7 @@ One tree.  Each class also has the standard parent that a user's `except` clause
         ├── EndOfStream         EOFError                clean: the peer sent close_notify
         ├── SessionClosed       ConnectionAbortedError  we closed it
         ├── SessionAborted      ConnectionAbortedError  we aborted it
+        │   └── SessionStalled                          a bug of ours: it spun, and moved no byte
         ├── Truncated           ssl.SSLEOFError         the peer vanished without close_notify
         ├── PeerReset           ConnectionResetError    the peer (or the network) reset the connection
         ├── ConnectFailed       ConnectionError         TCP never came up
@@ -112,6 +113,10 @@ class SessionClosed(SessionEnded, ConnectionAbortedError):
 
 class SessionAborted(SessionEnded, ConnectionAbortedError):
     """This side called `abort()`."""
+
+
+class SessionStalled(SessionAborted):
+    """A bug of the bridge: turn after turn it could go on and moved no byte.  Event ``session.stalled`` says where."""
 
 
 class Truncated(SessionEnded, ssl.SSLEOFError):

@@ -7,6 +7,8 @@ standard `logging` logger ``bridge``, which is silent below WARNING until it is 
 event                      fields
 =========================  =======================================================================
 session.state              session, peer, old, new, why; on CLOSED also cause and error
+session.stalled            session, peer, worker, turns, and all that is known of where it stands: a bug in the
+                           bridge; the session ends, others live on
 handshake.failed           session, peer, cause, error (servers: nobody else would tell)
 listener.started           address
 listener.paused            address, reason (once a pause, not once an attempt)

@@ -307,6 +307,22 @@ class Caretaker:
         self._lease.closing = True
         self._lease.ring()
 
+    @property
+    def moved(self) -> int:
+        """How many bytes of plaintext the session has moved, in whoever's turns."""
+        return self._transport.moved
+
+    def evidence(self) -> tuple[object, ...]:
+        """As of the transport."""
+        with self._lease.lock:
+            return self._transport.evidence()
+
+    def stalled(self, turns: int, whose: str) -> None:
+        """As of the transport; whoever sleeps looks again."""
+        with self._lease.lock:
+            self._transport.stalled(turns, whose)
+            self._lease.ring()
+
     def gone(self) -> None:
         """The socket is closed."""
         self._gone()

@@ -60,6 +60,7 @@ from bridge.errors import (
     PeerReset,
     SessionClosed,
     SessionEnded,
+    SessionStalled,
     TLSError,
     Truncated,
     WriteStalled,
@@ -81,6 +82,9 @@ FORCED_READ_BYTES = 1024 * 1024
 """How far a write that wants to read may overdraw the read credit."""
 ANSWER_BYTES = 64 * 1024
 """How much OpenSSL may have to say, on its own account, to a peer that does not read, before we stop reading."""
+EVIDENCE_BYTES = 1024
+"""How much of what the kernel holds the watchdog looks at; ciphertext that has moved on looks different."""
+_CALLS = ("read", "write", "shutdown", "handshake")
 LINGER_BYTES = 16 * 1024 * 1024
 """How much late input a lingering close swallows before it closes anyway."""
 
@@ -157,14 +161,15 @@ def nobody() -> None:
 class _Operation:
     """One kind of OpenSSL call: ready to be made, or waiting for a want, or neither (nothing to do)."""
 
-    __slots__ = ("ready", "want")
+    __slots__ = ("ready", "since", "want")
 
     def __init__(self) -> None:
         self.ready = False
         self.want: Want | None = None
+        self.since = 0.0  # when it began to wait
 
     def wait_for(self, want: Want) -> None:
-        self.ready, self.want = False, want
+        self.ready, self.want, self.since = False, want, time.monotonic()
 
     def rest(self) -> None:
         self.ready, self.want = False, None
@@ -236,7 +241,9 @@ class Transport:
         "now",
         "outbox",
         "quiet",
+        "received",
         "retired",
+        "sent",
         "since",
         "sock",
         "state",
@@ -289,6 +296,7 @@ class Transport:
         self._read_left = self._write_left = 0  # of this turn's budgets
         self._accepted = 0  # bytes that OpenSSL took and the kernel may not have yet
         self._wants: dict[tuple[str, Want], int] = {}
+        self.received = self.sent = 0  # bytes of plaintext: out of OpenSSL, and with the kernel
         # How it ends.
         self._drain_when_open: str | None = None
         self._ended = False  # and said so
@@ -364,6 +372,7 @@ class Transport:
                 if self._idle is not None:
                     self._touch()
                 size = len(data)
+                self.received += size
                 self.credit.spend(size)
                 self.answerable = True
                 self._tell(Told.DATA, data)
@@ -385,6 +394,7 @@ class Transport:
         try:
             data = engine.read(RECORD_BYTES)
             if isinstance(data, bytes) and data:
+                self.received += len(data)
                 self._read.wait_for(READ)
                 self._read.ready = len(data) == RECORD_BYTES or (engine.on_detour and engine.has_more())
                 if not engine.on_detour:
@@ -431,6 +441,7 @@ class Transport:
                 self._write.ready = True
                 break
             done += count
+            self.sent += count
             if done == size:
                 if self._idle is not None:
                     self._deadlines[IdleTimeout] = time.monotonic() + self._idle
@@ -704,6 +715,7 @@ class Transport:
             if received:
                 data = received[0] if len(received) == 1 else b"".join(received)
                 self._read_left -= len(data)
+                self.received += len(data)
                 if not self._discarding:
                     self.credit.spend(len(data))
                     self._touch()
@@ -796,6 +808,7 @@ class Transport:
             return False
         if self._deadlines:
             self._deadlines.pop(WriteStalled, None)
+        self.sent += accepted
         self.outbox.give_back(accepted)
         self._touch()
         return True
@@ -1028,17 +1041,58 @@ class Transport:
                 fields |= {"cause": type(self.cause).__name__, "error": _loggable(self.cause)}
             events.debug("session.state", **fields)
 
+    # For the watchdog, whose owner is the worker.
+
+    @property
+    def moved(self) -> int:
+        """How many bytes of plaintext it has moved.  Any thread."""
+        return self.received + self.sent
+
+    def evidence(self) -> tuple[object, ...]:
+        """What differs if a byte has moved, of whatever kind: what waits inside, and in the kernel."""
+        engine, waiting = self._engine, None
+        if (engine is not None or self._lingering) and self.sock is not None:
+            try:
+                waiting = self.sock.recv(EVIDENCE_BYTES, socket.MSG_PEEK)
+            except OSError:
+                pass
+        inside = () if engine is None else (engine.on_detour, engine.unflushed(), engine.pending())
+        left = (len(self._hello), self._linger_left, self._accepted, len(self._chunks))
+        return (self.state, self.sock, waiting, inside, left, self.moved, self._said_close, self._peer_closed)
+
+    def stalled(self, turns: int, whose: str) -> None:
+        """After so many *turns* in vain: end, and log where it stood."""
+        seen = self.describe() | {
+            "ready": [name for name, one in zip(_CALLS, self._operations, strict=True) if one.ready],
+            "mask": self.mask,
+            "again": self.again,
+            "quiet": self.quiet,
+            "inside": self.pending(),
+            "on_detour": self._engine is not None and self._engine.on_detour,
+            "chunk": 0 if self._chunk is None else len(self._chunk),
+            "chunks": len(self._chunks),
+        }
+        del seen["since"], seen["counts"]
+        events.warning(
+            "session.stalled", session=self.name, peer=self._plan.peer, worker=whose, turns=turns, **seen
+        )
+        self.end(SessionStalled(f"internal error: {turns} turns in a row have moved no byte"))
+        self._settle()
+
     def describe(self) -> dict[str, Any]:
         """What the session is doing now.  From any thread: single reads of plain values, none of them acted on."""
-        names = ("read", "write", "shutdown", "handshake")
+        now, wants, ages = time.monotonic(), {}, {}
+        for name, operation in zip(_CALLS, self._operations, strict=True):
+            if (want := operation.want) is not None and not operation.ready:
+                wants[name] = want.name.lower()
+                ages[name] = max(0.0, now - operation.since)
         return {
             "state": self.state.value,
-            "wants": {
-                name: want.name.lower()
-                for name, operation in zip(names, self._operations, strict=True)
-                if (want := operation.want) is not None and not operation.ready
-            },
+            "wants": wants,
+            "ages": ages,
             "since": self.since,
+            "received": self.received,
+            "sent": self.sent,
             "inbox_bytes": self.credit.held() + self.credit.kept,
             "outbox_bytes": self.outbox.held(),
             "counts": dict(self._wants),

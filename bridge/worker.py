@@ -29,6 +29,10 @@ from bridge.queues import Mailbox
 
 HAND_OVER = 64
 """Events a turn may gather before the coordinator gets the first of them."""
+AGAIN = 4
+"""What stands in place of a poll's mask for a turn that was cut short by its budget."""
+STALLED_TURNS = 100
+"""Turns in a row that could have moved a byte, and moved none, before a session is taken for spinning."""
 
 
 class Pollable(Protocol):
@@ -58,6 +62,16 @@ class Pollable(Protocol):
     def gone(self) -> None:
         """It has finished, and its sockets are closed."""
 
+    @property
+    def moved(self) -> int:
+        """How many bytes of plaintext it has moved, ever."""
+
+    def evidence(self) -> tuple[object, ...] | None:
+        """What differs if a byte of anything has moved meanwhile; None for what moves no bytes."""
+
+    def stalled(self, turns: int, whose: str) -> None:
+        """After so many *turns* in vain in the hands of *whose* worker: end, and log where it stood."""
+
 
 def fail(pollable: Pollable, error: Exception, whose: str) -> None:
     """A turn of *pollable* raised *error*: a bug of ours, or of a callback.  It costs this session, not the thread.
@@ -76,13 +90,17 @@ class _Watch:
     Timers that are out of date stay in the heap until their time comes; they keep only this alive.
     """
 
-    __slots__ = ("mask", "pollable", "sock", "timer")
+    __slots__ = ("evidence", "idle", "mask", "moved", "pollable", "sock", "timer", "turns")
 
     def __init__(self, pollable: Pollable) -> None:
         self.pollable: Pollable | None = pollable
         self.sock: socket.socket | None = None
         self.mask = NOTHING
         self.timer = math.inf
+        self.turns = 0  # that could have got anywhere, since we last looked whether they did
+        self.moved = 0
+        self.evidence: tuple[object, ...] | None = None
+        self.idle = 0  # turns that were watched, and moved nothing
 
 
 Command = tuple[Pollable | None, str, tuple[Any, ...]]
@@ -152,12 +170,12 @@ class Worker:
             watch = self._watched.get(pollable)
             if watch is not None:
                 with pollable.lock:
-                    try:
-                        changed = pollable.turn(mask, now)
-                    except Exception as error:
-                        changed = True
-                        fail(pollable, error, self.name)
+                    if mask and watch.turns >= STALLED_TURNS:
+                        changed = self._take_watched_turn(pollable, watch, mask, now)
+                    else:
+                        changed = self._take_turn(pollable, mask, now)
                     if changed:
+                        watch.turns += mask != NOTHING
                         self._attend(pollable, watch)
             if len(self.produced) >= HAND_OVER:
                 self._flush()
@@ -199,6 +217,31 @@ class Worker:
                 watch.timer = math.inf
                 runnable.setdefault(watch.pollable, NOTHING)
 
+    def _take_turn(self, pollable: Pollable, ready: int, now: float) -> bool:
+        try:
+            return pollable.turn(ready, now)
+        except Exception as error:
+            fail(pollable, error, self.name)
+            return True
+
+    def _take_watched_turn(self, pollable: Pollable, watch: _Watch, ready: int, now: float) -> bool:
+        """A turn of what has had many, to see whether they move anything: a session that spins is a bug, and ends.
+
+        A turn may well move no plaintext, for a record may come byte by byte; then its ciphertext has moved.
+        """
+        before = None if pollable.moved != watch.moved else pollable.evidence()
+        changed = self._take_turn(pollable, ready, now)
+        if before is None or pollable.moved != watch.moved:
+            watch.moved, watch.turns, watch.evidence, watch.idle = pollable.moved, 0, None, 0
+            return changed
+        after = pollable.evidence()
+        watch.idle = watch.idle + 1 if before == after == watch.evidence else 0
+        watch.evidence = after
+        if watch.idle >= STALLED_TURNS:
+            pollable.stalled(watch.idle, self.name)
+            return True
+        return changed
+
     def _attend(self, pollable: Pollable, watch: _Watch) -> None:
         """Bring poll set and timers in line with what the pollable wants now."""
         sock, mask = pollable.sock, pollable.mask
@@ -227,7 +270,7 @@ class Worker:
             watch.timer = pollable.deadline
             heapq.heappush(self._timers, (watch.timer, next(self._order), watch))
         if pollable.again:
-            self._runnable[pollable] = NOTHING
+            self._runnable[pollable] = AGAIN
 
     def _flush(self) -> None:
         if self.produced:
