@@ -54,6 +54,7 @@ class Channel:
         "on_open",
         "opened",
         "outbox",
+        "received",
         "transport",
         "worker",
     )
@@ -76,6 +77,8 @@ class Channel:
         self.end: SessionEnded | None = None
         """How receiving ended: the first cause."""
         self.ended = False
+        self.received = 0
+        """Bytes that the worker has read, since the beginning."""
 
     def forget_handle(self) -> None:
         """From now on the application alone keeps its handle alive.  Coordinator."""
@@ -196,6 +199,7 @@ class Coordinator:
         channel.on_open(channel)
 
     def _data(self, channel: Channel, data: bytes) -> None:
+        channel.received += len(data)
         if channel.ended:
             channel.credit.give_back(len(data))
         else:

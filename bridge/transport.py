@@ -138,7 +138,6 @@ class Ending:
 
     cause: SessionEnded
     report: CloseReport
-    wants: dict[tuple[str, Want], int]
     sock: socket.socket | None = None
     leftover: bytes = b""
 
@@ -225,6 +224,7 @@ class Transport:
         "outbox",
         "quiet",
         "retired",
+        "shaken",
         "since",
         "sock",
         "state",
@@ -256,6 +256,7 @@ class Transport:
         self.cause: SessionEnded | None = None
         self.now = 0.0
         self.since = 0.0
+        self.shaken: tuple[str, float] | None = None  # the version of TLS, and how long its handshake took
         self._dialer: Dialer | None = None
         self._engine: TLSEngine | None = None
         self._hello = b""  # what is left to send of a client's first flight
@@ -284,6 +285,11 @@ class Transport:
         self._peer_closed = False
         self._lingering = False
         self._linger_left = LINGER_BYTES
+
+    @property
+    def side(self) -> str:
+        """Which side we are.  Any thread: it never changes."""
+        return "server" if self._plan.context.server_side else "client"
 
     @property
     def allows_renegotiation(self) -> bool:
@@ -558,6 +564,7 @@ class Transport:
         self._read.ready = True
         self._write.ready = bool(self._chunks)
         self._touch()
+        self.shaken = info.version, self.now - self.since
         self._move(State.OPEN, "handshake done")
         self._tell(Told.OPEN, info)
         if self._drain_when_open is not None:
@@ -831,7 +838,7 @@ class Transport:
             if unwrapped is not None:
                 self.sock = None
             self._release()
-        self._tell(Told.CLOSED, Ending(cause, report, dict(self._wants), unwrapped, leftover))
+        self._tell(Told.CLOSED, Ending(cause, report, unwrapped, leftover))
 
     def _release(self) -> None:
         self.finished = True
@@ -943,8 +950,11 @@ class Transport:
             "since": self.since,
             "inbox_bytes": self.credit.used + self.credit.kept,
             "outbox_bytes": self.outbox.held(),
-            "counts": dict(self._wants),
         }
+
+    def wants(self) -> dict[tuple[str, Want], int]:
+        """How often OpenSSL answered each call with each want.  From any thread, likewise."""
+        return dict(self._wants)
 
 
 def _loggable(cause: SessionEnded) -> str:

@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from wsproto import events
 from wsproto.connection import Connection, ConnectionType
@@ -20,10 +20,9 @@ import bridge
 
 class WebSocket(bridge.codecs.Codec[Any]):
     def __init__(self) -> None:
-        self._handshake = H11Handshake(ConnectionType.SERVER)
-        self._parser: Any = self._handshake
-        self._sender, self._senders = Connection(ConnectionType.SERVER), threading.Lock()
+        self._handshake = self._parser = cast(Any, H11Handshake(ConnectionType.SERVER))
         self._parts: list[Any] = []
+        self._sender, self._lock = Connection(ConnectionType.SERVER), threading.Lock()
 
     def decode(self, data: bytes) -> Iterator[Any]:
         self._parser.receive_data(data)
@@ -37,13 +36,13 @@ class WebSocket(bridge.codecs.Codec[Any]):
             else:
                 self._parts.append(event.data)
                 if event.message_finished:
-                    whole, self._parts = type(event.data)().join(self._parts), []
-                    yield type(event)(data=whole)
+                    yield type(event)(data=type(event.data)().join(self._parts))
+                    self._parts = []
 
     def encode(self, event: events.Event) -> bytes:
-        with self._senders:
-            upgrade = isinstance(event, events.AcceptConnection)
-            return self._handshake.send(event) if upgrade else self._sender.send(event)
+        with self._lock:
+            accepts = isinstance(event, events.AcceptConnection)
+            return bytes((self._handshake if accepts else self._sender).send(event))
 
 
 def answer(event: events.Event) -> events.Event | None:
@@ -58,11 +57,11 @@ def handle(inbox: bridge.Inbox) -> None:
     with contextlib.suppress(bridge.ShutDown):
         while True:
             session, event = inbox.get()
-            if said := answer(event):
-                with contextlib.suppress(bridge.SessionEnded):
+            with contextlib.suppress(bridge.SessionEnded):
+                if said := answer(event):
                     session.send(said)
-                    if isinstance(event, events.CloseConnection):
-                        session.send_eof()
+                if isinstance(event, events.CloseConnection):
+                    session.send_eof()
 
 
 if __name__ == "__main__":

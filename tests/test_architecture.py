@@ -24,7 +24,7 @@ import bridge
 PACKAGE = Path(bridge.__file__).parent
 
 FLOORS = (
-    ("errors", "limits", "events", "states", "forks"),  # vocabulary
+    ("errors", "limits", "events", "states", "forks", "totals"),  # vocabulary
     ("poll", "names", "credentials", "connection", "context", "codecs", "engine", "dialer"),  # one thread
     ("queues",),  # crossing
     ("transport", "acceptor", "worker", "lease", "coordinator"),  # threads
@@ -40,7 +40,7 @@ FLOORS = (
         "ssl.injection",
         "ssl",
     ),
-    ("__init__", "demo", "cli", "__main__"),  # the door, and faces that come in by it
+    ("prometheus", "__init__", "demo", "cli", "__main__"),  # the door, and faces that come in by it
 )
 """A module imports only from lower floors, and on its own floor only from its left."""
 
