@@ -21,6 +21,8 @@ release = version = version("tls-bridge")
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_title = f"tls-bridge {release}"
 
 myst_enable_extensions = ["colon_fence", "deflist", "substitution"]
