@@ -21,9 +21,14 @@ import bridge
 
 class HTTP(bridge.codecs.Codec[Any]):
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self, behind: bytes = b"") -> None:
         self._http = h11.Connection(h11.SERVER)
         self._request: h11.Request | None = None
         self._body = b""
+        if behind:  # the next request is here already
+            self._http.receive_data(behind)
 
     def decode(self, data: bytes) -> Iterator[Any]:
         self._http.receive_data(data)
@@ -36,10 +41,7 @@ class HTTP(bridge.codecs.Codec[Any]):
                     raise bridge.MessageTooLarge("a body of more than a megabyte")
             elif isinstance(event, h11.EndOfMessage):
                 yield self._http, self._request, self._body
-                behind, _ = self._http.trailing_data
-                self.__init__()  # type: ignore[misc]
-                if behind:  # the next request is here already
-                    self._http.receive_data(behind)
+                self._begin(self._http.trailing_data[0])
 
     def encode(self, answer: tuple[h11.Connection, list[h11.Event]]) -> bytes:
         http, events = answer
