@@ -30,7 +30,7 @@ application threads wait for room; no correctness rests on the GIL.
 """
 
 from bridge import codecs
-from bridge.bridge import Bridge, SessionSnapshot, Snapshot
+from bridge.bridge import Bridge, ListenerSnapshot, SessionSnapshot, Snapshot
 from bridge.context import Context, client_context, server_context
 from bridge.engine import SessionInfo
 from bridge.errors import (
@@ -70,6 +70,7 @@ from bridge.listener import Listener
 from bridge.queues import Inbox
 from bridge.session import Session
 from bridge.stream import Stream
+from bridge.totals import Totals
 from bridge.transport import CloseReport
 
 __version__ = "0.1.0"
@@ -96,6 +97,7 @@ __all__ = (
     "LimitExceeded",
     "Limits",
     "Listener",
+    "ListenerSnapshot",
     "MessageTooLarge",
     "NotTLS",
     "OperationTimeout",
@@ -114,6 +116,7 @@ __all__ = (
     "Stream",
     "TLSError",
     "Timeouts",
+    "Totals",
     "Truncated",
     "WouldBlock",
     "WriteStalled",

@@ -34,10 +34,10 @@ from bridge.errors import (
 from bridge.limits import Limits, Timeouts, check_timeout
 from bridge.listener import Listener
 from bridge.names import PeerName
-from bridge.poll import Want
-from bridge.queues import Counts, Inbox, Outbox, ReadCredit, Registry, SessionInbox, Tally
+from bridge.queues import Inbox, Outbox, ReadCredit, Registry, SessionInbox, Tally
 from bridge.session import Session
 from bridge.stream import Stream
+from bridge.totals import Account, Totals, account, total
 from bridge.transport import Ending, Plan, Transport, nobody
 from bridge.worker import Worker
 
@@ -76,6 +76,17 @@ class SessionSnapshot:
 
 
 @dataclasses.dataclass(frozen=True)
+class ListenerSnapshot:
+    """What one listener is doing now."""
+
+    address: str
+    handshakes: int
+    """Clients whose handshake is under way."""
+    waiting: int
+    """Sessions that nobody has accepted yet; with a shared inbox, the messages in it."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Snapshot:
     """What a Bridge is doing now."""
 
@@ -85,6 +96,7 @@ class Snapshot:
     """How often OpenSSL answered each call with each want, over all sessions that have ended or live."""
     inbox_bytes: int
     outbox_bytes: int
+    listeners: tuple[ListenerSnapshot, ...] = ()
 
 
 class Bridge:
@@ -118,7 +130,6 @@ class Bridge:
         self._listeners: Registry[Listener] = Registry()
         self._streams: Registry[Stream] = Registry()
         self._inboxes: Registry[Inbox] = Registry()
-        self._ended_wants: Counts[tuple[str, Want]] = Counts()
         self._coordinator = Coordinator()
         self._workers = [Worker(f"bridge-worker-{i}", self._coordinator.hand_over) for i in range(workers)]
         self._turns = itertools.cycle(self._workers)
@@ -307,22 +318,32 @@ class Bridge:
     def snapshot(self) -> Snapshot:
         """What every session is doing now.  Cheap; any thread; takes no part in anything."""
         now = time.monotonic()
-        wants = self._ended_wants.copy()
         sessions = []
         seen = [(c.name, c.worker.name, c.transport.describe()) for c in self._channels]
         seen += [(stream.name, stream.worker, stream.describe()) for stream in self._streams]
         for name, worker, doing in seen:
-            for key, count in doing.pop("counts").items():
-                wants[key] = wants.get(key, 0) + count
             seconds = max(0.0, now - doing.pop("since"))
             sessions.append(SessionSnapshot(name, worker, seconds=seconds, **doing))
         return Snapshot(
             sessions=tuple(sessions),
             workers=tuple(worker.name for worker in self._workers),
-            wants={(call, want.name.lower()): count for (call, want), count in wants.items()},
+            wants=self.totals().wants,
             inbox_bytes=sum(session.inbox_bytes for session in sessions),
             outbox_bytes=sum(session.outbox_bytes for session in sessions),
+            listeners=tuple(
+                ListenerSnapshot(show_address(one.address), one.handshakes.used, one.waiting())
+                for one in self._listeners
+            ),
         )
+
+    def totals(self) -> Totals:
+        """What all sessions have done, since the beginning.  As cheap as `snapshot`; any thread."""
+        channels, left = self._channels.census()
+        streams, gone = self._streams.census()
+        accounts = [left, gone]
+        accounts += [_account(channel, None) for channel in channels]
+        accounts += [stream.account(None) for stream in streams]
+        return total(accounts)
 
     def close(self, timeout: float | None = None) -> None:
         """Close listeners, then all sessions politely, then end the threads.  Idempotent.
@@ -488,14 +509,12 @@ class Bridge:
 
     def _on_closed(self, channel: Channel, ending: Ending) -> None:
         """The coordinator: a session is over."""
-        self._channels.remove(channel)
+        self._channels.remove(channel, _account(channel, ending))
         self._sessions_tally.add(-1)
-        self._ended_wants.add(ending.wants)
 
     def _on_gone(self, stream: Stream, ending: Ending) -> None:
         """Any thread: a stream's socket is closed, or handed back."""
-        self._streams.remove(stream)
-        self._ended_wants.add(ending.wants)
+        self._streams.remove(stream, stream.account(ending))
 
     def _feed(self, inbox: Inbox) -> None:
         if inbox not in self._inboxes:
@@ -509,6 +528,13 @@ class Bridge:
 
     def _nearest_timeouts(self, timeouts: Timeouts | None) -> Timeouts:
         return _instance("timeouts", timeouts, Timeouts) or self._timeouts
+
+
+def _account(channel: Channel, ending: Ending | None) -> Account:
+    transport, cause = channel.transport, None if ending is None else ending.cause
+    return account(
+        transport.side, transport.shaken, transport.wants(), cause, transport.received, transport.sent
+    )
 
 
 def _sided(context: AnyContext, server_side: bool | None) -> tuple[Context, bool]:

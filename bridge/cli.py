@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import bridge
-from bridge import demo
+from bridge import demo, top, window
 
 HANDLERS = 2
 """Handler threads of the echo server: under the GIL more than two only wait for each other."""
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words[1:])  # whose options are not ours
     arguments = _parser().parse_args(words)
     try:
+        if arguments.command == "top":
+            return _top(arguments)
         return _echo(arguments) if arguments.command == "echo" else _demo(arguments)
     except bridge.ConfigurationError as error:
         reason = str(error)
@@ -73,6 +75,7 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_echo(commands.add_parser("echo", help="serve TLS and send back whatever comes"))
     _add_demo(commands.add_parser("demo", help="many threads on real TLS sessions, every byte checked"))
+    _add_top(commands.add_parser("top", help="what the sessions of a running process are doing, live"))
     _add_run(commands.add_parser("run", help="run a Python program, its TLS the bridge's"))
     return parser
 
@@ -115,6 +118,18 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=plan.seed, metavar="N", help="of the messages (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print nothing but the result, as JSON")
+
+
+def _add_top(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Look through the window that a running program has opened with bridge.window.Window(b, PATH): its"
+        " sessions, fullest queues first. Live on a terminal, if rich is there; else once, as text. Ctrl-C ends it."
+    )
+    parser.add_argument("path", metavar="PATH", help="the window: a Unix socket")
+    parser.add_argument(
+        "--every", type=_Positive(float), default=1.0, metavar="S", help="seconds (default: %(default)g)"
+    )
+    parser.add_argument("--json", action="store_true", help="print what is to be seen, once, as JSON")
 
 
 def _add_run(parser: _Parser) -> None:
@@ -167,6 +182,19 @@ def _run(words: list[str]) -> int:
         sys.argv = words
         sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
         runpy.run_path(words[0], run_name="__main__")
+    return 0
+
+
+# Top.
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    if arguments.json:
+        print(json.dumps(window.look(arguments.path), indent=2))
+    elif sys.stdout.isatty() and _has_rich():
+        top.watch(arguments.path, arguments.every)
+    else:
+        print(top.plain(window.look(arguments.path)))
     return 0
 
 

@@ -172,25 +172,6 @@ class Tally:
         return now
 
 
-class Counts(Generic[T]):
-    """How often each of many things happened.  Any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts: dict[T, int] = {}
-
-    def add(self, more: dict[T, int]) -> None:
-        """Count *more* in."""
-        with self._lock:
-            for key, count in more.items():
-                self._counts[key] = self._counts.get(key, 0) + count
-
-    def copy(self) -> dict[T, int]:
-        """As they are now."""
-        with self._lock:
-            return dict(self._counts)
-
-
 TALLY_STEP = 4096
 """A session reports to its bridge's `Tally` when it has changed by so much, or is empty: not at each message."""
 
@@ -785,11 +766,12 @@ class SessionInbox(Inbox):
 
 
 class Registry(Generic[T]):
-    """The members of something, until it is sealed.  Any thread."""
+    """The members of something, until it is sealed, and what those that have left add up to.  Any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._members: dict[T, None] = {}
+        self._left: dict[tuple[str, ...], float] = {}
         self._sealed = False
 
     def add(self, member: T) -> bool:
@@ -799,10 +781,18 @@ class Registry(Generic[T]):
                 self._members[member] = None
             return not self._sealed
 
-    def remove(self, member: T) -> None:
-        """One less."""
+    def remove(self, member: T, account: dict[tuple[str, ...], float] | None = None) -> None:
+        """One less, whose counts are kept."""
         with self._lock:
-            self._members.pop(member, None)
+            if member in self._members:
+                del self._members[member]
+                for key, count in (account or {}).items():
+                    self._left[key] = self._left.get(key, 0) + count
+
+    def census(self) -> tuple[list[T], dict[tuple[str, ...], float]]:
+        """Who is a member, and the counts of all that have left: nobody is in both, or in neither."""
+        with self._lock:
+            return list(self._members), dict(self._left)
 
     def seal(self) -> list[T]:
         """From now on nothing is added.  Who is a member."""

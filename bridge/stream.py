@@ -30,6 +30,7 @@ from bridge.lease import Lease
 from bridge.limits import RECORD_BYTES
 from bridge.poll import Want
 from bridge.queues import Latch
+from bridge.totals import Account, account
 from bridge.transport import CloseReport, Ending, Plan, Told, Transport
 from bridge.worker import Worker
 
@@ -540,6 +541,13 @@ class Stream:
     def describe(self) -> dict[str, Any]:
         """What it is doing now, for `Bridge.snapshot`."""
         return self._transport.describe()
+
+    def account(self, ending: Ending | None) -> Account:
+        """What it adds to `Bridge.totals`.  Any thread."""
+        transport, cause = self._transport, None if ending is None else ending.cause
+        return account(
+            transport.side, transport.shaken, transport.wants(), cause, transport.received, transport.sent
+        )
 
     def __repr__(self) -> str:
         return f"<Stream {self.name} {self._transport.state.value}>"

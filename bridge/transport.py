@@ -149,7 +149,6 @@ class Ending:
 
     cause: SessionEnded
     report: CloseReport
-    wants: dict[tuple[str, Want], int]
     sock: socket.socket | None = None
     leftover: bytes = b""
 
@@ -244,6 +243,7 @@ class Transport:
         "received",
         "retired",
         "sent",
+        "shaken",
         "since",
         "sock",
         "state",
@@ -277,6 +277,7 @@ class Transport:
         self.cause: SessionEnded | None = None
         self.now = 0.0
         self.since = 0.0
+        self.shaken: tuple[str, float] | None = None  # the version of TLS, and how long its handshake took
         self._dialer: Dialer | None = None
         self._engine: TLSEngine | None = None
         self._hello = b""  # what is left to send of a client's first flight
@@ -315,6 +316,11 @@ class Transport:
     def peer(self) -> str:
         """The peer's address, as people write it.  Any thread."""
         return self._plan.peer
+
+    @property
+    def side(self) -> str:
+        """Which side we are.  Any thread: it never changes."""
+        return "server" if self._plan.context.server_side else "client"
 
     @property
     def allows_renegotiation(self) -> bool:
@@ -664,6 +670,7 @@ class Transport:
         self._write.ready = bool(self._chunks)
         self.answerable = True
         self._touch()
+        self.shaken = info.version, self.now - self.since
         self._move(State.OPEN, "handshake done")
         self._tell(Told.OPEN, info)
         if self._drain_when_open is not None:
@@ -938,7 +945,7 @@ class Transport:
             self._set_deadline(CloseTimeout, self._plan.timeouts.close_notify)
         elif unwrapped is None:
             self._release()
-        self._tell(Told.CLOSED, Ending(cause, report, dict(self._wants), unwrapped, leftover))
+        self._tell(Told.CLOSED, Ending(cause, report, unwrapped, leftover))
         self._ended = True
         if unwrapped is not None:  # whose it is now
             self.sock = None
@@ -1072,7 +1079,7 @@ class Transport:
             "chunk": 0 if self._chunk is None else len(self._chunk),
             "chunks": len(self._chunks),
         }
-        del seen["since"], seen["counts"]
+        del seen["since"]
         events.warning(
             "session.stalled", session=self.name, peer=self._plan.peer, worker=whose, turns=turns, **seen
         )
@@ -1095,8 +1102,11 @@ class Transport:
             "sent": self.sent,
             "inbox_bytes": self.credit.held() + self.credit.kept,
             "outbox_bytes": self.outbox.held(),
-            "counts": dict(self._wants),
         }
+
+    def wants(self) -> dict[tuple[str, Want], int]:
+        """How often OpenSSL answered each call with each want.  From any thread, likewise."""
+        return dict(self._wants)
 
 
 def _loggable(cause: SessionEnded) -> str:

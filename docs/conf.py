@@ -21,6 +21,8 @@ release = version = version("tls-bridge")
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build", "figures"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_title = f"tls-bridge {release}"
 
 myst_enable_extensions = ["colon_fence", "deflist", "substitution"]
@@ -52,11 +54,13 @@ NOT_MADE_BY_CALLING = {
     "bridge.CloseReport",
     "bridge.Context",
     "bridge.Listener",
+    "bridge.ListenerSnapshot",
     "bridge.Session",
     "bridge.SessionInfo",
     "bridge.SessionSnapshot",
     "bridge.Snapshot",
     "bridge.Stream",
+    "bridge.Totals",
     "bridge.ssl.SSLSocket",
     "bridge.ssl.SSLSession",
     "bridge.session.InboxView",

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import http.server
 import os
+import random
+import re
 import signal
 import socket
+import ssl
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from conftest import KeyPair
+from dropin.daemons import Daemon, redis_server
+from peers import Background, dial, receive_exactly
 
 import bridge
 
@@ -51,10 +60,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(name: str, *arguments: str) -> Iterator[Server]:
+def serving(name: str, *arguments: str, warnings: str = "error") -> Iterator[Server]:
     """The example *name*, until Ctrl-C, after which it must end without complaint."""
+    environment = {**ENVIRONMENT, "PYTHONWARNINGS": warnings}
     with subprocess.Popen(
-        command(name, *arguments), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(name, *arguments), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             yield Server(process)
@@ -203,3 +213,239 @@ def test_mllp_gateway_says_that_the_server_behind_it_is_down(
             assert "ConnectionRefusedError" in gateway.read_line()
             with pytest.raises(bridge.SessionEnded):
                 partner.recv(timeout=DEADLINE)
+
+
+# ── the parser in one place ──
+
+
+@pytest.fixture(scope="module")
+def redis(server_cert: KeyPair, ca_file: str) -> Iterator[Daemon]:
+    with redis_server(server_cert, ca_file) as daemon:
+        yield daemon
+
+
+def test_redis_client_asks_everything_before_anything_is_answered(redis: Daemon, ca_file: str) -> None:
+    commands = "SET visits 0\n" + "INCR visits\n" * 1000 + "GET visits\nLPUSH visits x\nECHO ü\n"
+    ended = run("redis_client.py", ca_file, str(redis.port), given=commands)
+    assert ended.stderr == ""
+    assert ended.stdout.splitlines() == [
+        "OK",
+        *map(str, range(1, 1001)),
+        "1000",
+        "WRONGTYPE Operation against a key holding the wrong kind of value",
+        "ü",
+    ]
+
+
+def test_redis_client_says_why_there_will_be_no_answer(redis: Daemon, ca_file: str) -> None:
+    ended = run("redis_client.py", ca_file, str(redis.port), given="QUIT\nGET visits\n")
+    assert ended.stdout == "OK\n"
+    assert ended.stderr.splitlines()[-1].startswith(("bridge.errors.EndOfStream", "bridge.errors.Truncated"))
+
+
+def test_http_server_answers_curl(server_cert: KeyPair, ca_file: str, curl: str, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    large.write_bytes(bytes(900_000))
+    with serving("http_server.py", *identity(server_cert)) as server:
+        site = f"https://localhost:{server.port}"
+        command = [curl, "--silent", "--show-error", "--cacert", ca_file, "--http1.1", "--max-time", "20"]
+        command += [f"{site}/one", "--next", *command[1:], "--data-binary", f"@{large}", f"{site}/two"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+        assert said.stderr == ""
+        pages = ["/one and 0 bytes", "/two and 900000 bytes"]
+        assert said.stdout.splitlines() == pages
+
+
+def test_http_server_keeps_pipelined_answers_in_order_and_ends_when_asked_to(
+    server_cert: KeyPair, ca_file: str
+) -> None:
+    requests = b"".join(b"GET /%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % number for number in range(200))
+    requests += b"HEAD /last HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    context = ssl.create_default_context(cafile=ca_file)
+    with serving("http_server.py", *identity(server_cert)) as server:
+        with context.wrap_socket(dial(("127.0.0.1", server.port)), server_hostname="localhost") as sock:
+            sock.sendall(requests)
+            with sock.makefile("rb") as answers:
+                said = answers.read()
+    assert re.findall(rb"^/(\d+) and", said, re.MULTILINE) == [b"%d" % number for number in range(200)]
+    assert said.endswith(b"Connection: close\r\n\r\n"), "the answer to HEAD has no body"
+
+
+def test_http_server_refuses_what_is_not_http(server_cert: KeyPair, ca_file: str) -> None:
+    context = bridge.client_context(ca_file)
+    with serving("http_server.py", *identity(server_cert)) as server, bridge.Bridge(workers=1) as b:
+        session = b.connect(("127.0.0.1", server.port), context, server_hostname="localhost")
+        session.send(b"GET / HTTP/1.1\r\nContent-Length: many\r\n\r\n")
+        with pytest.raises(bridge.SessionEnded):
+            session.recv(timeout=DEADLINE)
+
+
+def test_websocket_server_echoes_whole_messages(server_cert: KeyPair, ca_file: str) -> None:
+    websocket = pytest.importorskip("websocket")
+    with serving("websocket_server.py", *identity(server_cert)) as server:
+        options = {"sslopt": {"ca_certs": ca_file}, "timeout": DEADLINE}
+        connection = websocket.create_connection(f"wss://localhost:{server.port}/", **options)
+        with contextlib.closing(connection.sock), contextlib.closing(connection):
+            for size in (0, 1, 125, 126, 65_535, 65_536, 900_000):
+                connection.send("ü" * (size // 2))
+                assert connection.recv() == "ü" * (size // 2)
+                connection.send_binary(bytes(size))
+                assert connection.recv() == bytes(size)
+            for index, part in enumerate((b"in ", b"three ", b"parts")):
+                kind = websocket.ABNF.OPCODE_CONT if index else websocket.ABNF.OPCODE_BINARY
+                connection.send_frame(websocket.ABNF.create_frame(part, kind, index == 2))
+            assert connection.recv() == b"in three parts"
+            connection.ping("are you there?")
+            opcode, payload = connection.recv_data(control_frame=True)
+            assert (opcode, payload) == (websocket.ABNF.OPCODE_PONG, b"are you there?")
+            connection.send_close(1000, b"bye")
+            opcode, payload = connection.recv_data(control_frame=True)
+            assert (opcode, payload[2:]) == (websocket.ABNF.OPCODE_CLOSE, b"bye")
+
+
+def test_websocket_server_bounds_a_message(server_cert: KeyPair, ca_file: str) -> None:
+    websocket = pytest.importorskip("websocket")
+    with serving("websocket_server.py", *identity(server_cert)) as server:
+        options = {"sslopt": {"ca_certs": ca_file}, "timeout": DEADLINE}
+        connection = websocket.create_connection(f"wss://localhost:{server.port}/", **options)
+        with contextlib.closing(connection.sock), contextlib.closing(connection):
+            connection.send_binary(bytes(1_000_001))
+            with pytest.raises((OSError, websocket.WebSocketException)):
+                connection.recv()
+
+
+# ── legacy servers ──
+
+
+def chat_lines(port: int, ca_file: str) -> None:
+    """Two clients of the socketserver example hear each other."""
+    context = ssl.create_default_context(cafile=ca_file)
+    with contextlib.ExitStack() as stack:
+
+        def enter(name: bytes) -> tuple[ssl.SSLSocket, BinaryIO]:
+            sock = stack.enter_context(
+                context.wrap_socket(dial(("127.0.0.1", port)), server_hostname="localhost")
+            )
+            sock.sendall(name + b"\n")
+            heard = stack.enter_context(sock.makefile("rb"))
+            assert heard.readline() == b"* %s has come\n" % name
+            return sock, heard
+
+        ann, to_ann = enter(b"Ann")
+        bob, to_bob = enter(b"Bob")
+        assert to_ann.readline() == b"* Bob has come\n"
+        for sock, name in ((ann, b"Ann"), (bob, b"Bob")):
+            sock.sendall(b"hello\n")
+            assert [heard.readline() for heard in (to_ann, to_bob)] == [name + b": hello\n"] * 2
+
+
+def test_socketserver_after_is_before_with_one_line_changed() -> None:
+    before, after = (
+        [line for line in (EXAMPLES / f"socketserver_{when}.py").read_text().splitlines()[5:] if line]
+        for when in ("before", "after")
+    )
+    assert [line for line in before if line not in after] == ["import ssl"]
+    assert [line for line in after if line not in before] == ["from bridge import ssl"]
+
+
+def test_socketserver_before_is_frozen_by_one_silent_client(server_cert: KeyPair, ca_file: str) -> None:
+    quietly = {"warnings": "ignore"}  # the standard library of 3.10 forgets a socket whose handshake failed
+    with serving("socketserver_before.py", *identity(server_cert), **quietly) as server:
+        chat_lines(server.port, ca_file)
+        with dial(("127.0.0.1", server.port)), dial(("127.0.0.1", server.port)) as victim:
+            victim.settimeout(0.5)
+            context = ssl.create_default_context(cafile=ca_file)
+            with pytest.raises(TimeoutError):
+                context.wrap_socket(victim, server_hostname="localhost")
+
+
+def test_socketserver_after_is_not(server_cert: KeyPair, ca_file: str) -> None:
+    with serving("socketserver_after.py", *identity(server_cert)) as server:
+        with dial(("127.0.0.1", server.port)):
+            chat_lines(server.port, ca_file)
+
+
+def test_selectors_loop_sends_each_subscriber_what_it_wants(server_cert: KeyPair, ca_file: str) -> None:
+    context = bridge.client_context(ca_file)
+    with (
+        serving("selectors_loop.py", *identity(server_cert)) as server,
+        bridge.Bridge(workers=1) as b,
+        socket.socket(type=socket.SOCK_DGRAM) as source,
+    ):
+        source.connect(("127.0.0.1", int(server.read_line().removeprefix("datagrams on "))))
+
+        def subscribe(start: str) -> bridge.Session:
+            session = b.connect(
+                ("127.0.0.1", server.port), context, server_hostname="localhost", codec=bridge.codecs.Lines
+            )
+            session.send(start)
+            while True:  # until the loop has heard of it: it answers with nothing but what it relays
+                source.send(f"{start} hello".encode())
+                with contextlib.suppress(bridge.ReceiveTimeout):
+                    session.recv(timeout=0.05)
+                    return session
+
+        errors, everything = subscribe("error"), subscribe("")
+        for number in range(100):
+            source.send(b"%s %d" % (b"error" if number % 2 else b"notice", number))
+            assert everything.recv(timeout=DEADLINE).endswith(("hello", str(number)))
+        heard = [
+            line for line in iter(lambda: errors.recv(timeout=DEADLINE), "error 99") if "hello" not in line
+        ]
+        assert heard == [f"error {number}" for number in range(1, 99, 2)]
+        for session in (errors, everything):
+            session.close()
+
+
+def test_reverse_proxy_in_front_of_a_plain_http_server(
+    server_cert: KeyPair, ca_file: str, curl: str, tmp_path: Path, background: Background
+) -> None:
+    (tmp_path / "large").write_bytes(random.Random(6).randbytes(3_000_000))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as plain:
+        serving_it = background.run(plain.serve_forever, 0.05)
+        backend = f"127.0.0.1:{plain.server_address[1]}"
+        with serving("reverse_proxy.py", *identity(server_cert), "--backend", backend) as server:
+            command = [curl, "--silent", "--show-error", "--cacert", ca_file, "--max-time", "20"]
+            command += [f"https://localhost:{server.port}/large"]
+            said = subprocess.run(command, capture_output=True, timeout=DEADLINE)
+        plain.shutdown()
+        serving_it.result(DEADLINE)
+    assert said.stderr == b""
+    assert said.stdout == (tmp_path / "large").read_bytes()
+
+
+def test_reverse_proxy_carries_either_end_and_no_cut_for_an_end(
+    server_cert: KeyPair, ca_file: str, background: Background
+) -> None:
+    context = bridge.client_context(ca_file)
+
+    def answer_at_the_end(sock: socket.socket) -> int:
+        heard = receive_exactly(sock, 1 << 30)  # which comes to its end
+        sock.sendall(heard[::-1])
+        return len(heard)
+
+    def cut(sock: socket.socket) -> None:
+        sock.sendall(b"half of it")
+        assert sock.recv(1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    for work in (answer_at_the_end, cut):
+        address, (result,) = background.serve(work)
+        with (
+            serving(
+                "reverse_proxy.py", *identity(server_cert), "--backend", f"127.0.0.1:{address[1]}"
+            ) as server,
+            bridge.Bridge(workers=1) as b,
+        ):
+            session = b.connect(("127.0.0.1", server.port), context, server_hostname="localhost")
+            if work is cut:
+                assert session.recv(timeout=DEADLINE) == b"half of it"
+                session.send(b"!")
+                with pytest.raises((bridge.Truncated, bridge.PeerReset)):
+                    session.recv(timeout=DEADLINE)
+            else:
+                session.send(bytes(range(256)) * 1000)
+                session.send_eof()
+                assert b"".join(session) == (bytes(range(256)) * 1000)[::-1]
+            result.result(DEADLINE)

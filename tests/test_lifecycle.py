@@ -886,7 +886,9 @@ def test_a_snapshot_tells_what_every_session_is_doing(
     server_ctx: bridge.Context, client_ctx: bridge.Context, pool: ThreadPoolExecutor
 ) -> None:
     with bridge.Bridge(workers=2) as b, b.listen(("127.0.0.1", 0), server_ctx) as listener:
-        assert b.snapshot() == bridge.Snapshot((), ("bridge-worker-0", "bridge-worker-1"), {}, 0, 0)
+        listening = bridge.ListenerSnapshot(f"127.0.0.1:{listener.address[1]}", 0, 0)
+        workers = ("bridge-worker-0", "bridge-worker-1")
+        assert b.snapshot() == bridge.Snapshot((), workers, {}, 0, 0, (listening,))
         client = b.connect(listener.address, client_ctx, server_hostname="localhost")
         server = listener.accept(PATIENCE)
         client.send(bytes(1_000))

@@ -1,0 +1,104 @@
+"""A Prometheus collector: what a Bridge is doing and has done, read when somebody scrapes, and at no other time.
+
+Needs ``prometheus-client``: ``pip install 'tls-bridge[prometheus]'``.
+
+=====================================  ===============================================================
+metric                                 labels, and what it says
+=====================================  ===============================================================
+tls_bridge_sessions                    state: how many sessions are in it now
+tls_bridge_waiting                     call, want: how many sessions wait in this call for this now
+tls_bridge_queued_bytes                queue (inbox: not taken by the program; outbox: not by the kernel)
+tls_bridge_handshakes_total            side, result (ok, or the class of the error), version
+tls_bridge_handshake_seconds           side: a histogram of those that succeeded
+tls_bridge_endings_total               cause: WriteStalled and IdleTimeout are the stalls
+tls_bridge_wants_total                 call, want: how often OpenSSL asked to wait
+tls_bridge_bytes_total                 direction (received, sent): of plaintext, without that of streams
+tls_bridge_listener_handshakes         address: handshakes under way
+tls_bridge_listener_waiting            address: sessions not accepted yet, or messages in the shared inbox
+=====================================  ===============================================================
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from bridge.bridge import Bridge
+from bridge.states import State
+from bridge.totals import BUCKETS
+
+__all__ = ("BridgeCollector",)
+
+
+class BridgeCollector(Collector):
+    """The metrics of *bridge*, for `prometheus_client.CollectorRegistry.register`.  Any thread may scrape."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics, as they are now."""
+        yield from self._present()
+        yield from self._past()
+
+    def _present(self) -> Iterator[Metric]:
+        now = self._bridge.snapshot()
+        states = collections.Counter(session.state for session in now.sessions)
+        sessions = GaugeMetricFamily("tls_bridge_sessions", "Sessions in each state", labels=["state"])
+        for state in State:
+            if state is not State.CLOSED:  # such a session is only still lingering
+                sessions.add_metric([state.value], states[state.value])
+        yield sessions
+        waits = collections.Counter(wait for session in now.sessions for wait in session.wants.items())
+        waiting = GaugeMetricFamily("tls_bridge_waiting", "Sessions that wait now", labels=["call", "want"])
+        for wait, count in sorted(waits.items()):
+            waiting.add_metric(wait, count)
+        yield waiting
+        queued = GaugeMetricFamily("tls_bridge_queued_bytes", "Bytes in queues", labels=["queue"])
+        queued.add_metric(["inbox"], now.inbox_bytes)
+        queued.add_metric(["outbox"], now.outbox_bytes)
+        yield queued
+        handshakes = GaugeMetricFamily(
+            "tls_bridge_listener_handshakes", "Handshakes under way", labels=["address"]
+        )
+        backlog = GaugeMetricFamily("tls_bridge_listener_waiting", "Not taken yet", labels=["address"])
+        for listener in now.listeners:
+            handshakes.add_metric([listener.address], listener.handshakes)
+            backlog.add_metric([listener.address], listener.waiting)
+        yield handshakes
+        yield backlog
+
+    def _past(self) -> Iterator[Metric]:
+        totals = self._bridge.totals()
+        yield _counter("handshakes", "Handshakes that ended", totals.handshakes, "side", "result", "version")
+        yield _counter(
+            "endings",
+            "Sessions that ended",
+            {(cause,): count for cause, count in totals.endings.items()},
+            "cause",
+        )
+        yield _counter("wants", "How often OpenSSL asked to wait", totals.wants, "call", "want")
+        carried = {("received",): totals.bytes_received, ("sent",): totals.bytes_sent}
+        yield _counter("bytes", "Plaintext carried", carried, "direction")
+        seconds = HistogramMetricFamily(
+            "tls_bridge_handshake_seconds", "How long handshakes took", labels=["side"]
+        )
+        for side, (classes, together) in totals.handshake_seconds.items():
+            buckets, count = [], 0
+            for bound, members in zip((*map(str, BUCKETS), "+Inf"), classes, strict=True):
+                count += members
+                buckets.append((bound, count))
+            seconds.add_metric([side], buckets, together)
+        yield seconds
+
+
+def _counter(name: str, help_: str, counts: Mapping[Any, int], *labels: str) -> CounterMetricFamily:
+    family = CounterMetricFamily(f"tls_bridge_{name}", help_, labels=list(labels))
+    for key, count in sorted(counts.items()):
+        family.add_metric(key, count)
+    return family

@@ -1,0 +1,128 @@
+"""A window into a running process: a Unix socket that tells whoever may open it what a Bridge is doing.
+
+It is there only if the program asks for it.  The socket's mode is 0600, so only the same user (and root) can look
+through; what there is to be seen holds no content and no secrets, and nothing can be done through it: a connection
+gets one JSON object and its end, and not a byte is read from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import stat
+import threading
+from typing import Any
+
+from bridge.bridge import Bridge
+from bridge.errors import ConfigurationError
+
+PATIENCE = 2.0
+"""Seconds in which a looker must have taken all."""
+
+
+class Window:
+    """Shows *bridge* at the socket *path* from now on until `close`, or the end of a ``with`` block.
+
+    A socket that an ended process has left at *path* is replaced; anything else is not.  Raises ConfigurationError
+    where there are no Unix sockets, and OSError if *path* cannot be had.
+    """
+
+    def __init__(self, bridge: Bridge, path: str | os.PathLike[str]) -> None:
+        if not hasattr(socket, "AF_UNIX"):
+            raise ConfigurationError("this system has no Unix sockets")
+        self.path = os.fspath(path)
+        self._bridge = bridge
+        self._over = False
+        self._socket = _listen(self.path)
+        self._thread = threading.Thread(target=self._serve, name="bridge-window", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Show nothing any more.  Idempotent."""
+        self._over = True
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes `accept`, on Linux; elsewhere a visitor does
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as visitor:
+            visitor.connect(self.path)
+        self._thread.join()
+        if self._socket.fileno() != -1:
+            self._socket.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                looker, _ = self._socket.accept()
+            except OSError:  # it was closed
+                return
+            if self._over:
+                looker.close()
+                return
+            with looker, contextlib.suppress(OSError):
+                looker.settimeout(PATIENCE)
+                looker.sendall(json.dumps(self._view()).encode())
+
+    def _view(self) -> dict[str, Any]:
+        now, totals = self._bridge.snapshot(), self._bridge.totals()
+        return {
+            "pid": os.getpid(),
+            "sessions": [dataclasses.asdict(session) for session in now.sessions],
+            "listeners": [dataclasses.asdict(listener) for listener in now.listeners],
+            "workers": now.workers,
+            "inbox_bytes": now.inbox_bytes,
+            "outbox_bytes": now.outbox_bytes,
+            "bytes_received": totals.bytes_received,
+            "bytes_sent": totals.bytes_sent,
+            "endings": totals.endings,
+            "handshakes": [[*key, count] for key, count in totals.handshakes.items()],
+            "wants": [[*key, count] for key, count in totals.wants.items()],
+        }
+
+
+def look(path: str | os.PathLike[str], timeout: float = 5.0) -> dict[str, Any]:
+    """What the Bridge behind the window at *path* is doing now.  OSError if nobody shows anything there."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(timeout)
+        sock.connect(os.fspath(path))
+        parts = []
+        while data := sock.recv(65536):
+            parts.append(data)
+    view: dict[str, Any] = json.loads(b"".join(parts))
+    return view
+
+
+def _listen(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        _clear(path)
+        sock.bind(path)
+        os.chmod(path, 0o600)  # before anybody can connect: it does not listen yet
+        sock.listen(8)
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, f"cannot show anything at {path}: {error.strerror}") from error
+    return sock
+
+
+def _clear(path: str) -> None:
+    """Remove a socket at *path* at which nobody listens."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as sock:
+        try:
+            sock.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)

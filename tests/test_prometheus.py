@@ -1,0 +1,171 @@
+"""What a scrape tells, compared with what the two ends of real sessions know."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import KeyPair
+from peers import dial, stdlib_context
+from rig import PATIENCE, only
+
+import bridge
+
+pytest.importorskip("prometheus_client")
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from bridge.prometheus import BridgeCollector
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait until *condition* holds, PATIENCE seconds at most."""
+    pause, deadline = threading.Event(), time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        pause.wait(0.01)
+
+
+class Scraped:
+    """A Bridge that is scraped, as text, each time a value is asked for."""
+
+    def __init__(self, b: bridge.Bridge) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(BridgeCollector(b))
+
+    def values(self, name: str) -> dict[tuple[str, ...], float]:
+        """By the values of the labels, in the order of the labels' names."""
+        text = generate_latest(self._registry).decode()
+        return {
+            tuple(sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == f"tls_bridge_{name}"
+        }
+
+
+def test_a_scrape_counts_what_was_carried_and_how_it_ended(
+    server_cert: KeyPair, ca_file: str, tls_version: str
+) -> None:
+    lines = bridge.codecs.Lines
+    server_ctx = bridge.server_context(server_cert.certfile, server_cert.keyfile)
+    client_ctx = bridge.client_context(ca_file, **only(tls_version))
+    with bridge.Bridge(workers=2) as b, bridge.Bridge(workers=1) as far:
+        scraped = Scraped(b)
+        listener = b.listen(("127.0.0.1", 0), server_ctx, codec=lines)
+        clients = [
+            far.connect(listener.address, client_ctx, server_hostname="localhost", codec=lines)
+            for _ in range(3)
+        ]
+        peers = [listener.accept(PATIENCE) for _ in clients]
+        for client, peer in zip(clients, peers, strict=True):
+            client.send("x" * 99)
+            peer.recv(PATIENCE)
+            peer.send("y" * 49)
+            client.recv(PATIENCE)
+        until(lambda: scraped.values("bytes_total")["sent",] == 150)
+        assert scraped.values("sessions")["open",] == 3
+        assert scraped.values("waiting") == {("read", "read"): 3}
+        assert scraped.values("bytes_total")["received",] == 300
+        assert scraped.values("handshakes_total") == {("ok", "server", tls_version): 3}
+        assert scraped.values("handshake_seconds_count") == {("server",): 3}
+        assert 0 < scraped.values("handshake_seconds_sum")["server",] < 3 * PATIENCE
+        before = scraped.values("wants_total")
+        for client in clients:
+            client.send_eof()
+        for peer in peers:
+            assert list(peer) == []
+            peer.close()
+        until(lambda: not b.snapshot().sessions)
+        assert sum(scraped.values("sessions").values()) == 0
+        assert scraped.values("bytes_total") == {("received",): 300, ("sent",): 150}
+        assert scraped.values("endings_total") == {("SessionClosed",): 3}
+        assert scraped.values("handshakes_total") == {("ok", "server", tls_version): 3}
+        after = scraped.values("wants_total")
+        assert all(after[key] >= count for key, count in before.items())
+        for client in clients:
+            client.close()
+
+
+def test_a_scrape_counts_failed_handshakes_and_who_is_in_one(
+    server_cert: KeyPair, client_cert: KeyPair, ca_file: str
+) -> None:
+    server_ctx = bridge.server_context(server_cert.certfile, server_cert.keyfile)
+    with bridge.Bridge(workers=1) as b, bridge.Bridge(workers=1) as far:
+        served, called = Scraped(b), Scraped(far)
+        listener = b.listen(("127.0.0.1", 0), server_ctx)
+        address = (f"127.0.0.1:{listener.address[1]}",)
+        with pytest.raises(bridge.CertificateError):
+            far.connect(
+                listener.address, bridge.client_context(client_cert.certfile), server_hostname="localhost"
+            )
+        until(lambda: not b.snapshot().sessions and not far.snapshot().sessions)
+        assert called.values("handshakes_total") == {("CertificateError", "client", ""): 1}
+        assert served.values("handshakes_total") == {("TLSError", "server", ""): 1}
+        with dial(listener.address):
+            until(lambda: served.values("listener_handshakes") == {address: 1})
+            assert served.values("sessions")["handshaking",] == 1
+        late = far.connect(listener.address, bridge.client_context(ca_file), server_hostname="localhost")
+        until(lambda: served.values("listener_waiting") == {address: 1})
+        with socket.socket() as nobody:
+            nobody.bind(("127.0.0.1", 0))
+            with pytest.raises(bridge.ConnectFailed):
+                far.connect(nobody.getsockname(), bridge.client_context(ca_file))
+        until(lambda: called.values("endings_total").get(("ConnectFailed",)) == 1)
+        assert sum(called.values("handshakes_total").values()) == 2, "no handshake was tried"
+        late.abort()
+
+
+def test_a_stalled_peer_shows(server_cert: KeyPair, ca_file: str) -> None:
+    server_ctx = bridge.server_context(server_cert.certfile, server_cert.keyfile)
+    with bridge.Bridge(workers=1, timeouts=bridge.Timeouts(write_stall=2.0)) as b:
+        scraped = Scraped(b)
+        listener = b.listen(("127.0.0.1", 0), server_ctx)
+        context = stdlib_context(False, "TLSv1.3", cafile=ca_file)
+        context.check_hostname = False
+        with context.wrap_socket(dial(listener.address)):
+            peer = listener.accept(PATIENCE)
+            with pytest.raises(bridge.SendTimeout):
+                while True:
+                    peer.send(bytes(50_000), timeout=0.2)
+            assert scraped.values("waiting")["write", "write"] == 1
+            assert scraped.values("queued_bytes")["outbox",] > 200_000
+            until(lambda: scraped.values("endings_total") == {("WriteStalled",): 1})
+            assert scraped.values("queued_bytes")["outbox",] == 0
+
+
+def test_counters_never_go_back_while_sessions_come_and_go(server_cert: KeyPair, ca_file: str) -> None:
+    server_ctx = bridge.server_context(server_cert.certfile, server_cert.keyfile)
+    client_ctx = bridge.client_context(ca_file)
+    with bridge.Bridge(workers=2) as b, ThreadPoolExecutor(4) as pool:
+        listener, scraped = b.listen(("127.0.0.1", 0), server_ctx), Scraped(b)
+
+        def serve() -> None:
+            for peer in listener:
+                with peer:
+                    peer.send(peer.recv(PATIENCE))
+
+        def call(_: int) -> None:
+            with b.connect(listener.address, client_ctx, server_hostname="localhost") as session:
+                session.send(bytes(100))
+                session.recv(PATIENCE)
+
+        serving = pool.submit(serve)
+        calls = [pool.submit(call, number) for number in range(40)]
+        seen = {("received",): 0.0, ("sent",): 0.0}
+        while not all(one.done() for one in calls):
+            now = scraped.values("bytes_total")
+            assert all(now[key] >= count for key, count in seen.items()), (now, seen)
+            seen = now
+        for one in calls:
+            one.result(PATIENCE)
+        listener.close()
+        serving.result(PATIENCE)
+        until(lambda: not b.snapshot().sessions)
+        assert scraped.values("bytes_total") == {("received",): 8000, ("sent",): 8000}
+        assert sum(scraped.values("endings_total").values()) == 80

@@ -1,0 +1,115 @@
+"""A window into a process: who may look, what is to be seen, and that nobody keeps it from closing."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import KeyPair
+from rig import PATIENCE
+
+import bridge
+from bridge import cli
+from bridge.window import Window, look
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    """Where a window may be: the path of a Unix socket must be short."""
+    with tempfile.TemporaryDirectory(prefix="bridge-") as folder:
+        yield Path(folder) / "window"
+
+
+@pytest.fixture
+def talking(server_cert: KeyPair, ca_file: str) -> Iterator[bridge.Bridge]:
+    """A Bridge with a client and a server, which has 1,000 bytes to read."""
+    with bridge.Bridge(workers=2) as b:
+        listener = b.listen(
+            ("127.0.0.1", 0), bridge.server_context(server_cert.certfile, server_cert.keyfile)
+        )
+        session = b.connect(listener.address, bridge.client_context(ca_file), server_hostname="localhost")
+        peer = listener.accept(PATIENCE)
+        session.send(bytes(1000))
+        peer.peek(PATIENCE)
+        yield b
+        assert session.end is peer.end is None
+
+
+def test_a_window_shows_what_a_snapshot_does_and_nothing_after_it(talking: bridge.Bridge, path: Path) -> None:
+    with Window(talking, path):
+        assert stat.S_IMODE(path.lstat().st_mode) == 0o600
+        for _ in range(3):
+            view = look(path)
+            assert {one["name"] for one in view["sessions"]} == {s.name for s in talking.snapshot().sessions}
+            assert view["bytes_received"] == 1000 and view["pid"] == os.getpid()
+            assert sorted(view["handshakes"]) == [
+                ["client", "ok", "TLSv1.3", 1],
+                ["server", "ok", "TLSv1.3", 1],
+            ]
+    assert not path.exists()
+    with pytest.raises(FileNotFoundError):
+        look(path)
+
+
+def test_a_looker_who_does_not_look_holds_up_nobody(talking: bridge.Bridge, path: Path) -> None:
+    with Window(talking, path) as window, socket.socket(socket.AF_UNIX) as idle:
+        idle.connect(str(path))
+        assert look(path)["workers"] == ["bridge-worker-0", "bridge-worker-1"]
+        window.close()
+        window.close()
+
+
+def test_a_window_replaces_a_dead_socket_and_nothing_else(talking: bridge.Bridge, path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+        dead.listen()
+    with Window(talking, path):
+        with pytest.raises(OSError, match="cannot show anything"):
+            Window(talking, path)  # somebody shows something there
+        assert look(path)["sessions"]
+    path.write_text("precious")
+    with pytest.raises(OSError, match="cannot show anything"):
+        Window(talking, path)
+    assert path.read_text() == "precious"
+
+
+def test_top_prints_it(talking: bridge.Bridge, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Window(talking, path):
+        assert cli.main(["top", str(path)]) == 0
+        said = capsys.readouterr().out
+        first, *_ = (line for line in said.splitlines() if "worker-" in line)
+        assert "2 sessions, handshakes 2 ok and 0 failed, received 1,000 bytes" in said
+        assert "open" in first and "read: read" in first and "1,064" in first, "the fullest comes first"
+        assert cli.main(["top", str(path), "--json"]) == 0
+        assert len(json.loads(capsys.readouterr().out)["sessions"]) == 2
+    assert cli.main(["top", str(path)]) == 2
+    assert capsys.readouterr().err.startswith("tls-bridge top: error: ")
+
+
+def test_top_is_live_on_a_terminal_until_the_window_closes(talking: bridge.Bridge, path: Path) -> None:
+    pytest.importorskip("rich")
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    try:
+        with Window(talking, path) as window:
+            environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "30"}
+            environment["PYTHONPATH"] = str(Path(bridge.__file__).parents[1])
+            command = [sys.executable, "-m", "bridge", "top", str(path), "--every", "0.1"]
+            with subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, env=environment) as process:
+                os.close(theirs)
+                seen = b""
+                while b"1,064" not in seen:
+                    seen += os.read(ours, 65536)
+                window.close()
+                _, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 2 and err.startswith(b"tls-bridge top: error: ")
+    finally:
+        os.close(ours)
