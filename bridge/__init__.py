@@ -64,6 +64,8 @@ from bridge.listener import Listener
 from bridge.queues import Inbox
 from bridge.session import Session
 from bridge.stream import Stream
+from bridge.tap import TraceEvent
+from bridge.tracing import Trace, trace
 from bridge.transport import CloseReport
 
 __version__ = "0.1.0"
@@ -107,10 +109,13 @@ __all__ = (
     "Stream",
     "TLSError",
     "Timeouts",
+    "Trace",
+    "TraceEvent",
     "Truncated",
     "WouldBlock",
     "WriteStalled",
     "client_context",
     "codecs",
     "server_context",
+    "trace",
 )

@@ -57,6 +57,8 @@ NOT_MADE_BY_CALLING = {
     "bridge.SessionSnapshot",
     "bridge.Snapshot",
     "bridge.Stream",
+    "bridge.Trace",
+    "bridge.TraceEvent",
     "bridge.ssl.SSLSocket",
     "bridge.ssl.SSLSession",
     "bridge.session.InboxView",

@@ -25,10 +25,21 @@ PACKAGE = Path(bridge.__file__).parent
 
 FLOORS = (
     ("errors", "limits", "events", "states", "forks"),  # vocabulary
-    ("poll", "names", "credentials", "connection", "context", "codecs", "engine", "dialer"),  # one thread
+    (
+        "poll",
+        "names",
+        "credentials",
+        "connection",
+        "tap",
+        "context",
+        "codecs",
+        "engine",
+        "dialer",
+        "picture",
+    ),  # one thread
     ("queues",),  # crossing
     ("transport", "acceptor", "worker", "lease", "coordinator"),  # threads
-    ("session", "stream", "listener", "bridge"),  # handles, and the only wiring
+    ("session", "stream", "listener", "tracing", "bridge"),  # handles, and the only wiring
     # the drop-in: what the stdlib's classes are made of, and under their names
     (
         "ssl.facts",
@@ -46,11 +57,22 @@ FLOORS = (
 
 ORDER = [module for floor in FLOORS for module in floor]
 
-OPENSSL = {"names", "credentials", "connection", "context", "engine", "listener", "bridge", "ssl.contexts"}
+OPENSSL = {
+    "names",
+    "credentials",
+    "connection",
+    "tap",
+    "context",
+    "engine",
+    "listener",
+    "tracing",
+    "bridge",
+    "ssl.contexts",
+}
 """Who may import OpenSSL."""
-OPENSSL_TYPES_ONLY = {"listener": {"Context"}, "bridge": {"Context", "Session"}}
+OPENSSL_TYPES_ONLY = {"listener": {"Context"}, "tracing": {"Connection"}, "bridge": {"Context", "Session"}}
 """Of these: for the type of an argument, and nothing else."""
-OPENSSL_PRIVATE = {"connection", "credentials", "ssl.contexts"}
+OPENSSL_PRIVATE = {"connection", "tap", "credentials", "ssl.contexts"}
 """Who may use private names of pyOpenSSL, if they are there."""
 OPENSSL_ERRORS = {"engine", "connection", "context", "credentials", "ssl.contexts"}
 """Who may catch OpenSSL's exceptions: where sessions' errors are translated, and where contexts are built."""
@@ -62,6 +84,8 @@ THREADING = {
         "Lock",
         "local",
     },  # a line of the key log, which all workers write; a buffer for each thread
+    "tap": {"Lock", "local"},  # of making a connection; the connection a thread is in
+    "tracing": {"Lock", "current_thread"},  # one trace at a time
     "poll": {"local"},  # a bed for each thread
     "lease": {"RLock"},  # who holds it owns the transport
     "stream": {"RLock", "TIMEOUT_MAX"},  # of writers: one whole write after the other
