@@ -12,6 +12,7 @@ from sphinx.application import Sphinx
 sys.path.insert(0, str(Path(__file__).parent))
 
 import drawn
+import traced
 
 project = "tls-bridge"
 author = "the tls-bridge contributors"
@@ -32,6 +33,9 @@ myst_substitutions = {
     "timeouts": drawn.defaults("Timeouts"),
     "limits": drawn.defaults("Limits"),
     "commands": drawn.commands(),
+    "trace_echo": traced.echo(),
+    "trace_stalled_write": traced.stalled_write(),
+    "trace_renegotiation": traced.renegotiation(),
 }
 
 default_role = "code"  # `name` in a docstring is code, as it is in Markdown
