@@ -70,7 +70,9 @@ from bridge.listener import Listener
 from bridge.queues import Inbox
 from bridge.session import Session
 from bridge.stream import Stream
+from bridge.tap import TraceEvent
 from bridge.totals import Totals
+from bridge.tracing import Trace, trace
 from bridge.transport import CloseReport
 
 __version__ = "0.1.0"
@@ -117,10 +119,13 @@ __all__ = (
     "TLSError",
     "Timeouts",
     "Totals",
+    "Trace",
+    "TraceEvent",
     "Truncated",
     "WouldBlock",
     "WriteStalled",
     "client_context",
     "codecs",
     "server_context",
+    "trace",
 )

@@ -1,7 +1,8 @@
-"""The command line: `tls-bridge echo`, a server to talk to; `tls-bridge demo`, the main job, live; and
-`tls-bridge run`, which runs a program with the bridge in the place of the stdlib's `ssl`.
+"""The command line: `tls-bridge echo`, a server to talk to; `tls-bridge demo`, the main job, live;
+`tls-bridge connect`, a client; `tls-bridge trace`, what OpenSSL wants meanwhile; and `tls-bridge run`, which runs a
+program with the bridge in the place of the stdlib's `ssl`.
 
-Only the demo on a terminal uses `rich` (the extra ``cli``), and it does without if that is not installed.
+Only the demo and the trace on a terminal use `rich` (the extra ``cli``), and it does without if that is not installed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import bridge
-from bridge import demo, top, window
+from bridge import connect_command, demo, top, trace_command, window
+from bridge.arguments import Positive, address, show_address
 
 HANDLERS = 2
 """Handler threads of the echo server: under the GIL more than two only wait for each other."""
@@ -41,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line *argv*, by default the process's, and return its exit status.
 
     0: all went well.  1: the demo found a fault, or could not go on.  2: unusable arguments, files or
-    address; the reason is one line on stderr.  130: interrupted.  Raises SystemExit where argparse does.
+    address; the reason is one line on stderr.
+    3 to 6: connect and trace had no session (see `bridge.explain`).  130: interrupted.
+    Raises SystemExit where argparse does.
     Echo catches signals, so it runs on the main thread only.
     """
     words = sys.argv[1:] if argv is None else list(argv)
@@ -49,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words[1:])  # whose options are not ours
     arguments = _parser().parse_args(words)
     try:
-        if arguments.command == "top":
-            return _top(arguments)
-        return _echo(arguments) if arguments.command == "echo" else _demo(arguments)
+        return _COMMANDS[arguments.command](arguments)
     except bridge.ConfigurationError as error:
         reason = str(error)
     except bridge.BridgeError as error:
@@ -76,6 +78,10 @@ def _parser() -> _Parser:
     _add_echo(commands.add_parser("echo", help="serve TLS and send back whatever comes"))
     _add_demo(commands.add_parser("demo", help="many threads on real TLS sessions, every byte checked"))
     _add_top(commands.add_parser("top", help="what the sessions of a running process are doing, live"))
+    connect_command.add_arguments(
+        commands.add_parser("connect", help="talk to a TLS server, and say who it is")
+    )
+    trace_command.add_arguments(commands.add_parser("trace", help="show what OpenSSL wants, and when"))
     _add_run(commands.add_parser("run", help="run a Python program, its TLS the bridge's"))
     return parser
 
@@ -86,11 +92,11 @@ def _add_echo(parser: argparse.ArgumentParser) -> None:
         "end it."
     )
     parser.add_argument(
-        "--listen", type=_address, required=True, metavar="HOST:PORT", help="port 0: any; IPv6: [::1]:8443"
+        "--listen", type=address, required=True, metavar="HOST:PORT", help="port 0: any; IPv6: [::1]:8443"
     )
     parser.add_argument("--cert", required=True, metavar="PEM", help="the certificate, then its chain")
     parser.add_argument("--key", required=True, metavar="PEM", help="its private key")
-    parser.add_argument("--workers", type=_Positive(int), metavar="N", help="default: one a core, at most 4")
+    parser.add_argument("--workers", type=Positive(int), metavar="N", help="default: one a core, at most 4")
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -103,15 +109,15 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument(
         "--seconds",
-        type=_Positive(float),
+        type=Positive(float),
         metavar="S",
         help=f"for how long to send (default {plan.seconds:g})",
     )
     amount.add_argument(
-        "--megabytes", type=_Positive(float), metavar="M", help="how much to send, both ways together"
+        "--megabytes", type=Positive(float), metavar="M", help="how much to send, both ways together"
     )
     parser.add_argument(
-        "--clients", type=_Positive(int), default=plan.clients, metavar="N", help="default: %(default)s"
+        "--clients", type=Positive(int), default=plan.clients, metavar="N", help="default: %(default)s"
     )
     parser.add_argument("--tls", choices=list(demo.VERSIONS), default=plan.tls, help="default: %(default)s")
     parser.add_argument(
@@ -127,7 +133,7 @@ def _add_top(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("path", metavar="PATH", help="the window: a Unix socket")
     parser.add_argument(
-        "--every", type=_Positive(float), default=1.0, metavar="S", help="seconds (default: %(default)g)"
+        "--every", type=Positive(float), default=1.0, metavar="S", help="seconds (default: %(default)g)"
     )
     parser.add_argument("--json", action="store_true", help="print what is to be seen, once, as JSON")
 
@@ -138,32 +144,6 @@ def _add_run(parser: _Parser) -> None:
         "Run a Python program as `python` would, but whenever it or one of its libraries makes an"
         " ssl.SSLContext, it gets the bridge's."
     )
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    if not colon or not host or (":" in host and not bracketed):
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT (IPv6: [::1]:8443)")
-    if not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"{port!r} is not a port: a number from 0 to 65535")
-    return host[1:-1] if bracketed else host, int(port)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Positive:
-    """A type for argparse: a positive number."""
-
-    kind: type[int] | type[float]
-
-    def __call__(self, text: str) -> float:
-        number = self.kind(text)
-        if not 0 < number < 1e9:
-            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-        return number
-
-    def __repr__(self) -> str:  # "invalid int value: 'x'"
-        return self.kind.__name__
 
 
 # Run.
@@ -212,7 +192,7 @@ def _echo(arguments: argparse.Namespace) -> int:
         listener = b.listen(arguments.listen, context, inbox=inbox)
         for _ in range(HANDLERS):
             _start_handler(inbox)
-        print(f"listening on {_show_address(listener.address)}", flush=True)
+        print(f"listening on {show_address(listener.address)}", flush=True)
         told.get()
     finally:
         b.close(CLOSE_SECONDS)  # which ends the handlers
@@ -242,11 +222,6 @@ def _handle(inbox: bridge.Inbox) -> None:
                 return
             except bridge.SessionEnded:
                 continue
-
-
-def _show_address(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 # Demo.
@@ -440,3 +415,12 @@ def _facts(result: demo.Result) -> Iterator[str]:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
+
+
+_COMMANDS = {
+    "echo": _echo,
+    "demo": _demo,
+    "connect": connect_command.run,
+    "trace": trace_command.run,
+    "top": _top,
+}

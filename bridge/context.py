@@ -174,6 +174,10 @@ class Context:
             context, server_side=server_side, check_hostname=verifies and not server_side, staple_wanted=asks
         )
 
+    def make_connection(self, sock: socket.socket | None) -> Connection:
+        """A bare connection.  While a trace is on, another method makes them (see `bridge.tracing`)."""
+        return Connection(self.raw, sock)
+
     def connection(
         self,
         sock: socket.socket | None,
@@ -190,7 +194,7 @@ class Context:
         the name is needed and missing, or is no name.
         """
         name = None if self.server_side else self.peer_name(server_hostname)
-        connection = Connection(self.raw, sock)
+        connection = self.make_connection(sock)
         record = Record(self, self, owner)
         connection.set_app_data(record)
         if self.verifies_peer and self._versions is None:

@@ -12,6 +12,7 @@ from sphinx.application import Sphinx
 sys.path.insert(0, str(Path(__file__).parent))
 
 import drawn
+import traced
 
 project = "tls-bridge"
 author = "the tls-bridge contributors"
@@ -34,6 +35,9 @@ myst_substitutions = {
     "timeouts": drawn.defaults("Timeouts"),
     "limits": drawn.defaults("Limits"),
     "commands": drawn.commands(),
+    "trace_echo": traced.echo(),
+    "trace_stalled_write": traced.stalled_write(),
+    "trace_renegotiation": traced.renegotiation(),
 }
 
 default_role = "code"  # `name` in a docstring is code, as it is in Markdown
@@ -61,6 +65,8 @@ NOT_MADE_BY_CALLING = {
     "bridge.Snapshot",
     "bridge.Stream",
     "bridge.Totals",
+    "bridge.Trace",
+    "bridge.TraceEvent",
     "bridge.ssl.SSLSocket",
     "bridge.ssl.SSLSession",
     "bridge.session.InboxView",

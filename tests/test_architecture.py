@@ -25,10 +25,21 @@ PACKAGE = Path(bridge.__file__).parent
 
 FLOORS = (
     ("errors", "limits", "events", "states", "forks", "totals"),  # vocabulary
-    ("poll", "names", "credentials", "connection", "context", "codecs", "engine", "dialer"),  # one thread
+    (
+        "poll",
+        "names",
+        "credentials",
+        "connection",
+        "tap",
+        "context",
+        "codecs",
+        "engine",
+        "dialer",
+        "picture",
+    ),  # one thread
     ("queues",),  # crossing
     ("transport", "acceptor", "worker", "lease", "coordinator"),  # threads
-    ("session", "stream", "listener", "bridge"),  # handles, and the only wiring
+    ("session", "stream", "listener", "tracing", "bridge"),  # handles, and the only wiring
     # the drop-in: what the stdlib's classes are made of, and under their names
     (
         "ssl.facts",
@@ -46,6 +57,11 @@ FLOORS = (
         "top",
         "__init__",
         "demo",
+        "starttls",
+        "explain",
+        "arguments",
+        "connect_command",
+        "trace_command",
         "cli",
         "__main__",
     ),  # the door, and faces that come in by it
@@ -54,11 +70,22 @@ FLOORS = (
 
 ORDER = [module for floor in FLOORS for module in floor]
 
-OPENSSL = {"names", "credentials", "connection", "context", "engine", "listener", "bridge", "ssl.contexts"}
+OPENSSL = {
+    "names",
+    "credentials",
+    "connection",
+    "tap",
+    "context",
+    "engine",
+    "listener",
+    "tracing",
+    "bridge",
+    "ssl.contexts",
+}
 """Who may import OpenSSL."""
-OPENSSL_TYPES_ONLY = {"listener": {"Context"}, "bridge": {"Context", "Session"}}
+OPENSSL_TYPES_ONLY = {"listener": {"Context"}, "tracing": {"Connection"}, "bridge": {"Context", "Session"}}
 """Of these: for the type of an argument, and nothing else."""
-OPENSSL_PRIVATE = {"connection", "credentials", "ssl.contexts"}
+OPENSSL_PRIVATE = {"connection", "tap", "credentials", "ssl.contexts"}
 """Who may use private names of pyOpenSSL, if they are there."""
 OPENSSL_ERRORS = {"engine", "connection", "context", "credentials", "ssl.contexts"}
 """Who may catch OpenSSL's exceptions: where sessions' errors are translated, and where contexts are built."""
@@ -70,6 +97,8 @@ THREADING = {
         "Lock",
         "local",
     },  # a line of the key log, which all workers write; a buffer for each thread
+    "tap": {"Lock", "local"},  # of making a connection; the connection a thread is in
+    "tracing": {"Lock", "current_thread"},  # one trace at a time
     "poll": {"local"},  # a bed for each thread
     "transport": {"RLock"},  # of whose a session is for a turn
     "coordinator": {"Lock"},  # of whose the codecs are for a turn
@@ -81,6 +110,7 @@ THREADING = {
     "ssl.contexts": {"Lock"},  # of making a core context, and of the store it shares
     "ssl.sockets": {"RLock"},  # of whose a descriptor is
     "demo": {"Event", "Thread"},
+    "connect_command": {"Event", "Thread"},
     "cli": {"Event", "Thread"},
     "window": {"Thread"},
     "top": {"Event"},
@@ -89,7 +119,7 @@ THREADING = {
 
 POLLS = {"select", "selectors"}
 NEVER = {"asyncio", "multiprocessing", "concurrent", "trio", "gevent", "rich", "pytest"}
-LAZILY = {("cli", "rich"), ("top", "rich")}
+LAZILY = {("cli", "rich"), ("top", "rich"), ("trace_command", "rich")}
 """Who may import what inside a function, although nobody may at the top."""
 
 LONGEST_FUNCTION = 40
@@ -180,8 +210,9 @@ def test_only_the_wiring_knows_all_the_others() -> None:
 
 
 def test_faces_come_in_by_the_door() -> None:
-    for module in ("demo", "cli"):
-        assert imported_from_us(module) <= {"__init__", "demo", "ssl", "top", "window"}
+    faces = FLOORS[-1]
+    for module in faces[faces.index("__init__") + 1 :]:
+        assert imported_from_us(module) <= {*faces, "ssl"}
 
 
 def test_the_drop_in_does_not_reach_past_the_handles() -> None:

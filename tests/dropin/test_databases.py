@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import random
 import select
 import ssl as stdlib_ssl
@@ -19,6 +20,8 @@ from conftest import KeyPair
 from daemons import CLIENT_CERT_DATABASE, HOST, PASSWORD, START_UP, USER, Daemon, assert_ours
 from dropin_rig import injection, library, make_client_context
 from peers import PATIENCE
+
+from bridge import cli
 
 pytestmark = [
     pytest.mark.usefixtures("default_bridge"),
@@ -102,6 +105,19 @@ def test_pymysql_and_mariadb_agree_on_the_version_and_the_cipher(
         assert mysql_rows(connection, "SHOW STATUS LIKE 'Ssl_version'") == (("Ssl_version", tls_version),)
         cipher = connection._sock.cipher()[0]
         assert mysql_rows(connection, "SHOW STATUS LIKE 'Ssl_cipher'") == (("Ssl_cipher", cipher),)
+
+
+def test_connect_says_who_mariadb_is(mariadb: Daemon, ca_file: str, capsys: Any) -> None:
+    assert told_who(mariadb, "mysql", ca_file, capsys)["verified"] is True
+
+
+def told_who(server: Daemon, protocol: str, ca_file: str, capsys: Any) -> Any:
+    """What `tls-bridge connect` finds out about *server*, after STARTTLS."""
+    command = ["connect", f"localhost:{server.port}", "--cafile", ca_file, "--starttls", protocol, "--json"]
+    status = cli.main(command)
+    said = capsys.readouterr().out
+    assert status == 0, said
+    return json.loads(said)
 
 
 def test_pymysql_may_build_the_context_itself(mariadb: Daemon, ca_file: str) -> None:
@@ -209,6 +225,10 @@ def pg_rows(connection: Any, query: str, *arguments: Any, stream: Any = None) ->
 
 
 MY_SESSION = "SELECT ssl, version, cipher FROM pg_stat_ssl WHERE pid = pg_backend_pid()"
+
+
+def test_connect_says_who_postgresql_is(postgresql: Daemon, ca_file: str, capsys: Any) -> None:
+    assert "localhost" in told_who(postgresql, "postgres", ca_file, capsys)["chain"][0]["names"]
 
 
 def test_pg8000_binds_its_password_to_the_channel(postgresql: Daemon, context: Any, tls_version: str) -> None:

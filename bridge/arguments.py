@@ -1,0 +1,109 @@
+"""Arguments that several commands take, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import socket
+import time
+
+import bridge
+from bridge import starttls
+
+VERSIONS = ("TLSv1.2", "TLSv1.3")
+
+
+def address(text: str) -> tuple[str, int]:
+    """``HOST:PORT`` or ``[IPv6]:PORT``; ArgumentTypeError for anything else."""
+    host, colon, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not colon or not host or (":" in host and not bracketed):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT (IPv6: [::1]:8443)")
+    if not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"{port!r} is not a port: a number from 0 to 65535")
+    return host[1:-1] if bracketed else host, int(port)
+
+
+def show_address(where: tuple[str, int] | tuple[str, int, int, int]) -> str:
+    """As `address` reads it."""
+    host, port = where[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Positive:
+    """A type for argparse: a positive number."""
+
+    kind: type[int] | type[float]
+
+    def __call__(self, text: str) -> float:
+        """*text* as a number; ArgumentTypeError if it is not positive."""
+        number = self.kind(text)
+        if not 0 < number < 1e9:
+            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        return number
+
+    def __repr__(self) -> str:  # "invalid int value: 'x'"
+        return self.kind.__name__
+
+
+def add_peer(parser: argparse.ArgumentParser) -> None:
+    """What says which server to talk to, and on which terms."""
+    parser.add_argument("address", type=address, metavar="HOST:PORT", help="IPv6: [::1]:8443")
+    parser.add_argument(
+        "--cafile", metavar="PEM", help="the CAs to trust, a file or a directory (default: the system's)"
+    )
+    parser.add_argument("--cert", metavar="PEM", help="this client's certificate, then its chain")
+    parser.add_argument("--key", metavar="PEM", help="its private key (default: in --cert)")
+    parser.add_argument(
+        "--server-name", metavar="NAME", help="who the server must prove to be (default: HOST)"
+    )
+    parser.add_argument("--alpn", default="", metavar="NAMES", help="protocols to offer: h2,http/1.1")
+    parser.add_argument(
+        "--min", choices=VERSIONS, default=VERSIONS[0], help="oldest version (default: %(default)s)"
+    )
+    parser.add_argument("--max", choices=VERSIONS, help="newest version")
+    parser.add_argument(
+        "--starttls", choices=starttls.PROTOCOLS, metavar="PROTOCOL", help=", ".join(starttls.PROTOCOLS)
+    )
+    parser.add_argument(
+        "--timeout",
+        type=Positive(float),
+        default=10.0,
+        metavar="S",
+        help="seconds until it is connected (default: %(default)g)",
+    )
+    parser.add_argument("--insecure", action="store_true", help="talk to anybody: verify nothing")
+
+
+def alpn(arguments: argparse.Namespace) -> list[str]:
+    """The protocols to offer."""
+    return [name for name in arguments.alpn.split(",") if name]
+
+
+def open_session(b: bridge.Bridge, arguments: argparse.Namespace) -> bridge.Session:
+    """The session that *arguments* ask for, its handshake done.
+
+    Raises ConfigurationError for files, `bridge.starttls.Refused`, OSError, or what `Bridge.adopt` does.
+    """
+    context = bridge.client_context(
+        arguments.cafile,
+        certfile=arguments.cert,
+        keyfile=arguments.key or arguments.cert,
+        alpn=alpn(arguments),
+        verify=not arguments.insecure,
+        minimum_version=arguments.min,
+        maximum_version=arguments.max,
+    )
+    name = arguments.server_name or arguments.address[0]
+    deadline = time.monotonic() + arguments.timeout
+    with socket.create_connection(arguments.address, arguments.timeout) as sock:
+        if arguments.starttls:
+            try:
+                starttls.negotiate(arguments.starttls, sock, name)
+            except TimeoutError:
+                raise starttls.Refused(
+                    "no answer in plain text in time; it may speak TLS from the first byte, without --starttls"
+                ) from None
+        left = max(0.1, deadline - time.monotonic())
+        return b.adopt(sock, context, server_hostname=name, timeout=left)

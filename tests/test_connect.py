@@ -1,0 +1,350 @@
+"""`tls-bridge connect` and `trace` against real servers: who is there, what passes, and why it failed."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import socket
+import ssl
+import subprocess
+import sys
+import xml.etree.ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from conftest import KeyPair, write_key_pair
+from peers import Background, Program, receive_exactly
+from test_cli import DEADLINE, ENVIRONMENT, run
+
+import bridge
+from bridge import cli
+from bridge.connect_command import printable
+
+
+def server_context(pair: KeyPair) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.certfile, pair.keyfile)
+    return context
+
+
+def told(address: Any, *arguments: str) -> list[str]:
+    return ["connect", f"localhost:{address[1]}", "--timeout", "5", *arguments]
+
+
+def until_end(sock: socket.socket) -> bytes:
+    parts = []
+    try:
+        while part := sock.recv(65536):
+            parts.append(part)
+    except OSError:
+        pass
+    return b"".join(parts)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    status = cli.main(list(arguments))
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1 and said.err.startswith("tls-bridge ")
+    return status, said.err
+
+
+# ── who is there, and a pipe ──
+
+
+def test_stdin_reaches_the_peer_and_its_answer_stdout(server_cert: KeyPair, ca_file: str) -> None:
+    content = bytes(range(256)) * 2000
+    context = bridge.server_context(server_cert.certfile, server_cert.keyfile, alpn=["x"])
+    with bridge.Bridge(workers=1) as b, b.listen(("127.0.0.1", 0), context) as listener:
+        command = told(listener.address, "--cafile", ca_file, "--alpn", "x")
+        with subprocess.Popen(
+            [sys.executable, "-m", "bridge", *command],
+            env=ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as process:
+            assert process.stdin and process.stdout and process.stderr
+            process.stdin.write(content)
+            process.stdin.close()
+            session = listener.accept(timeout=DEADLINE)
+            received = b"".join(session)  # to the end of stdin
+            session.send(received[::-1])
+            session.close(timeout=DEADLINE)
+            assert process.stdout.read() == content[::-1]
+            report = process.stderr.read().decode()
+            assert process.wait(DEADLINE) == 0
+    assert received == content
+    assert "verified as localhost" in report and "TLSv1.3" in report and "ALPN x" in report
+    assert "for localhost, 127.0.0.1, ::1" in report and "days left" in report
+
+
+def test_json_says_who_the_server_is(server_cert: KeyPair, ca_file: str, openssl: str) -> None:
+    identity = ("-cert", server_cert.certfile, "-key", server_cert.keyfile)
+    with Program(
+        openssl, "s_server", "-accept", "127.0.0.1:0", "-naccept", "1", "-tls1_2", *identity
+    ) as peer:
+        result = run(*told(("", peer.port()), "--cafile", ca_file, "--json"))
+        assert result.returncode == 0, result.stderr
+        facts = json.loads(result.stdout)
+    assert (facts["ok"], facts["version"], facts["verified"], facts["alpn"]) == (True, "TLSv1.2", True, None)
+    assert "localhost" in facts["chain"][0]["names"]
+    assert facts["chain"][0]["issuer"] == facts["chain"][1]["subject"]
+    assert datetime.datetime.fromisoformat(facts["chain"][0]["not_after"]).tzinfo is not None
+
+
+def test_insecure_says_so(server_cert: KeyPair, background: Background, capsys: Any) -> None:
+    address, _ = background.serve_tls(server_context(server_cert), until_end)
+    assert cli.main(told(address, "--insecure", "--info")) == 0
+    assert "NOT VERIFIED" in capsys.readouterr().out
+
+
+def test_a_client_certificate_is_shown(
+    server_cert: KeyPair, client_cert: KeyPair, ca_file: str, background: Background, capsys: Any
+) -> None:
+    context = server_context(server_cert)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(ca_file)
+    address, results = background.serve_tls(context, lambda sock: sock.getpeercert())
+    own = ("--cert", client_cert.certfile, "--key", client_cert.keyfile)
+    assert cli.main(told(address, "--cafile", ca_file, "--info", *own)) == 0
+    assert "alice@example.org" in str(results[0].result(DEADLINE))
+    capsys.readouterr()
+
+
+def test_what_the_peer_says_does_not_reach_the_terminal_unseen() -> None:
+    assert printable("a\x1b[2Jb\r\n") == "a�[2Jb��"
+
+
+# ── why there is no session ──
+
+
+def test_a_self_signed_or_unknown_authority_is_explained(
+    server_cert: KeyPair, background: Background, capsys: Any, tmp_path: Path
+) -> None:
+    trustme.CA().cert_pem.write_to_path(str(tmp_path / "other.pem"))
+    address, _ = background.serve_tls(server_context(server_cert), until_end)
+    status, said = fails(capsys, *told(address, "--cafile", str(tmp_path / "other.pem")))
+    assert status == 5 and "not trusted here" in said and "--cafile" in said
+
+
+def test_an_expired_certificate_is_explained(
+    ca: trustme.CA, ca_file: str, background: Background, capsys: Any, tmp_path: Path
+) -> None:
+    past = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=3)
+    pair = write_key_pair(ca.issue_cert("localhost", not_before=past, not_after=past), tmp_path)
+    address, _ = background.serve_tls(server_context(pair), until_end)
+    status, said = fails(capsys, *told(address, "--cafile", ca_file))
+    assert status == 5 and "has expired" in said
+
+
+def test_a_wrong_name_is_explained(
+    server_cert: KeyPair, ca_file: str, background: Background, capsys: Any
+) -> None:
+    address, _ = background.serve_tls(server_context(server_cert), until_end)
+    status, said = fails(capsys, *told(address, "--cafile", ca_file, "--server-name", "example.org"))
+    assert status == 5 and "another name" in said and "example.org" in said and "localhost" in said
+
+
+def test_a_plain_server_is_explained(background: Background, capsys: Any) -> None:
+    address, _ = background.serve(lambda sock: (sock.sendall(b"220 mail.example.org\r\n"), until_end(sock)))
+    status, said = fails(capsys, *told(address))
+    assert status == 6 and "does not speak TLS" in said and "SMTP" in said and "--starttls" in said
+
+
+def test_an_old_version_is_explained(
+    server_cert: KeyPair, ca_file: str, background: Background, capsys: Any
+) -> None:
+    context = server_context(server_cert)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    address, _ = background.serve_tls(context, until_end)
+    status, said = fails(capsys, *told(address, "--cafile", ca_file, "--min", "TLSv1.3"))
+    assert status == 6 and "no version of TLS" in said
+
+
+def test_no_common_cipher_is_explained(
+    server_cert: KeyPair, ca_file: str, background: Background, capsys: Any
+) -> None:
+    context = server_context(server_cert)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("AES128-SHA")
+    address, _ = background.serve_tls(context, until_end)
+    status, said = fails(capsys, *told(address, "--cafile", ca_file))
+    assert status == 6 and "no cipher suite in common" in said
+
+
+def test_a_demand_for_a_client_certificate_is_explained(
+    server_cert: KeyPair, ca_file: str, background: Background, capsys: Any, tls_version: str
+) -> None:
+    context = server_context(server_cert)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(ca_file)
+    address, _ = background.serve_tls(context, until_end)
+    status, said = fails(capsys, *told(address, "--cafile", ca_file, "--max", tls_version, "--info"))
+    assert status == 6 and "client certificate" in said and "--cert" in said
+
+
+def test_no_common_protocol_is_explained(
+    server_cert: KeyPair, ca_file: str, openssl: str, capsys: Any
+) -> None:
+    identity = ("-cert", server_cert.certfile, "-key", server_cert.keyfile, "-alpn", "h2")
+    with Program(openssl, "s_server", "-accept", "127.0.0.1:0", "-naccept", "1", *identity) as peer:
+        status, said = fails(capsys, *told(("", peer.port()), "--cafile", ca_file, "--alpn", "x"))
+    assert status == 6 and "none of the protocols offered by --alpn" in said
+
+
+def test_a_server_that_ignores_the_protocols_offered_is_told_of(
+    server_cert: KeyPair, ca_file: str, background: Background, capsys: Any
+) -> None:
+    address, _ = background.serve_tls(server_context(server_cert), until_end)
+    assert cli.main(told(address, "--cafile", ca_file, "--alpn", "h2", "--info")) == 0
+    assert "ALPN none (offered: h2)" in capsys.readouterr().out
+
+
+def test_a_port_where_nobody_listens_is_explained(capsys: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+    status, said = fails(capsys, "connect", f"127.0.0.1:{address[1]}")
+    assert status == 3 and "refused" in said
+
+
+def test_silence_is_explained(background: Background, capsys: Any) -> None:
+    address, _ = background.serve(until_end)
+    status, said = fails(capsys, *told(address, "--timeout", "0.3"))
+    assert status == 6 and "did not answer the handshake" in said
+
+
+def test_a_peer_that_hangs_up_is_explained_in_json_as_well(background: Background, capsys: Any) -> None:
+    address, _ = background.serve(lambda sock: sock.recv(1))
+    assert cli.main(told(address, "--json")) == 6
+    said = json.loads(capsys.readouterr().out)
+    assert said["ok"] is False and said["status"] == 6 and "hung up" in said["error"]
+
+
+def test_unusable_files_are_status_2(capsys: Any) -> None:
+    status, said = fails(capsys, "connect", "localhost:1", "--cafile", "/nowhere.pem")
+    assert status == 2 and "/nowhere.pem" in said
+
+
+# ── STARTTLS ──
+
+Turn = bytes | str
+"""What the server says, or what it waits for."""
+DIALOGUES: dict[str, list[Turn]] = {
+    "smtp": [
+        b"220-mail\r\n220 ready\r\n",
+        "EHLO localhost\r\n",
+        b"250-mail\r\n250-STARTTLS\r\n250 SIZE\r\n",
+        "STARTTLS\r\n",
+        b"220 go ahead\r\n",
+    ],
+    "imap": [b"* OK ready\r\n", "a1 STARTTLS\r\n", b"* NOTE\r\na1 OK begin\r\n"],
+    "pop3": [b"+OK ready\r\n", "STLS\r\n", b"+OK begin\r\n"],
+    "ftp": [b"220-ftp\r\n hello\r\n220 ready\r\n", "AUTH TLS\r\n", b"234 begin\r\n"],
+    "postgres": ["\0\0\0\x08\x04\xd2\x16\x2f", b"S"],
+    "xmpp": [
+        "version='1.0' to='localhost'>",
+        b"<?xml version='1.0'?><stream:stream id='1'><stream:features>"
+        b"<starttls xmlns='urn:ietf:params:xml:ns:xmpp-tls'/></stream:features>",
+        "<starttls xmlns='urn:ietf:params:xml:ns:xmpp-tls'/>",
+        b"<proceed xmlns='urn:ietf:params:xml:ns:xmpp-tls'/>",
+    ],
+    "ldap": [
+        "\x30\x1d\x02\x01\x01\x77\x18\x80\x161.3.6.1.4.1.1466.20037",
+        b"\x30\x0c\x02\x01\x01\x78\x07\x0a\x01\0\x04\0\x04\0",
+    ],
+}
+
+
+def play(dialogue: list[Turn], then: Callable[[socket.socket], Any]) -> Callable[[socket.socket], Any]:
+    def talk(sock: socket.socket) -> Any:
+        for turn in dialogue:
+            if isinstance(turn, bytes):
+                sock.sendall(turn)
+                continue
+            wanted, heard = turn.encode("latin-1"), b""
+            while not heard.endswith(wanted):
+                byte = receive_exactly(sock, 1)
+                assert byte, f"the client hung up after {heard!r}"
+                heard += byte
+        return then(sock)
+
+    return talk
+
+
+@pytest.mark.parametrize("protocol", DIALOGUES)
+def test_starttls_leads_to_tls(
+    protocol: str, server_cert: KeyPair, ca_file: str, background: Background, capsys: Any
+) -> None:
+    context = server_context(server_cert)
+
+    def under_tls(sock: socket.socket) -> bytes:
+        with context.wrap_socket(sock, server_side=True) as wrapped:
+            return until_end(wrapped)
+
+    address, results = background.serve(play(DIALOGUES[protocol], under_tls))
+    status = cli.main(told(address, "--cafile", ca_file, "--starttls", protocol, "--json"))
+    assert (status, json.loads(capsys.readouterr().out)["verified"]) == (0, True)
+    assert results[0].result(DEADLINE) == b""
+
+
+REFUSALS: dict[str, list[Turn]] = {
+    "smtp": [b"220 ready\r\n", "EHLO localhost\r\n", b"250-mail\r\n250 SIZE\r\n"],
+    "imap": [b"* OK ready\r\n", "a1 STARTTLS\r\n", b"a1 BAD what?\r\n"],
+    "pop3": [b"+OK ready\r\n", "STLS\r\n", b"-ERR what?\r\n"],
+    "ftp": [b"220 ready\r\n", "AUTH TLS\r\n", b"502 what?\r\n"],
+    "postgres": ["\0\0\0\x08\x04\xd2\x16\x2f", b"N"],
+    "mysql": [b"\x4a\0\0\0\x0a8.0\0" + bytes(13) + b"\xff\xf7" + bytes(54)],
+    "xmpp": ["to='localhost'>", b"<stream:stream><stream:features/>"],
+    "ldap": ["1.3.6.1.4.1.1466.20037", b"\x30\x0c\x02\x01\x01\x78\x07\x0a\x01\x02\x04\0\x04\0"],
+}
+
+
+@pytest.mark.parametrize("protocol", REFUSALS)
+def test_a_refused_starttls_is_explained(protocol: str, background: Background, capsys: Any) -> None:
+    address, _ = background.serve(play(REFUSALS[protocol], until_end))
+    status, said = fails(capsys, *told(address, "--starttls", protocol))
+    assert status == 4 and "STARTTLS" in said
+
+
+def test_a_server_that_never_ends_its_greeting_is_left(background: Background, capsys: Any) -> None:
+    address, _ = background.serve(lambda sock: (sock.sendall(b"220-" + b"x" * 70_000), until_end(sock)))
+    status, said = fails(capsys, *told(address, "--starttls", "smtp"))
+    assert status == 4 and "does not end" in said
+
+
+def test_silence_before_starttls_is_explained(background: Background, capsys: Any) -> None:
+    address, _ = background.serve(until_end)
+    status, said = fails(capsys, *told(address, "--timeout", "0.3", "--starttls", "pop3"))
+    assert status == 4 and "without --starttls" in said
+
+
+# ── trace ──
+
+
+def test_trace_shows_a_timeline_and_draws_it(server_cert: KeyPair, ca_file: str, tmp_path: Path) -> None:
+    context = server_context(server_cert)
+    with Background() as background:
+        address, results = background.serve_tls(context, lambda sock: sock.sendall(sock.recv(100).upper()))
+        picture = str(tmp_path / "t.svg")
+        command = ["trace", f"localhost:{address[1]}", "--cafile", ca_file, "--send", r"hi\n"]
+        result = run(*command, "--svg", picture)
+        results[0].result(DEADLINE)
+    assert result.returncode in (0, 1), result.stderr
+    lines = result.stdout.splitlines()
+    assert any("SSL_do_handshake() = WANT_READ" in line for line in lines)
+    assert any("SSL_write(3) = 3 bytes" in line for line in lines)
+    assert any("slept" in line and "socket readable" in line for line in lines)
+    root = xml.etree.ElementTree.parse(picture).getroot()
+    assert root.tag.endswith("svg") and "ClientHello" in Path(picture).read_text(encoding="utf-8")
+
+
+def test_trace_of_what_fails_shows_how_far_it_came(background: Background, capsys: Any) -> None:
+    address, _ = background.serve(lambda sock: (sock.sendall(b"SSH-2.0-x\r\n"), until_end(sock)))
+    assert cli.main(["trace", f"localhost:{address[1]}", "--json"]) == 6
+    said = capsys.readouterr()
+    assert "SSH" in said.err
+    assert any(json.loads(line)["what"] == "ClientHello" for line in said.out.splitlines())

@@ -1,0 +1,114 @@
+"""Traces of real sessions: what is noted, what is not, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree
+
+import pytest
+from conftest import KeyPair
+from rig import only
+
+import bridge
+from bridge import tracing
+
+SECRET = b"correct horse battery staple"
+
+
+def exchange(server_cert: KeyPair, ca_file: str, version: str, size: int = 0) -> None:
+    """A handshake, an echo of SECRET, *size* bytes to the client, a close: both ends in this process."""
+    server = bridge.server_context(server_cert.certfile, server_cert.keyfile, **only(version))
+    client = bridge.client_context(ca_file, **only(version))
+    with bridge.Bridge(workers=2) as b, b.listen(("127.0.0.1", 0), server) as listener:
+        session = b.connect(listener.address, client, server_hostname="localhost", timeout=10)
+        peer = listener.accept(timeout=10)
+        session.send(SECRET)
+        peer.send(peer.recv(timeout=10) + bytes(size))
+        received = 0
+        while received < len(SECRET) + size:
+            received += len(session.recv(timeout=10))
+        session.send_eof()
+        assert list(peer) == []
+        peer.close(timeout=5)
+        session.close(timeout=5)
+
+
+def test_a_trace_shows_the_handshake_the_wants_the_sleeps_and_the_close(
+    server_cert: KeyPair, ca_file: str, tls_version: str
+) -> None:
+    with bridge.trace() as seen:
+        exchange(server_cert, ca_file, tls_version)
+    events = seen.events
+    assert {event.lane for event in events} >= {"application", "worker"}
+    client = [event for event in events if event.session.startswith("client")]
+    messages = [(event.outcome, event.what) for event in client if event.kind == "message"]
+    assert messages[:2] == [("sent", "ClientHello"), ("received", "ServerHello")]
+    assert ("sent", "Finished") in messages and ("received", "Finished") in messages
+    assert ("received", "NewSessionTicket") in messages
+    assert any(e.what == "SSL_do_handshake" and e.outcome == "WANT_READ" for e in client)
+    written = [e for e in client if e.what == "SSL_write"]
+    assert [(e.asked, e.answered) for e in written] == [(len(SECRET), len(SECRET))]
+    assert ("sent", "close_notify") in [(e.outcome, e.what) for e in client if e.kind == "alert"]
+    woken = {e.outcome for e in events if e.kind == "sleep" and e.lane == "worker"}
+    assert any("socket readable" in why for why in woken) and any("doorbell" in why for why in woken)
+    sent = [e for e in client if e.kind == "record" and e.outcome == "sent" and e.what == "application data"]
+    assert len(sent) == 1
+    assert len(SECRET) < (sent[0].answered or 0) < len(SECRET) + 50
+
+
+def test_record_sizes_of_a_bulk_transfer_are_those_of_full_records(
+    server_cert: KeyPair, ca_file: str
+) -> None:
+    with bridge.trace() as seen:
+        exchange(server_cert, ca_file, "TLSv1.3", 100_000)
+    sizes = [
+        e.answered or 0
+        for e in seen.events
+        if (e.kind, e.what, e.outcome) == ("record", "application data", "received")
+    ]
+    assert max(sizes) == 16384 + 17  # a byte of content type and a tag of 16 (RFC 8446, 5.2)
+    assert sum(sizes) > 100_000
+
+
+def test_a_trace_is_bounded_and_keeps_the_newest(server_cert: KeyPair, ca_file: str) -> None:
+    with bridge.trace(limit=10) as seen:
+        exchange(server_cert, ca_file, "TLSv1.3")
+    assert len(seen.events) == 10
+    assert seen.dropped == seen.events[0].number > 0
+
+
+def test_no_payload_is_in_a_trace_and_its_pictures_are_well_formed(
+    server_cert: KeyPair, ca_file: str
+) -> None:
+    with bridge.trace() as seen:
+        exchange(server_cert, ca_file, "TLSv1.3")
+    lines = seen.json_lines()
+    assert [json.loads(line)["number"] for line in lines.splitlines()] == [e.number for e in seen.events]
+    picture = seen.svg(rows=20)
+    xml.etree.ElementTree.fromstring(picture)
+    for lane in tracing.LANES:
+        assert f">{lane}<" in picture
+    assert "more events" in picture
+    assert "correct horse" not in lines + seen.svg(1000)
+
+
+def test_outside_of_a_trace_everything_is_as_it_was(server_cert: KeyPair, ca_file: str) -> None:
+    def methods() -> list[object]:
+        return [vars(owner)[name] for owner, name, _ in tracing._substitutes()]
+
+    before = methods()
+    with pytest.raises(KeyError), bridge.trace() as seen:
+        assert all(new is not old for new, old in zip(methods(), before, strict=True))
+        raise KeyError
+    assert all(new is old for new, old in zip(methods(), before, strict=True))
+    exchange(server_cert, ca_file, "TLSv1.3")
+    assert seen.events == ()
+
+
+def test_there_is_one_trace_at_a_time() -> None:
+    with bridge.trace(), pytest.raises(bridge.ConfigurationError, match="one at a time"), bridge.trace():
+        pass
+    with pytest.raises(bridge.ConfigurationError, match="limit"), bridge.trace(limit=0):
+        pass
+    with bridge.trace():
+        pass
