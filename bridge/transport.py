@@ -78,8 +78,9 @@ READ_BUDGET = 16 * RECORD_BYTES
 """Bytes a session may read in one step before the others have their turn."""
 WRITE_BUDGET = 16 * RECORD_BYTES
 """Bytes a session may write in one step."""
-FORCED_READ_BYTES = 1024 * 1024
-"""How far a write that wants to read may overdraw the read credit."""
+FORCED_READ_BYTES = 16 * 1024 * 1024
+"""How far a write that wants to read may overdraw the read credit: what the kernels of both sides may hold by then,
+for whoever shakes hands again sends nothing more, and its answer lies behind that."""
 ANSWER_BYTES = 64 * 1024
 """How much OpenSSL may have to say, on its own account, to a peer that does not read, before we stop reading."""
 EVIDENCE_BYTES = 1024
