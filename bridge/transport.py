@@ -380,6 +380,7 @@ class Transport:
                     self._touch()
                 size = len(data)
                 self.received += size
+                self._read.since = now
                 self.credit.spend(size)
                 self.answerable = True
                 self._tell(Told.DATA, data)

@@ -71,6 +71,7 @@ class Thing:
     deadline = None
     now = 0.0
     moved = 0
+    lock = contextlib.nullcontext()
 
     def __init__(self, words: int) -> None:
         self.got: list[int] = []
@@ -82,8 +83,9 @@ class Thing:
         self.got.append(word)
         self.left -= 1
 
-    def step(self, now: float) -> None:
+    def turn(self, ready: int, now: float) -> bool:
         self.finished = not self.left
+        return True
 
     def gone(self) -> None:
         pass
@@ -250,11 +252,11 @@ def ending(world: World) -> None:
 
 def reading(world: World, credit: type[ReadCredit] = ReadCredit, messages: int = 3) -> None:
     """The owner reads while it has credit and sleeps without; the application takes messages and gives back."""
-    tally, woken, inbox = Tally(2), [0], []
-    account = credit(2, tally, lambda: woken.__setitem__(0, 1))
+    tally, woken, box = Tally(2), [0], SessionInbox()
+    account = credit(2, tally, lambda: woken.__setitem__(0, 1), box)
     taken: list[int] = []
-    world.share(account, tally, woken, inbox, taken)
-    world.always(lambda: account.used <= 2 + 1)
+    world.share(account, tally, woken, box, taken)
+    world.always(lambda: account.held() <= 2 + 1)
 
     def owner() -> None:
         number = 0
@@ -263,20 +265,18 @@ def reading(world: World, credit: type[ReadCredit] = ReadCredit, messages: int =
                 world.block(lambda: woken[0], "sleep")
                 woken[0] = 0
             account.spend(2)
-            inbox.append(number)
+            box._deliver(None, [number], account, 2, 2)
             number += 1
 
     def application() -> None:
         while len(taken) < messages:
-            world.block(lambda: inbox, "get")
-            taken.append(inbox.pop(0))
-            account.give_back(2)
+            taken.append(box.get())
 
     world.actor("owner", owner)
     world.actor("application", application)
 
     def check() -> None:
-        assert taken == list(range(messages)) and account.used == 0 == tally.used
+        assert taken == list(range(messages)) and account.held() == 0 == tally.used
 
     world.finally_(check)
 
@@ -303,8 +303,8 @@ def receiving(
                 got.append(box.get())
 
     def deliver() -> None:
-        box._deliver([(session, 1, None, 0, None)])
-        box._deliver([(session, 2, None, 0, None)])
+        box._deliver(session, [1], None, 0, 0)
+        box._deliver(session, [2], None, 0, 0)
         if ends:
             box._end(session, GONE, True, lambda: None)
 
@@ -416,8 +416,8 @@ class FallsAsleepCarelessly(Mailbox[Any]):
 class WakesNobody(Outbox):
     __slots__ = ()
 
-    def _wake_all(self) -> None:
-        pass
+    def _grant(self, most: int) -> bool:
+        return False
 
 
 class TakesAnything(Outbox):
@@ -430,16 +430,14 @@ class TakesAnything(Outbox):
 class NeverResumes(ReadCredit):
     __slots__ = ()
 
-    def give_back(self, count: int) -> None:
-        with self._lock:
-            self._change(-count)
+    def _charge(self, count: int, cost: int) -> bool:
+        super()._charge(count, cost)
+        return False
 
 
 class TellsNobody(SessionInbox):
-    def _deliver(self, entries: list[Any]) -> None:
-        with self._lock:
-            for entry in entries:
-                self._push(entry)
+    def _wake(self, count: int) -> None:
+        pass
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,7 @@ import pytest
 
 import bridge
 from bridge.codecs import LengthPrefixed
-from bridge.queues import Counts, Outbox, ReadCredit, Tally
-
-
-def test_counts_are_exact() -> None:
-    counts: Counts[str] = Counts()
-    counts.add({"a": 2})
-    counts.add({"a": 3, "b": 1})
-    assert counts.copy() == {"a": 5, "b": 1}
+from bridge.queues import Outbox, ReadCredit, SessionInbox, Tally
 
 
 def test_an_outbox_is_full_when_not_one_byte_more_fits() -> None:
@@ -28,13 +21,14 @@ def test_an_outbox_is_full_when_not_one_byte_more_fits() -> None:
 
 def test_read_credit_is_exact_and_resumes_once_also_at_its_smallest() -> None:
     resumed: list[int] = []
-    credit = ReadCredit(10, Tally(100), lambda: resumed.append(1))
+    inbox = SessionInbox()
+    credit = ReadCredit(10, Tally(100), lambda: resumed.append(1), inbox)
     credit.spend(4)
     assert credit.room() == 6
-    smallest = ReadCredit(1, Tally(100), lambda: resumed.append(2))
+    smallest = ReadCredit(1, Tally(100), lambda: resumed.append(2), inbox)
     smallest.spend(1)
     assert smallest.room() == 0
-    smallest.give_back(1)
+    smallest.settle(1)
     assert resumed == [2]
 
 

@@ -56,6 +56,7 @@ def always_again(transport: Transport) -> None:
 def deaf(transport: Transport) -> None:
     """It waits for input, and does not read it."""
     transport.mask = Want.READ
+    transport.quiet = False
     transport._read.rest()
 
 
@@ -82,7 +83,7 @@ def test_a_session_that_spins_is_ended_alone_and_the_log_says_where_it_stood(
                 bug(transport)
 
         monkeypatch.setattr(Transport, "_settle", settle_badly)
-        victim.send(b"to wake it")
+        victim._channel.worker.post(ill, "wake")
         peer.send(b"for it to read")
         with pytest.raises(bridge.SessionStalled, match="moved no byte"):
             for _ in range(10):
