@@ -183,30 +183,29 @@ def generator(bench: Bench, server: Server, mode: str, **options: float) -> list
     return [str(bench.load), mode, *fixed, *words]
 
 
+def said_by(command: list[str], who: str, patience: float) -> str:
+    """What *command* wrote until it ended, within *patience* seconds and with success; Failed, naming *who*, if not."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patience)
+    except subprocess.TimeoutExpired as error:
+        raise Failed(f"{who} did not end within {patience:.0f} s") from error
+    if done.returncode != 0:
+        raise Failed(done.stderr.strip())
+    return done.stdout
+
+
 def run_load(bench: Bench, server: Server, mode: str, **options: float) -> dict[str, Any]:
     """One measured window; the generator's own report.  Raises Failed."""
     patience = ANSWER_SECONDS + options["seconds"] + options["warmup"]
     command = generator(bench, server, mode, **options)
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=patience)
-    except subprocess.TimeoutExpired as error:
-        raise Failed(f"the load generator did not end within {patience:.0f} s") from error
-    if done.returncode != 0:
-        raise Failed(done.stderr.strip())
-    report: dict[str, Any] = json.loads(done.stdout)
+    report: dict[str, Any] = json.loads(said_by(command, "the load generator", patience))
     return report
 
 
 def run_library(bench: Bench, role: str, peer: str, port: int, **options: object) -> dict[str, Any]:
     """What a client of libraries.py measured.  Raises Failed."""
     command = bench.library(role, peer, bench.load_core, port=port, **options)
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        raise Failed(f"{role} did not end within {ANSWER_SECONDS:.0f} s") from error
-    if done.returncode != 0:
-        raise Failed(done.stderr.strip())
-    report: dict[str, Any] = json.loads(done.stdout)
+    report: dict[str, Any] = json.loads(said_by(command, role, ANSWER_SECONDS))
     return report
 
 
@@ -242,13 +241,8 @@ def run_http(bench: Bench, server: Server, clients: int, seconds: float, warmup:
         ]
         command += ["-s", str(script), f"https://127.0.0.1:{server.port}/"]
     own, machine, cpu = children_cpu(), machine_cpu(), server.cpu()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        raise Failed(f"{command[0]} did not end within {ANSWER_SECONDS:.0f} s") from error
-    if done.returncode != 0:
-        raise Failed(done.stderr.strip())
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    said = said_by(command, command[0], ANSWER_SECONDS)
+    figures: dict[str, Any] = json.loads(said.splitlines()[-1])
     if figures.get("errors"):
         raise Failed(f"{figures['errors']} requests failed")
     used, own = server.cpu() - cpu, children_cpu() - own
