@@ -37,7 +37,7 @@ from bridge.names import PeerName
 from bridge.queues import Inbox, Outbox, ReadCredit, Registry, SessionInbox, Tally
 from bridge.session import Session
 from bridge.stream import Stream
-from bridge.totals import Account, Totals, account, total
+from bridge.totals import Totals, total
 from bridge.transport import Ending, Plan, Transport, nobody
 from bridge.worker import Worker
 
@@ -341,7 +341,7 @@ class Bridge:
         channels, left = self._channels.census()
         streams, gone = self._streams.census()
         accounts = [left, gone]
-        accounts += [_account(channel, None) for channel in channels]
+        accounts += [channel.transport.account(None) for channel in channels]
         accounts += [stream.account(None) for stream in streams]
         return total(accounts)
 
@@ -509,7 +509,7 @@ class Bridge:
 
     def _on_closed(self, channel: Channel, ending: Ending) -> None:
         """The coordinator: a session is over."""
-        self._channels.remove(channel, _account(channel, ending))
+        self._channels.remove(channel, channel.transport.account(ending))
         self._sessions_tally.add(-1)
 
     def _on_gone(self, stream: Stream, ending: Ending) -> None:
@@ -528,13 +528,6 @@ class Bridge:
 
     def _nearest_timeouts(self, timeouts: Timeouts | None) -> Timeouts:
         return _instance("timeouts", timeouts, Timeouts) or self._timeouts
-
-
-def _account(channel: Channel, ending: Ending | None) -> Account:
-    transport, cause = channel.transport, None if ending is None else ending.cause
-    return account(
-        transport.side, transport.shaken, transport.wants(), cause, transport.received, transport.sent
-    )
 
 
 def _sided(context: AnyContext, server_side: bool | None) -> tuple[Context, bool]:

@@ -17,8 +17,8 @@ from bridge.codecs import Codec
 from bridge.engine import SessionInfo
 from bridge.errors import CodecError, EndOfStream, SessionAborted, SessionClosed, SessionEnded, fresh
 from bridge.limits import RECORD_BYTES
-from bridge.queues import Gate, Inbox, Latch, Mailbox, Outbox, ReadCredit, let_go
-from bridge.transport import Ending, Told, Transport
+from bridge.queues import Gate, Inbox, Latch, Mailbox, Outbox, ReadCredit
+from bridge.transport import Ending, Told, Transport, interrupted
 from bridge.worker import Command, Worker
 
 MESSAGE_BYTES = 64
@@ -108,12 +108,15 @@ class Channel:
         if not (size >= RECORD_BYTES or (size and transport.answerable)) or lock._is_owned():
             return False
         try:
-            return lock.acquire(False) and self._answer(transport, data)
-        finally:
-            try:
-                let_go(lock)
-            finally:  # a signal handler may have raised in the middle of it
-                let_go(lock)
+            if not lock.acquire(False):
+                return False
+            with lock:
+                lock.release()  # but not the one of the ``with``
+                return self._answer(transport, data)
+        except BaseException:
+            while lock._is_owned():
+                lock.release()
+            raise
 
     def _answer(self, transport: Transport, data: bytes) -> bool:
         if not (transport.quiet and self.outbox.idle()):
@@ -130,9 +133,7 @@ class Channel:
             self.worker.post(transport, "end", error)
         except BaseException:  # Ctrl-C
             transport.freeze()
-            self.worker.post(
-                transport, "end", SessionAborted("interrupted in the middle of a call of OpenSSL")
-            )
+            self.worker.post(transport, "end", interrupted())
             raise
         return True
 
@@ -267,11 +268,11 @@ class Coordinator:
         except Exception as error:
             self._deliver(channel, [], len(data))
             self._refuse(channel, error)
+            return
+        if type(messages) is list:
+            self._deliver(channel, messages, len(data))
         else:
-            if type(messages) is list:
-                self._deliver(channel, messages, len(data))
-            else:
-                self._deliver_all(channel, messages, len(data))
+            self._deliver_all(channel, messages, len(data))
 
     def _peer_closed(self, channel: Channel, _: None) -> None:
         if not channel.ended:

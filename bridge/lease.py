@@ -39,9 +39,9 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from bridge.errors import SessionAborted, SessionEnded
+from bridge.errors import SessionEnded
 from bridge.poll import NOTHING, Sleeper, Want, my_sleeper
-from bridge.transport import Transport
+from bridge.transport import Transport, interrupted
 from bridge.worker import Worker, fail
 
 T = TypeVar("T")
@@ -131,8 +131,7 @@ class Lease:
             raise
 
     def _interrupted(self) -> None:
-        """Nobody knows what was half done, and bytes may be lost."""
-        self._transport.end(SessionAborted("interrupted in the middle of a call of OpenSSL"))
+        self._transport.end(interrupted())
         self.ring()
 
     def until(self, done: Callable[[], object], timeout: float | None) -> bool:

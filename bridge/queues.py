@@ -46,12 +46,6 @@ def time_left(deadline: float | None) -> float | None:
     return None if deadline is None else min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
 
 
-def let_go(lock: Any) -> None:
-    """Release a reentrant *lock*, if this thread has it."""
-    if lock._is_owned():
-        lock.release()
-
-
 class Gate:
     """A bed for a thread that has no sockets to poll."""
 

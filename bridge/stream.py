@@ -30,7 +30,7 @@ from bridge.lease import Lease
 from bridge.limits import RECORD_BYTES
 from bridge.poll import Want
 from bridge.queues import Latch
-from bridge.totals import Account, account
+from bridge.totals import Account
 from bridge.transport import CloseReport, Ending, Plan, Told, Transport
 from bridge.worker import Worker
 
@@ -544,10 +544,7 @@ class Stream:
 
     def account(self, ending: Ending | None) -> Account:
         """What it adds to `Bridge.totals`.  Any thread."""
-        transport, cause = self._transport, None if ending is None else ending.cause
-        return account(
-            transport.side, transport.shaken, transport.wants(), cause, transport.received, transport.sent
-        )
+        return self._transport.account(ending)
 
     def __repr__(self) -> str:
         return f"<Stream {self.name} {self._transport.state.value}>"

@@ -13,15 +13,11 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-import OpenSSL
 from OpenSSL import SSL
 
-from bridge.connection import Connection
+from bridge.connection import Connection, _ffi, _lib
 
 T = TypeVar("T")
-
-_lib: Any = getattr(getattr(OpenSSL, "_util", None), "lib", None)
-_ffi: Any = getattr(getattr(OpenSSL, "_util", None), "ffi", None)
 
 HEADER, INNER_TYPE = 0x100, 0x101  # SSL_CTX_set_msg_callback(3)
 CONTENT = {20: "change cipher spec", 21: "alert", 22: "handshake", 23: "application data"}

@@ -37,7 +37,7 @@ class Totals:
     wants: dict[tuple[str, str], int]
     """How often OpenSSL answered each call with each want."""
     bytes_received: int
-    """Decrypted.  Of sessions; streams, and so the sockets of `bridge.ssl`, do not count theirs."""
+    """Decrypted, of sessions and of streams, and so of the sockets of `bridge.ssl`."""
     bytes_sent: int
     """Before encryption, and taken by the kernel.  Likewise."""
 

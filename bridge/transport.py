@@ -58,6 +58,7 @@ from bridge.errors import (
     HandshakeTimeout,
     IdleTimeout,
     PeerReset,
+    SessionAborted,
     SessionClosed,
     SessionEnded,
     SessionStalled,
@@ -69,6 +70,7 @@ from bridge.errors import (
 from bridge.limits import RECORD_BYTES, Timeouts
 from bridge.poll import NOTHING, Want
 from bridge.states import TRANSITIONS, State
+from bridge.totals import Account, account
 
 if TYPE_CHECKING:
     from OpenSSL import SSL
@@ -155,7 +157,12 @@ class Ending:
 
 
 def nobody() -> None:
-    """For whom there is no owner, or handle."""
+    """For whom there is no owner."""
+
+
+def interrupted() -> SessionAborted:
+    """How a session ends in which Ctrl-C has cut a call short: nobody knows what is half done."""
+    return SessionAborted("interrupted in the middle of a call of OpenSSL")
 
 
 class _Operation:
@@ -319,11 +326,6 @@ class Transport:
         return self._plan.peer
 
     @property
-    def side(self) -> str:
-        """Which side we are.  Any thread: it never changes."""
-        return "server" if self._plan.context.server_side else "client"
-
-    @property
     def allows_renegotiation(self) -> bool:
         """Whether the context permits it.  Any thread: the context never changes."""
         return self._plan.context.renegotiation
@@ -371,60 +373,55 @@ class Transport:
         engine = self._engine
         assert engine is not None
         self.now = now
-        try:
-            data = engine.read(RECORD_BYTES)
-            if isinstance(data, Want):
-                self._read.wait_for(data)
-            elif data:
-                if self._idle is not None:
-                    self._touch()
-                size = len(data)
-                self.received += size
-                self._read.since = now
-                self.credit.spend(size)
-                self.answerable = True
-                self._tell(Told.DATA, data)
-                if size < RECORD_BYTES and not engine.on_detour:
-                    return True
-                self._read.ready = True
-            else:
-                self._peer_closed = True
-                self._read.rest()
-                self._on_peer_closed()
-        except SessionEnded as error:
-            self.end(error)
+        data = self._next_record(engine)
+        if not data:
+            return False
+        if self._idle is not None:
+            self._touch()
+        size = len(data)
+        self._read.since = now
+        self.credit.spend(size)
+        self.answerable = True
+        self._tell(Told.DATA, data)
+        if size < RECORD_BYTES and not engine.on_detour:
+            return True
+        self._read.ready = True
         return False
 
     def read_at_once(self) -> bytes:
         """The next record if it is there and plain data; ``b""`` if it was anything else, which has been dealt with."""
         engine = self._engine
         assert engine is not None
+        data = self._next_record(engine)
+        if data:
+            self._read.wait_for(READ)
+            self._read.ready = len(data) == RECORD_BYTES or (engine.on_detour and engine.has_more())
+            if not engine.on_detour:
+                self.mask = NOTHING if self._read.ready else READ
+                self._touch_by_the_clock()
+                return data
+        if engine.on_detour and self._exchanging:
+            self.step(time.monotonic())  # to bring out what the read had to say
+        else:
+            self._settle()
+        return data
+
+    def _next_record(self, engine: TLSEngine) -> bytes:
+        """Its plain data; ``b""`` if it is anything else, a want, the end or an error, which has been dealt with."""
         try:
             data = engine.read(RECORD_BYTES)
-            if isinstance(data, bytes) and data:
-                self.received += len(data)
-                self._read.wait_for(READ)
-                self._read.ready = len(data) == RECORD_BYTES or (engine.on_detour and engine.has_more())
-                if not engine.on_detour:
-                    self.mask = NOTHING if self._read.ready else READ
-                    if self._idle is not None:
-                        self._deadlines[IdleTimeout] = time.monotonic() + self._idle
-                    return data
-            elif isinstance(data, Want):
+            if isinstance(data, Want):
                 self._read.wait_for(data)
-                data = b""
+            elif data:
+                self.received += len(data)
+                return data
             else:
                 self._peer_closed = True
                 self._read.rest()
                 self._on_peer_closed()
         except SessionEnded as error:
             self.end(error)
-            data = b""
-        if engine.on_detour and self._exchanging:
-            self.step(time.monotonic())  # to bring out what the read had to say
-        else:
-            self._settle()
-        return data
+        return b""
 
     def write_at_once(self, data: bytes) -> int:
         """Write *data*, within a turn's budget.  How much of it has left; the rest is on its way, as after `send`.
@@ -451,8 +448,7 @@ class Transport:
             done += count
             self.sent += count
             if done == size:
-                if self._idle is not None:
-                    self._deadlines[IdleTimeout] = time.monotonic() + self._idle
+                self._touch_by_the_clock()
                 return size
             chunk = memoryview(data)[done:]
             if done >= WRITE_BUDGET:
@@ -989,6 +985,12 @@ class Transport:
         if self._idle is not None:
             self._deadlines[IdleTimeout] = self.now + self._idle
 
+    def _touch_by_the_clock(self) -> None:
+        """For a short turn, which nobody has told the time."""
+        if self._idle is not None:
+            self.now = time.monotonic()
+            self._touch()
+
     def _set_deadline(
         self, kind: type[DeadlineExceeded], seconds: float | None, at_most: float | None = None
     ) -> None:
@@ -1106,9 +1108,11 @@ class Transport:
             "outbox_bytes": self.outbox.held(),
         }
 
-    def wants(self) -> dict[tuple[str, Want], int]:
-        """How often OpenSSL answered each call with each want.  From any thread, likewise."""
-        return dict(self._wants)
+    def account(self, ending: Ending | None) -> Account:
+        """What the session adds to `Bridge.totals`; *ending* if it has come.  From any thread, likewise."""
+        side = "server" if self._plan.context.server_side else "client"
+        cause = None if ending is None else ending.cause
+        return account(side, self.shaken, dict(self._wants), cause, self.received, self.sent)
 
 
 def _loggable(cause: SessionEnded) -> str:

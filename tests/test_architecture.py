@@ -85,7 +85,7 @@ OPENSSL = {
 """Who may import OpenSSL."""
 OPENSSL_TYPES_ONLY = {"listener": {"Context"}, "tracing": {"Connection"}, "bridge": {"Context", "Session"}}
 """Of these: for the type of an argument, and nothing else."""
-OPENSSL_PRIVATE = {"connection", "tap", "credentials", "ssl.contexts"}
+OPENSSL_PRIVATE = {"connection", "credentials", "ssl.contexts"}
 """Who may use private names of pyOpenSSL, if they are there."""
 OPENSSL_ERRORS = {"engine", "connection", "context", "credentials", "ssl.contexts"}
 """Who may catch OpenSSL's exceptions: where sessions' errors are translated, and where contexts are built."""
