@@ -12,7 +12,7 @@ tls_bridge_handshakes_total            side, result (ok, or the class of the err
 tls_bridge_handshake_seconds           side: a histogram of those that succeeded
 tls_bridge_endings_total               cause: WriteStalled and IdleTimeout are the stalls
 tls_bridge_wants_total                 call, want: how often OpenSSL asked to wait
-tls_bridge_bytes_total                 direction (received, sent): of plaintext, without that of streams
+tls_bridge_bytes_total                 direction (received, sent): of plaintext, of sessions and of streams
 tls_bridge_listener_handshakes         address: handshakes under way
 tls_bridge_listener_waiting            address: sessions not accepted yet, or messages in the shared inbox
 =====================================  ===============================================================

@@ -284,9 +284,8 @@ class Outbox:
         finally:
             self._lock.acquire()
             if ticket in self._waiting:
-                notify = self._grant(
-                    self._limit
-                )  # there may be room by now, just not enough to wake anybody for
+                # There may be room by now, just not enough to wake anybody for.
+                notify = self._grant(self._limit)
                 if ticket in self._waiting:
                     self._waiting.remove(ticket)
                     notify |= self._grant(self._limit)  # the next in line may be smaller
