@@ -104,6 +104,26 @@ def test_a_handshake_and_bytes_both_ways(pair: Pair, tls_version: str) -> None:
     assert client.info.tls_unique and client.info.tls_unique == server.info.tls_unique
 
 
+def test_the_bytes_of_streams_count_in_the_totals_of_their_bridge_before_and_after_their_end(
+    b: bridge.Bridge, pair: Pair
+) -> None:
+    client, server = pair
+    for size in (1, 700, 400_000):  # in a short turn, and in pieces
+        done = threading.Thread(target=client.write, args=(bytes(size), PATIENCE))
+        done.start()
+        received = 0
+        while received < size:
+            received += len(server.read(size, PATIENCE))
+        done.join(PATIENCE)
+    carried = 1 + 700 + 400_000
+    assert (b.totals().bytes_sent, b.totals().bytes_received) == (carried, carried)
+    for stream in pair:
+        stream.close()
+    for stream in pair:
+        finished(stream)
+    assert (b.totals().bytes_sent, b.totals().bytes_received) == (carried, carried)
+
+
 def test_a_read_takes_one_record_and_pending_tells_what_no_poll_will(pair: Pair) -> None:
     client, server = pair
     server.write(b"x" * 1000)
