@@ -647,6 +647,8 @@ def _check_socket(sock: socket.socket, connected: bool = True) -> None:
         try:
             sock.getpeername()
         except OSError as error:
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                return  # it was connected, until the peer reset it: that is the session's end, and no fault of the call
             raise ConfigurationError(
                 f"sock is not connected ({error.strerror}); use Bridge.connect"
             ) from error

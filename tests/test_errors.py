@@ -8,6 +8,7 @@ import errno
 import queue
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -314,6 +315,20 @@ def test_nobody_listens(b: bridge.Bridge, client_ctx: bridge.Context) -> None:
             b.connect(nobody.getsockname(), client_ctx, server_hostname="localhost")
     assert type(caught.value) is bridge.ConnectFailed
     assert isinstance(caught.value.__cause__, OSError) and caught.value.__cause__.errno == errno.ECONNREFUSED
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_adopting_what_the_peer_has_reset_already_is_no_fault_of_the_call(
+    b: bridge.Bridge, server_ctx: bridge.Context, wait: bool
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        accepted = listener.accept()[0]
+        client.close()
+    with pytest.raises((bridge.Truncated, bridge.PeerReset)):
+        b.adopt(accepted, server_ctx, wait=wait).recv(PATIENCE)
+    assert accepted.fileno() == -1, "taken over, as any socket whose session fails"
 
 
 def test_adopting_what_cannot_be_adopted(
