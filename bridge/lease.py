@@ -117,7 +117,7 @@ class Lease:
         except Exception as error:
             fail(transport, error, transport.name)
         except BaseException:
-            self._interrupted()
+            self.cut_short()
             raise
         if self._sleepers and (self.changes != changes or transport.finished):
             self.ring()
@@ -127,10 +127,11 @@ class Lease:
         try:
             return call(*arguments)
         except BaseException:
-            self._interrupted()
+            self.cut_short()
             raise
 
-    def _interrupted(self) -> None:
+    def cut_short(self) -> None:
+        """End the session: Ctrl-C or a bug came in the middle of a call of the transport."""
         self._transport.end(interrupted())
         self.ring()
 

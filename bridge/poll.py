@@ -75,7 +75,6 @@ WRITABLE: int = getattr(select, "POLLOUT", 4)
 _TO_POLL = {int(Want.READ): READABLE, int(Want.WRITE): WRITABLE, Want.READ | Want.WRITE: READABLE | WRITABLE}
 _FROM_POLL = {bits: mask for mask, bits in _TO_POLL.items()}
 _RING = (1).to_bytes(8, sys.byteorder)
-_of_this_thread = threading.local()
 
 
 class SelectorPoller(Generic[T]):
@@ -203,9 +202,10 @@ class Doorbell:
 class Sleeper:
     """A thread's bed beside one socket at a time.  `ring` from any thread; the rest belongs to the sleeper."""
 
-    __slots__ = ("_doorbell", "_watched", "asleep", "ring")
+    __slots__ = ("_doorbell", "_watched", "asleep", "born", "ring")
 
     def __init__(self) -> None:
+        self.born = forks.current
         self.asleep = False  # or about to be: whoever sleeps here says so
         self._doorbell = Doorbell()
         self.ring = self._doorbell.ring
@@ -245,13 +245,22 @@ class Sleeper:
         self._doorbell.close()
 
 
+class _Bed(threading.local):
+    """Each thread's own sleeper, made when it is first asked for."""
+
+    def __init__(self) -> None:
+        self.sleeper = Sleeper()
+
+
+_bed = _Bed()
+
+
 def my_sleeper() -> Sleeper:
     """The calling thread's own, made at its first sleep.
 
     Another one in a child of fork(), which would share the bell, and in a signal handler that interrupts its sleep.
     """
-    born, sleeper = getattr(_of_this_thread, "bed", (None, None))
-    if sleeper is None or sleeper.asleep or born != forks.generation():
-        sleeper = Sleeper()
-        _of_this_thread.bed = forks.generation(), sleeper
+    sleeper = _bed.sleeper
+    if sleeper.asleep or sleeper.born != forks.current:
+        sleeper = _bed.sleeper = Sleeper()
     return sleeper

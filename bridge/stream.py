@@ -11,7 +11,7 @@ import functools
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from bridge import forks
@@ -255,15 +255,17 @@ class Stream:
 
         *timeout* as for `handshake`.  Any other end raises the cause, after all that came before it.
         """
-        forks.check(self._born)
-        lease, received = self._lease, self._received
-        lease.check()
+        if self._born != forks.current:
+            forks.check(self._born)
+        lease, received, transport = self._lease, self._received, self._transport
+        if lease.lock._is_owned():  # type: ignore[attr-defined]
+            lease.refuse()
         try:
             with lease.lock:
                 try:
                     if not received.parts:
                         give_up = None if timeout is None else time.monotonic() + timeout
-                        quiet = self._transport.quiet and not self._deaf and timeout != 0
+                        quiet = transport.quiet and not self._deaf and timeout != 0
                         data = self._read_quietly(give_up) if quiet else b""
                         if data and len(data) <= size:
                             return data
@@ -274,11 +276,12 @@ class Stream:
                         elif not self._await_bytes(timeout, give_up):
                             return b""
                     data = received.take(size)
-                    if self._transport.runnable():
+                    if transport.runnable():
                         lease.ring()  # there is room again, for somebody who wants input
                     return data
                 finally:
-                    lease.leave()
+                    if not transport.quiet or lease.closing:
+                        lease.leave()
         except BridgeError:
             raise
         except BaseException:
@@ -295,18 +298,22 @@ class Stream:
 
     def _read_quietly(self, give_up: float | None) -> bytes:
         """The next record, if it comes before anything else happens."""
-        transport, received = self._transport, self._received
-        if not transport.readable():
+        lease, transport, received = self._lease, self._transport, self._received
+        if transport.mask:  # there is nothing to read that the poll would not speak of
             received.asking += 1
             try:
-                ready = self._lease.sleep(give_up)
+                ready = lease.sleep(give_up)
             finally:
                 received.asking -= 1
             if ready != Want.READ or not transport.quiet or received.parts:
                 return b""
-        data = self._lease.at_once(transport.read_at_once)
+        try:
+            data = transport.read_at_once()
+        except BaseException:
+            lease.cut_short()
+            raise
         if not data:
-            self._lease.ring()
+            lease.ring()
         return data
 
     def _await_bytes(self, timeout: float | None, give_up: float | None) -> bool:
@@ -341,40 +348,59 @@ class Stream:
         0: at least one byte is taken, or WouldBlock raised.  What was taken leaves in any case.  Raises the cause
         once the session has ended or this side has closed it.
         """
-        forks.check(self._born)
-        view = memoryview(data).cast("B")
-        self._lease.check()
-        writers = self._writers
-        if writers._is_owned():  # type: ignore[attr-defined]
-            self._lease.refuse()
+        if self._born != forks.current:
+            forks.check(self._born)
+        lease, writers = self._lease, self._writers
+        if lease.lock._is_owned() or writers._is_owned():  # type: ignore[attr-defined]
+            lease.refuse()
         try:
             if timeout is None:
                 with writers:
-                    return self._write(view, None)
+                    return self._write(data, None)
             give_up = time.monotonic() + timeout
             if not writers.acquire(timeout=min(timeout, threading.TIMEOUT_MAX)):
                 raise WouldBlock(Want.WRITE) if timeout == 0 else OperationTimeout(_TOO_LATE)
             with writers:
                 writers.release()  # but not the one of the ``with``
-                return self._write_now(view) if timeout == 0 else self._write(view, give_up)
+                return self._write_now(data) if timeout == 0 else self._write(data, give_up)
         except BaseException:
             while writers._is_owned():  # type: ignore[attr-defined]
                 writers.release()
             raise
 
-    @_leased
-    def _write(self, view: memoryview, give_up: float | None) -> int:
-        for start in range(0, len(view), PIECE_BYTES):
-            self._ready_to_write(_left(give_up))
-            self._lease.at_once(self._hand_over, bytes(view[start : start + PIECE_BYTES]))
-            if self._sent.held():
-                self._wait(self._all_gone, _left(give_up), "write", Want.WRITE)
-            self._check_writable()
-        return len(view)
+    def _write(self, data: bytes | bytearray | memoryview, give_up: float | None) -> int:
+        lease, transport, size = self._lease, self._transport, 0
+        try:
+            with lease.lock:
+                try:
+                    for piece in (
+                        (data,) if type(data) is bytes and 0 < len(data) <= PIECE_BYTES else _pieces(data)
+                    ):
+                        if not transport.quiet or transport.draining or lease.closing:
+                            self._ready_to_write(_left(give_up))
+                        try:
+                            self._hand_over(piece)
+                        except BaseException:
+                            lease.cut_short()
+                            raise
+                        if not transport.quiet:
+                            if self._sent.held():
+                                self._wait(self._all_gone, _left(give_up), "write", Want.WRITE)
+                            self._check_writable()
+                        size += len(piece)
+                    return size
+                finally:
+                    if not transport.quiet or lease.closing:
+                        lease.leave()
+        except BridgeError:
+            raise
+        except BaseException:
+            lease.mend(self._received.settle)
+            raise
 
     @_leased
-    def _write_now(self, view: memoryview) -> int:
-        done = 0
+    def _write_now(self, data: bytes | bytearray | memoryview) -> int:
+        view, done = memoryview(data).cast("B"), 0
         while done < len(view):
             if self._sent.held():
                 self._lease.turn(ANYTHING)
@@ -397,7 +423,7 @@ class Stream:
             self._open(timeout)
         self._check_writable()
 
-    def _hand_over(self, piece: bytes) -> None:
+    def _hand_over(self, piece: bytes | memoryview) -> None:
         transport, sent = self._transport, self._sent
         left = len(piece)
         if not transport.quiet:
@@ -553,3 +579,10 @@ class Stream:
 def _left(give_up: float | None) -> float | None:
     """Seconds until then; never 0, which would mean not to wait."""
     return None if give_up is None else max(1e-6, give_up - time.monotonic())
+
+
+def _pieces(data: bytes | bytearray | memoryview) -> Iterable[bytes | memoryview]:
+    """What the transport is to be given one by one, and what does not change meanwhile."""
+    view = memoryview(data).cast("B")
+    pieces = (view[start : start + PIECE_BYTES] for start in range(0, len(view), PIECE_BYTES))
+    return pieces if isinstance(data, bytes) else map(bytes, pieces)

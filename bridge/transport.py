@@ -42,7 +42,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from bridge import events
@@ -300,7 +300,7 @@ class Transport:
         self._write = _Operation()
         self._shutdown = _Operation()
         self._operations = (self._read, self._write, self._shutdown, self._handshake)
-        self._chunks: list[bytes] = []  # and not a deque, which costs half a kilobyte when empty
+        self._chunks: list[bytes | memoryview] = []  # and not a deque, which costs half a kilobyte when empty
         self._chunk: bytes | memoryview | None = None
         self._read_left = self._write_left = 0  # of this turn's budgets
         self._accepted = 0  # bytes that OpenSSL took and the kernel may not have yet
@@ -373,13 +373,19 @@ class Transport:
         engine = self._engine
         assert engine is not None
         self.now = now
-        data = self._next_record(engine)
-        if not data:
+        try:
+            data = engine.read(RECORD_BYTES)
+        except SessionEnded as error:
+            self.end(error)
+            return False
+        if not data or type(data) is not bytes:
+            self._read_no_data(data)
             return False
         if self._idle is not None:
             self._touch()
         size = len(data)
         self._read.since = now
+        self.received += size
         self.credit.spend(size)
         self.answerable = True
         self._tell(Told.DATA, data)
@@ -390,40 +396,46 @@ class Transport:
 
     def read_at_once(self) -> bytes:
         """The next record if it is there and plain data; ``b""`` if it was anything else, which has been dealt with."""
-        engine = self._engine
+        engine, read, data = self._engine, self._read, b""
         assert engine is not None
-        data = self._next_record(engine)
-        if data:
-            self._read.wait_for(READ)
-            self._read.ready = len(data) == RECORD_BYTES or (engine.on_detour and engine.has_more())
-            if not engine.on_detour:
-                self.mask = NOTHING if self._read.ready else READ
-                self._touch_by_the_clock()
-                return data
+        try:
+            answer = engine.read(RECORD_BYTES)
+            if not answer or type(answer) is not bytes:
+                self._read_no_data(answer)
+            else:
+                data = answer
+                size = len(data)
+                self.received += size
+                read.want, read.since = READ, time.monotonic()
+                read.ready = size == RECORD_BYTES
+                if not engine.on_detour:
+                    self.mask = NOTHING if read.ready else READ
+                    if self._idle is not None:
+                        self.now = read.since
+                        self._touch()
+                    return data
+                read.ready |= engine.has_more()
+        except SessionEnded as error:
+            self.end(error)
         if engine.on_detour and self._exchanging:
             self.step(time.monotonic())  # to bring out what the read had to say
         else:
             self._settle()
         return data
 
-    def _next_record(self, engine: TLSEngine) -> bytes:
-        """Its plain data; ``b""`` if it is anything else, a want, the end or an error, which has been dealt with."""
+    def _read_no_data(self, answer: bytes | Want) -> None:
+        """A read in a short turn answered with a want, or with the peer's close_notify."""
+        if isinstance(answer, Want):
+            self._read.wait_for(answer)
+            return
+        self._peer_closed = True
+        self._read.rest()
         try:
-            data = engine.read(RECORD_BYTES)
-            if isinstance(data, Want):
-                self._read.wait_for(data)
-            elif data:
-                self.received += len(data)
-                return data
-            else:
-                self._peer_closed = True
-                self._read.rest()
-                self._on_peer_closed()
+            self._on_peer_closed()
         except SessionEnded as error:
             self.end(error)
-        return b""
 
-    def write_at_once(self, data: bytes) -> int:
+    def write_at_once(self, data: bytes | memoryview) -> int:
         """Write *data*, within a turn's budget.  How much of it has left; the rest is on its way, as after `send`.
 
         The caller does the accounting of the rest, and `end`s the session for the SessionEnded it raises.
@@ -448,7 +460,9 @@ class Transport:
             done += count
             self.sent += count
             if done == size:
-                self._touch_by_the_clock()
+                if self._idle is not None:
+                    self.now = time.monotonic()
+                    self._touch()
                 return size
             chunk = memoryview(data)[done:]
             if done >= WRITE_BUDGET:
@@ -544,7 +558,7 @@ class Transport:
         else:
             self._begin_handshake()
 
-    def send(self, chunks: list[bytes]) -> None:
+    def send(self, chunks: Sequence[bytes | memoryview]) -> None:
         """More bytes to send, in order."""
         if self.cause is None:
             self.quiet = False
@@ -984,12 +998,6 @@ class Transport:
     def _touch(self) -> None:
         if self._idle is not None:
             self._deadlines[IdleTimeout] = self.now + self._idle
-
-    def _touch_by_the_clock(self) -> None:
-        """For a short turn, which nobody has told the time."""
-        if self._idle is not None:
-            self.now = time.monotonic()
-            self._touch()
 
     def _set_deadline(
         self, kind: type[DeadlineExceeded], seconds: float | None, at_most: float | None = None

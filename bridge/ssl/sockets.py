@@ -119,7 +119,7 @@ class Wire:
         try:
             self.begin().begin()
         except BridgeError as error:
-            raise self._failure(error) from None
+            raise self.failure(error) from None
 
     def do_handshake(self) -> None:
         """The handshake, within the time-out."""
@@ -129,7 +129,7 @@ class Wire:
         try:
             stream.handshake(self.timeout)
         except BridgeError as error:
-            raise self._failure(error) from None
+            raise self.failure(error) from None
 
     def _info(self) -> SessionInfo | None:
         """What the handshake settled; None if it is not done.  One that a worker makes is waited for."""
@@ -141,7 +141,8 @@ class Wire:
             self._shake_hands(stream)
         return stream.info
 
-    def _failure(self, error: BridgeError, option: int | None = None) -> Exception:
+    def failure(self, error: BridgeError, option: int | None = None) -> Exception:
+        """What the stdlib would raise for *error*; *option*: whose time-out it would be in the kernel."""
         if isinstance(error, OperationTimeout) and self.timeout is None and option in self.kernel_timeouts:
             return BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         return as_stdlib(error, self.server_hostname)
@@ -150,28 +151,24 @@ class Wire:
 
     def read(self, size: int = 1024, buffer: Buffer = None) -> Any:
         """At most *size* bytes, or into *buffer* and how many."""
-        stream = self.stream or self.begin()
         if buffer is not None:
             with memoryview(buffer) as view, view.cast("B") as room:
                 if size <= 0 or size > len(room):
                     size = len(room)
-                data = self._read(stream, size) if size else b""
+                data = self.read(size)
                 room[: len(data)] = data
             return len(data)
+        stream, timeout = self.stream or self.begin(), self.timeout
         if size <= 0:
             if size < 0:
                 raise ValueError("size should not be negative")
             return b""
-        return self._read(stream, size)
-
-    def _read(self, stream: Stream, size: int) -> bytes:
-        timeout = self.timeout
         if timeout is None and self.kernel_timeouts:
             timeout = self.kernel_timeouts.get(socket.SO_RCVTIMEO)
         try:
             return stream.read(size, timeout)
         except BridgeError as error:
-            raise self._failure(error, socket.SO_RCVTIMEO) from None
+            raise self.failure(error, socket.SO_RCVTIMEO) from None
 
     def write(self, data: Buffer) -> int:
         """Hand *data* to the kernel, encrypted; how many bytes."""
@@ -181,7 +178,7 @@ class Wire:
         try:
             return (self.stream or self.begin()).write(data, timeout)
         except BridgeError as error:
-            raise self._failure(error, socket.SO_SNDTIMEO) from None
+            raise self.failure(error, socket.SO_SNDTIMEO) from None
 
     def pending(self) -> int:
         """Decrypted bytes that no poll announces."""
@@ -196,7 +193,7 @@ class Wire:
         try:
             inner, leftover = stream.unwrap(self.timeout)
         except BridgeError as error:
-            raise self._failure(error) from None
+            raise self.failure(error) from None
         with self.lock:
             if sock.fileno() == -1:  # closed meanwhile
                 inner.close()
@@ -308,12 +305,16 @@ class SSLSocket(ssl.SSLSocket):
         wire = self._sslobj
         if wire is None or flags:
             return self._recv_in_plain_text(buflen, flags) if self._leftover else super().recv(buflen, flags)
+        stream = wire.stream
+        if stream is None or buflen <= 0 or wire.kernel_timeouts:
+            return self._forgiving(wire, buflen, None, b"")  # type: ignore[no-any-return]
         try:
-            return wire.read(buflen)  # type: ignore[no-any-return]
-        except ssl.SSLEOFError:
-            if not self.suppress_ragged_eofs:
-                raise
-            return b""
+            return stream.read(buflen, wire.timeout)
+        except BridgeError as error:
+            failure = wire.failure(error)
+            if self.suppress_ragged_eofs and isinstance(failure, ssl.SSLEOFError):
+                return b""
+            raise failure from None
 
     def recv_into(self, buffer: Buffer, nbytes: int | None = None, flags: int = 0) -> int:
         """As `socket.socket.recv_into`."""
@@ -354,8 +355,15 @@ class SSLSocket(ssl.SSLSocket):
         wire = self._sslobj
         if wire is None or flags or wire.timeout == 0:
             super().sendall(data, flags)
-        else:
+            return
+        stream = wire.stream
+        if stream is None or wire.kernel_timeouts:
             wire.write(data)
+            return
+        try:
+            stream.write(data, wire.timeout)
+        except BridgeError as error:
+            raise wire.failure(error) from None
 
     # Time-outs: ours, since the descriptor never blocks.
 
