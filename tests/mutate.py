@@ -34,7 +34,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BOTH = ["test_ends.py", "test_errors.py", "test_deadlines.py", "test_listener.py", "test_lifecycle.py"]
+BOTH = ["test_ends.py", "test_errors.py", "test_deadlines.py", "test_listener.py"]
 TESTS = {
     "codecs": ["test_codecs.py", "test_queues.py"],
     "queues": [
@@ -47,9 +47,17 @@ TESTS = {
         *BOTH,
     ],
     "engine": ["test_engine.py", "test_full_duplex.py", "test_lockstep.py", "test_stream.py", *BOTH],
-    "worker": ["test_worker.py", "test_stalls.py", "test_lockstep.py", "test_protocol_model.py", *BOTH],
+    "worker": [
+        "test_worker.py",
+        "test_lifecycle.py",
+        "test_stalls.py",
+        "test_lockstep.py",
+        "test_protocol_model.py",
+        *BOTH,
+    ],
     "coordinator": [
         "test_coordinator.py",
+        "test_lifecycle.py",
         "test_queue_api.py",
         "test_flow_control.py",
         "test_lockstep.py",
@@ -232,6 +240,7 @@ def forked(work: Callable[[], int], seconds: float, output: Path) -> int | None:
 
     def child() -> None:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it would be ignored
         with output.open("wb") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(1, 2)
