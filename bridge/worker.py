@@ -232,7 +232,7 @@ class Worker:
         before = None if pollable.moved != watch.moved else pollable.evidence()
         changed = self._take_turn(pollable, ready, now)
         if before is None or pollable.moved != watch.moved:
-            watch.moved, watch.turns, watch.evidence, watch.idle = pollable.moved, 0, None, 0
+            watch.moved, watch.turns, watch.evidence = pollable.moved, 0, None
             return changed
         after = pollable.evidence()
         watch.idle = watch.idle + 1 if before == after == watch.evidence else 0

@@ -223,6 +223,8 @@ def test_a_deadline_is_kept_and_no_turn_comes_before_it(
     thing = Thing()
     thing.deadline = clock + 10
     given(worker, thing)
+    given(worker, thing)
+    assert len(worker._timers) == 1, "one timer is enough"
     clock += 9
     assert not worker.step()
     clock += 1
@@ -355,13 +357,42 @@ def test_a_session_that_spins_is_watched_and_ended_after_so_many_turns_in_vain(
     assert not worker.step(), "and what it has become is looked at"
 
 
-def test_what_moves_now_and_then_has_not_stalled(
+def test_a_session_that_has_never_moved_is_found_after_twice_as_many_turns(
     worker: Worker, pair: tuple[socket.socket, socket.socket]
 ) -> None:
     thing = Thing(pair[0], Want.WRITE)
     given(worker, thing)
+    for _ in range(2 * STALLED_TURNS + 1):
+        assert not thing.stalls
+        worker.step()
+    assert thing.stalls == [STALLED_TURNS]
+
+
+def changes_now_and_then(thing: Thing) -> None:
     proofs = iter(range(10_000))
     thing.evidence = lambda: (next(proofs) // STALLED_TURNS,)  # type: ignore[method-assign]
+
+
+def moves_now_and_then(thing: Thing) -> None:
+    turns = iter(range(10_000))
+
+    def move() -> None:
+        thing.moved += next(turns) % STALLED_TURNS == 0
+
+    thing.act = move
+
+
+def moves_no_bytes(thing: Thing) -> None:
+    thing.evidence = lambda: None  # type: ignore[method-assign, assignment, return-value]
+
+
+@pytest.mark.parametrize("kind", [changes_now_and_then, moves_now_and_then, moves_no_bytes])
+def test_what_gets_on_or_has_nowhere_to_get_to_has_not_stalled(
+    kind: Callable[[Thing], None], worker: Worker, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    thing = Thing(pair[0], Want.WRITE)
+    kind(thing)
+    given(worker, thing)
     for _ in range(5 * STALLED_TURNS):
         worker.step()
     assert not thing.stalls
