@@ -134,6 +134,14 @@ def test_what_is_asked_comes_after_what_was_sent(rig: Rig, what: str, payload: A
     assert rig.channel.ended == (what == Ask.CLOSE)
 
 
+def test_a_close_does_not_overtake_a_sender_who_has_not_got_round_to_telling(rig: Rig) -> None:
+    rig.outbox._notify = lambda: None
+    rig.outbox.put(b"a", None)
+    rig.coordinator.close(rig.channel, None)
+    rig.coordinator.step()
+    assert rig.worker.commands == [("send", [b"a"]), ("close", None)]
+
+
 def test_a_close_is_asked_for_until_it_is_done(rig: Rig) -> None:
     rig.coordinator.close(rig.channel, 1.0)
     rig.coordinator.close(rig.channel, 0.5)
@@ -192,6 +200,26 @@ def test_what_the_codec_holds_is_counted_and_shared_out_among_the_messages_it_be
     assert (rig.credit.held(), rig.credit.kept, rig.tally.used) == (0, 1_000, 1_000)
     rig.ends(Truncated("cut"))
     assert (rig.credit.kept, rig.tally.used) == (0, 0)
+
+
+class Bare:
+    """A codec of a user's, with the three methods of the protocol and nothing else."""
+
+    def decode(self, data: bytes) -> Iterable[bytes]:
+        return (data,)
+
+    def encode(self, message: bytes) -> bytes:
+        return message
+
+    def eof(self) -> Iterable[bytes]:
+        return ()
+
+
+def test_a_codec_need_not_say_what_it_holds() -> None:
+    rig = Rig(Bare())
+    rig.says(Told.DATA, bytes(100))
+    assert (rig.credit.held(), rig.credit.kept, rig.tally.used) == (100, 0, 0)
+    assert rig.taken() == [bytes(100)]
 
 
 class Failing(Raw):
@@ -403,6 +431,31 @@ def test_an_answer_cut_short_by_ctrl_c_ends_the_session(rig: Rig) -> None:
     ((method, cause),) = rig.worker.commands
     assert method == "end" and isinstance(cause, bridge.SessionAborted)
     assert rig.transport.frozen and not rig.transport.lock._is_owned()
+
+
+class InterruptedLock:
+    """The interrupt comes when it has just been taken."""
+
+    def __init__(self) -> None:
+        self.inner = threading.RLock()
+
+    def acquire(self, blocking: bool) -> bool:
+        self.inner.acquire(blocking)
+        raise KeyboardInterrupt
+
+    def release(self) -> None:
+        self.inner.release()
+
+    def _is_owned(self) -> bool:
+        return self.inner._is_owned()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_ctrl_c_leaves_no_session_locked(rig: Rig) -> None:
+    lock: Any = InterruptedLock()
+    rig.transport.lock = lock
+    with pytest.raises(KeyboardInterrupt):
+        rig.channel.answer(b"abcd")
+    assert not lock._is_owned() and not rig.transport.written and not rig.worker.commands
 
 
 def test_room_for_reading_is_told_to_the_worker(rig: Rig) -> None:

@@ -292,6 +292,9 @@ def test_an_interrupt_in_the_middle_of_a_turn_ends_the_session(
 
 @pytest.mark.filterwarnings("ignore:(?s).*Interrupt:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that send signals")
+@pytest.mark.skipif(
+    sys.gettrace() is not None, reason="leaves the tracer's own lock locked: that of coverage"
+)
 def test_interrupts_at_any_moment_leave_nothing_locked(b: bridge.Bridge, contexts: Any) -> None:
     """A handler that raises, as that of Ctrl-C does, a few hundred times in the middle of anything."""
 
