@@ -20,8 +20,9 @@ from peers import Background, Program, receive_exactly
 from test_cli import DEADLINE, ENVIRONMENT, run
 
 import bridge
-from bridge import cli
+from bridge import cli, starttls
 from bridge.connect_command import printable
+from bridge.explain import explain
 
 
 def server_context(pair: KeyPair) -> ssl.SSLContext:
@@ -224,6 +225,29 @@ def test_a_peer_that_hangs_up_is_explained_in_json_as_well(background: Backgroun
     assert said["ok"] is False and said["status"] == 6 and "hung up" in said["error"]
 
 
+def tls_error(reason: str) -> bridge.TLSError:
+    error = bridge.TLSError(1, f"[SSL: {reason}] {reason.lower()}")
+    error.reason = reason
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (socket.gaierror(-2, "Name or service not known"), 3, "h:1: there is no such host"),
+        (TimeoutError(), 3, "h:1: no answer in time"),
+        (OSError(113, "No route to host"), 3, "h:1: cannot connect: No route to host"),
+        (RuntimeError("strange"), 3, "h:1: cannot connect: strange"),
+        (tls_error("BAD_SIGNATURE"), 6, "h:1: the handshake failed: [SSL: BAD_SIGNATURE]"),
+        (tls_error("TLSV1_ALERT_UNRECOGNIZED_NAME"), 6, "h:1: it does not know the name"),
+    ],
+    ids=str,
+)
+def test_what_else_can_go_wrong_is_explained(error: Exception, status: int, words: str) -> None:
+    code, sentence = explain(error, "h:1")
+    assert code == status and sentence.startswith(words)
+
+
 def test_unusable_files_are_status_2(capsys: Any) -> None:
     status, said = fails(capsys, "connect", "localhost:1", "--cafile", "/nowhere.pem")
     assert status == 2 and "/nowhere.pem" in said
@@ -308,6 +332,32 @@ def test_a_refused_starttls_is_explained(protocol: str, background: Background, 
     address, _ = background.serve(play(REFUSALS[protocol], until_end))
     status, said = fails(capsys, *told(address, "--starttls", protocol))
     assert status == 4 and "STARTTLS" in said
+
+
+STRANGERS = [
+    ("smtp", b"", "hung up before TLS"),
+    ("smtp", b"220-mail\r\n" * 7_500, "answer does not end"),
+    ("ftp", b"220-mail\r\n" + b"\n" * 66_000, "answer does not end"),
+    ("imap", b"* OK\r\n" + b"* \n" * 22_000, "answer does not end"),
+    ("postgres", b"E", "not a PostgreSQL server: it answered b'E'"),
+    ("mysql", b"\x07\0\0\0\xff\x10\x04no, no", "MySQL server refused: no, "),
+    ("mysql", b"\x02\0\0\0\x09\0", "not a MySQL server"),
+    ("mysql", b"SSH-2.0-OpenSSH", "announces an answer of 4739923 bytes"),
+    ("ldap", b"HTTP/1.1 400", "not an LDAP server"),
+    ("xmpp", b"<features>urn:ietf:params:xml:ns:xmpp-tls</features><failure/>", "said b'<failure/>'"),
+]
+
+
+@pytest.mark.parametrize(("protocol", "answer", "words"), STRANGERS)
+def test_starttls_with_whoever_does_not_speak_the_protocol(protocol: str, answer: bytes, words: str) -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        near.settimeout(DEADLINE)
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 200_000)
+        far.sendall(answer)
+        far.shutdown(socket.SHUT_WR)
+        with pytest.raises(starttls.Refused, match=words):
+            starttls.negotiate(protocol, near, "localhost")
 
 
 def test_a_server_that_never_ends_its_greeting_is_left(background: Background, capsys: Any) -> None:

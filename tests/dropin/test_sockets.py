@@ -25,6 +25,8 @@ from peers import PATIENCE, Background, dial, receive_exactly
 from rig import tcp_pair
 
 import bridge
+from bridge.ssl.sessions import SSLSession
+from bridge.stream import Stream
 
 pytestmark = pytest.mark.usefixtures("default_bridge")
 
@@ -100,6 +102,30 @@ def test_facts_are_the_stdlibs(mixed: Ends) -> None:
     server.close()
     assert client.recv(1) == b""
     assert client.version() == "TLSv1.3" and client.getpeercert(True), "also after the peer has gone"
+
+
+def test_the_chains_are_those_of_the_stdlib_s_object(mixed: Ends, ends: Ends) -> None:
+    for client in (mixed[0], ends[0]):
+        wire = client._sslobj
+        der = client.getpeercert(binary_form=True)
+        sent = [shown.public_bytes(2) for shown in wire.get_unverified_chain()]
+        verified = [shown.public_bytes(2) for shown in wire.get_verified_chain()]
+        assert sent[0] == verified[0] == der and len(verified) > 1
+        assert wire.owner is client
+
+
+def test_what_cannot_be_had_is_refused_as_the_stdlib_refuses_it(mixed: Ends) -> None:
+    texts = []
+    for sock in mixed:
+        with pytest.raises(ValueError) as caught:
+            sock.get_channel_binding("tls-something")
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+    with pytest.raises(ssl.SSLError, match="after the handshake"):
+        mixed[0]._sslobj.verify_client_post_handshake()
+    with pytest.raises(ValueError, match="size should not be negative"):
+        mixed[0].read(-1)
+    assert mixed[0].read(0) == b""
 
 
 def test_before_the_handshake_there_are_no_facts(ca_file: str) -> None:
@@ -238,6 +264,10 @@ def test_so_rcvtimeo_is_heeded(
         assert client._sslobj.kernel_timeouts == {socket.SO_SNDTIMEO: 9.0}
         server.sendall(b"late")
         assert client.recv(10) == b"late"
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 20_000))
+        with pytest.raises(BlockingIOError) as caught:
+            client.sendall(bytes(50_000_000))
+        assert caught.value.errno == errno.EAGAIN
 
 
 def wait_for(sock: Any, error: ssl.SSLError) -> None:
@@ -398,10 +428,30 @@ def test_a_ragged_end(suppress: bool, background: Background, ca_file: str, serv
         assert receive_exactly(client, 5) == b"cut o"
         if suppress:
             assert client.recv(1) == b""
+            assert client.recv_into(bytearray(1)) == 0 and client.read(1) == b""
         else:
-            with pytest.raises(ssl.SSLEOFError) as caught:
-                client.recv(1)
-            assert type(caught.value) is ssl.SSLEOFError and caught.value.errno == ssl.SSL_ERROR_EOF
+            for call in (client.recv, client.read, lambda size: client.recv_into(bytearray(size))):
+                with pytest.raises(ssl.SSLEOFError) as caught:
+                    call(1)
+                assert type(caught.value) is ssl.SSLEOFError and caught.value.errno == ssl.SSL_ERROR_EOF
+
+
+def test_what_was_read_too_far_comes_before_the_plain_text(
+    mixed: Ends, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, server = mixed
+    unwrap = Stream.unwrap
+    monkeypatch.setattr(Stream, "unwrap", lambda *arguments: (unwrap(*arguments)[0], b"read too far"))
+    unwrapping = background.run(server.unwrap)
+    assert client.unwrap() is client
+    plain = unwrapping.result(PATIENCE)
+    with pytest.raises(ValueError, match="Read on closed or unwrapped"):
+        client.read(1)
+    assert client.recv(4, socket.MSG_PEEK) == b"read" == client.recv(4)
+    room = bytearray(20)
+    assert client.recv_into(room, 4) == 4 and client.recv_into(room) == 4 and room[:4] == b" far"
+    plain.sendall(b", and the rest")
+    assert client.recv_into(room) == 14 and room[:14] == b", and the rest"
 
 
 @ours_and_theirs
@@ -602,6 +652,28 @@ def test_a_session_is_resumed_when_it_is_passed_on(
     near, far = tcp_pair()
     with far, pytest.raises(ValueError, match="Session refers to a different SSLContext"):
         other.wrap_socket(near, server_hostname="localhost", session=session)
+
+
+def test_sessions_are_told_apart_by_their_ids(mixed: Ends) -> None:
+    client, server = mixed
+    server.sendall(b"x")
+    assert client.recv(1) == b"x"  # and the tickets came before it
+    session, again = client.session, client.session
+    assert session == again and hash(session) == hash(again) and session != session.id
+    server.sendall(b"y")
+    assert client.recv(1) == b"y" and len({session, client.session}) == 1
+
+
+def test_a_session_is_set_before_the_handshake_on_a_client_s_side(mixed: Ends, ends: Ends) -> None:
+    with pytest.raises(TypeError, match="Value is not a SSLSession"):
+        ends[0].session = "none"
+    for sock, words in (
+        (ends[0], "Cannot set session after handshake"),
+        (ends[1], "Cannot set session for server-side SSLSocket"),
+    ):
+        session = SSLSession(ends[0]._sslobj.stream.session(), sock.context)
+        with pytest.raises(ValueError, match=words):
+            sock.session = session
 
 
 # ── processes ──
