@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def test_a_program_runs_unchanged_with_the_bridge_in_it(
         text=True,
         timeout=PATIENCE,
         cwd=tmp_path,
-        env={"PYTHONPATH": ROOT, "PATH": ""},
+        env=os.environ | {"PYTHONPATH": ROOT},
     )
     assert ran.stdout.strip() == "bridge.ssl.contexts hello ['--x', 'y'] __main__", ran.stderr
     assert ran.returncode == 3
@@ -145,6 +146,6 @@ def test_run_without_a_program_says_what_it_needs() -> None:
         capture_output=True,
         text=True,
         timeout=PATIENCE,
-        env={"PYTHONPATH": ROOT},
+        env=os.environ | {"PYTHONPATH": ROOT},
     )
     assert ran.returncode == 2 and "script" in ran.stderr
