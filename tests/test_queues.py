@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 
 import pytest
-from peers import PATIENCE
+from peers import PATIENCE, Background
 
 import bridge
 from bridge import queues
@@ -90,14 +92,17 @@ def test_a_thread_that_has_taken_nothing_is_done_with_nothing() -> None:
     assert inbox.get_nowait() == ("session", 1)
 
 
-class Interrupted(Gate):
-    """Ctrl-C comes when it has just been rung."""
+class Scripted(Gate):
+    """One that does something else in place of sleeping."""
 
-    __slots__ = ("before",)
+    __slots__ = ("instead",)
+
+    def __init__(self, instead: Callable[[], object]) -> None:
+        super().__init__()
+        self.instead = instead
 
     def sleep(self, timeout: float | None) -> None:
-        self.before()  # type: ignore[attr-defined]
-        raise KeyboardInterrupt
+        self.instead()
 
 
 def test_what_an_interrupted_receiver_was_woken_for_is_somebody_else_s(
@@ -107,17 +112,17 @@ def test_what_an_interrupted_receiver_was_woken_for_is_somebody_else_s(
     taken: list[object] = []
     other = threading.Thread(target=lambda: taken.append(inbox.get(timeout=PATIENCE)))
 
-    def wake() -> None:
+    def wake_and_interrupt() -> None:
+        """Ctrl-C comes when it has just been rung."""
         monkeypatch.undo()
         other.start()
         deadline = time.monotonic() + PATIENCE
         while len(inbox._sleepers) < 2:
             assert time.monotonic() < deadline
         inbox.put((None, "a word"))
+        raise KeyboardInterrupt
 
-    gate = Interrupted()
-    gate.before = wake  # type: ignore[attr-defined]
-    monkeypatch.setattr(queues, "Gate", lambda: gate)
+    monkeypatch.setattr(queues, "Gate", lambda: Scripted(wake_and_interrupt))
     with pytest.raises(KeyboardInterrupt):
         inbox.get()
     other.join(PATIENCE)
@@ -151,3 +156,170 @@ def test_a_tally_hears_of_large_changes_and_of_the_end() -> None:
     assert tally.follow(2 * TALLY_STEP, TALLY_STEP) == TALLY_STEP == tally.used
     assert tally.follow(TALLY_STEP, 0) == 0 == tally.used
     assert tally.follow(0, 0) == 0 == tally.used
+
+
+def outbox_of(limit: int) -> tuple[Outbox, list[int]]:
+    told: list[int] = []
+    return Outbox(limit, Tally(1 << 30), lambda: told.append(1)), told
+
+
+def waiting_put(outbox: Outbox, data: bytes, background: Background, **how: bool) -> Future[bool]:
+    """A `put` that waits for room, on a thread of its own."""
+    count = len(outbox._waiting or ())
+    future = background.run(lambda: outbox.put(data, PATIENCE, **how))
+    deadline = time.monotonic() + PATIENCE
+    while len(outbox._waiting or ()) == count:
+        assert time.monotonic() < deadline and not future.done()
+    return future
+
+
+def test_a_flush_waits_for_the_very_last_byte() -> None:
+    outbox, told = outbox_of(10)
+    assert outbox.put(b"", None) and not told and outbox.idle()
+    outbox.flush(0.0)
+    assert outbox.put(b"ab", None) and told == [1]
+    with pytest.raises(bridge.OperationTimeout, match="flush: 2 bytes had not left within 0 seconds"):
+        outbox.flush(0.0)
+    outbox.give_back(1)
+    with pytest.raises(bridge.OperationTimeout, match="flush: 1 bytes"):
+        outbox.flush(0.0)
+    outbox.give_back(1)
+    outbox.flush(0.0)
+    outbox.hold(1)
+    with pytest.raises(bridge.OperationTimeout, match="flush: 1 bytes"):
+        outbox.flush(0.0)
+    outbox.give_back(1)
+    outbox.flush(0.0)
+
+
+def test_who_waits_for_room_is_told_what_became_of_the_message(background: Background) -> None:
+    outbox, told = outbox_of(3)
+    outbox.put(b"aaa", None)
+    assert outbox.take() == [b"aaa"] and told == [1]
+    waiting = waiting_put(outbox, b"bbb", background)
+    outbox.give_back(1)
+    assert outbox.held() == 2 and outbox.take() == []
+    outbox.give_back(2)
+    assert waiting.result(PATIENCE) is True
+    assert told == [1, 1] and outbox.take() == [b"bbb"] and outbox.held() == 3
+    alone = waiting_put(outbox, b"ccc", background, alone=True)
+    outbox.give_back(3)
+    assert alone.result(PATIENCE) is False
+    assert told == [1, 1] and outbox.take() == [] and outbox.held() == 0
+
+
+def test_who_comes_later_waits_behind_who_waits_also_if_there_were_room(background: Background) -> None:
+    outbox, _ = outbox_of(4)
+    outbox.put(b"aaa", None)
+    first = waiting_put(outbox, b"bbbb", background, alone=True)
+    second = waiting_put(outbox, b"c", background)
+    with pytest.raises(bridge.SendTimeout, match="no room for 1 bytes within 0 seconds"):
+        outbox.put(b"d", 0.0)
+    assert outbox.take() == [b"aaa"]
+    outbox.give_back(3)
+    assert first.result(PATIENCE) is True, "somebody is behind it"
+    outbox.give_back(4)
+    assert second.result(PATIENCE) is True
+    assert outbox.take() == [b"bbbb", b"c"]
+
+
+def test_who_gives_up_lets_the_next_in_line_through(background: Background) -> None:
+    outbox, told = outbox_of(4)
+    outbox.put(b"aaa", None)
+    assert outbox.take() == [b"aaa"]
+    first = background.run(outbox.put, b"bbbb", 0.1)
+    deadline = time.monotonic() + PATIENCE
+    while not outbox._waiting:
+        assert time.monotonic() < deadline
+    second = waiting_put(outbox, b"c", background)
+    with pytest.raises(
+        bridge.SendTimeout, match=r"no room for 4 bytes within 0\.1 seconds; nothing was sent"
+    ):
+        first.result(PATIENCE)
+    assert second.result(PATIENCE) is True and outbox.take() == [b"c"] and told == [1, 1]
+
+
+def test_whoever_gives_up_just_when_there_is_room_has_it_after_all() -> None:
+    outbox, told = outbox_of(4)
+    outbox.put(b"aaaa", None)
+    assert outbox.take() == [b"aaaa"]
+    ticket = queues._Ticket(b"b", False)
+    ticket.gate = Scripted(lambda: outbox.give_back(1))
+    with outbox._lock:
+        assert outbox._wait_for_room(ticket, 0.0) is True
+    assert outbox.take() == [b"b"] and told == [1, 1]
+
+
+def test_the_end_lets_everybody_go_and_counts_what_is_lost(background: Background) -> None:
+    outbox, _ = outbox_of(3)
+    outbox.put(b"aaa", None)
+    sender = waiting_put(outbox, b"b", background)
+    outbox.close(bridge.SessionClosed("closed"))
+    with pytest.raises(bridge.SessionClosed, match="closed"):
+        sender.result(PATIENCE)
+    assert outbox.closed and not outbox.idle() and outbox.held() == 3
+    flushing = background.run(outbox.flush, PATIENCE)
+    deadline = time.monotonic() + PATIENCE
+    while not outbox._flushing:
+        assert time.monotonic() < deadline
+    assert outbox.discard(bridge.Truncated("cut")) == 3
+    with pytest.raises(bridge.Truncated, match="cut"):
+        flushing.result(PATIENCE)
+    assert outbox.discard(bridge.Truncated("again")) == 0 == outbox.held() and outbox.take() == []
+    with pytest.raises(bridge.SessionClosed):
+        outbox.put(b"x", None)
+    with pytest.raises(bridge.Truncated, match="cut"):
+        outbox.flush(None)
+
+
+def test_the_bytes_of_the_whole_bridge_are_counted_and_bounded() -> None:
+    tally = Tally(TALLY_STEP)
+    one, other = (Outbox(1 << 20, tally, lambda: None) for _ in range(2))
+    one.put(bytes(TALLY_STEP), None)
+    assert tally.used == TALLY_STEP and one.full() and not other.full()
+    other.put(b"the first goes", None)
+    with pytest.raises(bridge.SendTimeout):
+        other.put(b"the second does not", 0.0)
+    one.give_back(TALLY_STEP)
+    assert tally.used == 0
+    other.put(b"now", 0.0)
+    assert other.held() == 17 and other.discard(bridge.Truncated("cut")) == 17
+
+
+def test_credit_that_is_gone_comes_back_when_half_of_it_is_free() -> None:
+    resumed: list[int] = []
+    inbox, tally = SessionInbox(), Tally(1 << 30)
+    credit = ReadCredit(10, tally, lambda: resumed.append(1), inbox)
+    credit.spend(10)
+    assert credit.room() == 0 and credit.held() == 10 and credit.overdraft() == 0
+    inbox._deliver(None, [b"a", b"b"], credit, 10, 5)
+    assert credit.held() == 10 and not resumed
+    assert inbox.get_nowait() == b"a" and resumed == [1] and credit.held() == 5
+    assert inbox.get_nowait() == b"b" and resumed == [1] and credit.held() == 0
+    credit.spend(12)
+    assert credit.overdraft() == 2 and credit.room() == 0
+    credit.settle(6)
+    assert resumed == [1] and credit.held() == 6
+    credit.settle(1)
+    assert resumed == [1, 1] and credit.room() == 5
+
+
+def test_what_a_bridge_holds_for_reading_is_counted_and_bounded() -> None:
+    tally = Tally(2 * TALLY_STEP)
+    inbox = SessionInbox()
+    one, other = (ReadCredit(1 << 20, tally, lambda: None, inbox) for _ in range(2))
+    one.spend(TALLY_STEP - 1)
+    assert tally.used == 0
+    one.spend(1)
+    assert tally.used == TALLY_STEP and other.room() == 1 << 20
+    one.keep(TALLY_STEP)
+    assert tally.used == 2 * TALLY_STEP and one.kept == TALLY_STEP
+    other.spend(1)
+    assert other.room() == 0 == one.room()
+    one.keep(0)
+    assert tally.used == TALLY_STEP and one.room() == (1 << 20) - TALLY_STEP
+    inbox._deliver(None, [b"m"], one, TALLY_STEP, TALLY_STEP)
+    assert one.held() == TALLY_STEP == tally.used
+    one.forfeit()
+    assert one.held() == 0 == tally.used
+    assert inbox.get_nowait() == b"m" and one.held() == 0 == tally.used
