@@ -282,6 +282,12 @@ def test_settings_that_every_context_has() -> None:
         assert context.raw.get_session_cache_mode() == SSL.SESS_CACHE_OFF
 
 
+def test_ciphersuites_need_a_pyopenssl_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(SSL.Context, "set_tls13_ciphersuites", raising=False)
+    with pytest.raises(ConfigurationError, match="needs pyOpenSSL"):
+        client(ciphersuites="TLS_AES_128_GCM_SHA256")
+
+
 def test_ciphers() -> None:
     suites = (
         {"ciphersuites": "TLS_CHACHA20_POLY1305_SHA256"}
@@ -861,7 +867,10 @@ def test_sni_takes_a_context_of_the_user_s_own() -> None:
     assert not b.done
 
 
-def test_the_stricter_prohibition_holds() -> None:
+@pytest.mark.parametrize("old", [False, True], ids=["pyOpenSSL-26", "older"])
+def test_the_stricter_prohibition_holds(old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if old:
+        monkeypatch.delattr(SSL.Connection, "set_options", raising=False)
     inner = server("b.example", renegotiation=False, **only("TLSv1.2"))
     outer = server(sni={"b.example": inner}, renegotiation=True, **only("TLSv1.2"))
     b = Ours(outer)

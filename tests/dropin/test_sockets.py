@@ -25,6 +25,7 @@ from peers import PATIENCE, Background, dial, receive_exactly
 from rig import tcp_pair
 
 import bridge
+from bridge.ssl.failures import as_stdlib
 from bridge.ssl.sessions import SSLSession
 from bridge.stream import Stream
 
@@ -375,6 +376,50 @@ def test_closing_the_bridge_takes_the_number_of_a_descriptor_from_its_socket(ca_
     assert client.fileno() == -1
 
 
+def client_of(own: Any, ca_file: str, near: socket.socket, **options: Any) -> Any:
+    """Our client's socket on the bridge *own*, before its handshake."""
+    return make_client_context("ours", ca_file).wrap_socket(near, do_handshake_on_connect=False, **options)
+
+
+def test_a_socket_whose_bridge_is_closed_before_it_begins_is_closed(
+    ca_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = bridge.Bridge(workers=1)
+    monkeypatch.setattr("bridge.ssl.sockets.default_bridge", lambda: own)
+    near, far = tcp_pair()
+    client = client_of(own, ca_file, near, server_hostname="localhost")
+    own._streams.seal()
+    with far, pytest.raises(OSError) as caught:
+        client.do_handshake()
+    assert caught.value.errno == errno.EBADF and client.fileno() == -1
+    own.close()
+    near, far = tcp_pair()
+    client = client_of(own, ca_file, near, server_hostname="localhost")
+    with far, client:
+        with pytest.raises(OSError) as caught:
+            client.do_handshake()
+        assert caught.value.errno == errno.EBADF and client.fileno() != -1, "it was never the bridge's"
+
+
+def test_a_socket_whose_peer_has_gone_before_it_begins(ca_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    near, far = tcp_pair()
+    client = client_of(None, ca_file, near, server_hostname="localhost")
+    with client:
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        far.close()
+        with pytest.raises(OSError):
+            for _ in range(2):
+                client.do_handshake()
+
+
+def test_shutting_down_for_reading_leaves_writing(mixed: Ends) -> None:
+    client, server = mixed
+    client.shutdown(socket.SHUT_RD)
+    client.sendall(b"still said")
+    assert receive_exactly(server, 10) == b"still said"
+    assert client.recv(1) == b""
+
+
 def test_shutdown_wakes_a_reader(ends: Ends, background: Background) -> None:
     client, server = ends
     reading = background.run(client.recv, 1)
@@ -723,3 +768,18 @@ sock.sendall(b"hi")
     )
     assert (ran.returncode, ran.stderr) == (0, b"")
     assert served.result(PATIENCE) == (b"hi", b"")
+
+
+# ── errors ──
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (bridge.EndOfStream("the end"), ssl.SSLZeroReturnError),
+        (bridge.SessionAborted("aborted"), OSError),
+        (bridge.ConfigurationError("not for the stdlib"), bridge.ConfigurationError),
+    ],
+)
+def test_each_error_is_the_very_class_of_the_stdlib(error: bridge.BridgeError, kind: type[Exception]) -> None:
+    assert type(as_stdlib(error)) is kind
