@@ -147,7 +147,7 @@ class EpollPoller(Generic[T]):
 if sys.platform == "linux":
     Poller = EpollPoller
 else:
-    Poller = SelectorPoller
+    Poller = SelectorPoller  # not on Linux
 
 
 class Doorbell:

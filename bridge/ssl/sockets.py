@@ -526,4 +526,4 @@ def _kernel_timeout(sock: socket.socket, option: int) -> float:
     if len(found) == 16:
         seconds, microseconds = struct.unpack("ll", found)
         return float(seconds + microseconds / 1e6)
-    return int.from_bytes(found[:4], "little") / 1000  # Windows: a DWORD of milliseconds
+    return int.from_bytes(found[:4], "little") / 1000  # not on Linux: a DWORD of milliseconds

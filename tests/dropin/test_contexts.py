@@ -1091,7 +1091,10 @@ def test_a_core_that_would_ask_whose_connection_it_is_refuses_those_of_nobody(
 
 
 @needs_core
-def test_a_core_has_another_way_to_set_a_curve(pair: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@each_side
+def test_a_core_has_another_way_to_set_a_curve(
+    side: str, pair: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delattr(contexts._lib, "SSL_CTX_set1_curves_list", raising=False)
     pair["ours"].set_ecdh_curve("prime256v1")
     agreed(pair["client"], pair["server"])
