@@ -82,6 +82,7 @@ def fail(pollable: Pollable, error: Exception, whose: str) -> None:
     failure = SessionAborted(f"internal error: {error!r}")
     failure.__cause__ = error
     pollable.end(failure)
+    pollable.again = True  # for a turn that finds out what to wait for now, and until when
 
 
 class _Watch:

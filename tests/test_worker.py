@@ -335,6 +335,20 @@ def test_a_turn_that_raises_ends_its_own_session_and_says_so(worker: Worker) -> 
     assert not well.ends and worker.load() == 1, "what it left is looked at"
 
 
+def test_what_a_bug_has_ended_has_one_more_turn(worker: Worker) -> None:
+    ill = Thing()
+
+    def fall() -> None:
+        ill.act = lambda: setattr(ill, "again", False)
+        raise ValueError("a bug")
+
+    ill.act = fall
+    with capture_logs():
+        given(worker, ill)
+    structlog.reset_defaults()
+    assert worker.step() and ill.turns == [AGAIN] and not worker.step()
+
+
 def test_a_session_that_spins_is_watched_and_ended_after_so_many_turns_in_vain(
     worker: Worker, pair: tuple[socket.socket, socket.socket]
 ) -> None:
