@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from rig import BLOCK, Lockstep, Raw, only, raw_context, shake, shrink
 
 import bridge
-from bridge.engine import TLSEngine
+from bridge.engine import TLSEngine, _record_size
+from bridge.limits import RECORD_BYTES
 from bridge.poll import Want
 
 VERSIONS = ("TLSv1.2", "TLSv1.3")
@@ -704,3 +705,80 @@ def test_a_raw_peer_gets_every_byte_that_an_engine_on_a_detour_says(
         while server.flush() is not None:
             found += client.read_all()
     assert found + client.read_all() == said
+
+
+# ── exact ends ──
+
+
+def test_on_the_detour_what_follows_close_notify_is_left_over(
+    rig: Lockstep, contexts: dict[str, Pair]
+) -> None:
+    client, server = engines(rig, contexts["TLSv1.3"], *rig.small_pair())
+    memory = TLSEngine(contexts["TLSv1.3"][0], server_hostname="localhost")
+    assert client.leftover() == b"" == memory.leftover()
+    assert client.write(b"B" * BLOCK) == BLOCK and client.on_detour
+    assert server.shutdown() is False
+    assert client.read(10) == b""
+    client.feed(b"plain text")  # as it comes if the detour has begun in the middle of a record
+    assert client.leftover() == b"plain text" and client.leftover() == b""
+
+
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [
+        ("1703030010", 16),
+        ("1603010200", 512),
+        ("1403030001", 1),
+        ("1803030003", 3),
+        ("1703034800", RECORD_BYTES + 2048),
+        ("1703034801", RECORD_BYTES),
+        ("1303030010", RECORD_BYTES),
+        ("1903030010", RECORD_BYTES),
+        ("1702030010", RECORD_BYTES),
+    ],
+)
+def test_how_much_follows_a_header(header: str, size: int) -> None:
+    assert _record_size(bytes.fromhex(header)) == size
+
+
+def test_the_detour_reads_no_further_than_the_record_that_openssl_waits_for(
+    rig: Lockstep, contexts: dict[str, Pair]
+) -> None:
+    near, far = rig.small_pair()
+    client, server = engines(rig, contexts["TLSv1.3"], near, far)
+    assert client.write(b"B" * BLOCK) == BLOCK and client.on_detour
+    assert server.write(b"one") == 3 and server.write(b"two") == 3
+    there = len(near.recv(1 << 16, socket.MSG_PEEK))
+    assert client.read(10) == b"one"
+    assert len(near.recv(1 << 16, socket.MSG_PEEK)) == there // 2, "the second record is still in the kernel"
+    assert client.read(10) == b"two" and client.read(10) is Want.READ and client.wants["read", Want.READ] >= 1
+
+
+def test_after_an_error_each_call_says_the_same(contexts: dict[str, Pair]) -> None:
+    client = TLSEngine(contexts["TLSv1.3"][0], server_hostname="localhost")
+    assert client.handshake() is Want.READ
+    client.feed(b"")
+    for call in (
+        client.handshake,
+        lambda: client.read(1),
+        lambda: client.peek(1),
+        lambda: client.write(b"x"),
+    ):
+        with pytest.raises(bridge.Truncated, match="without close_notify, during the handshake"):
+            call()
+
+
+def test_first_bytes_are_kept_and_no_more_than_are_shown(contexts: dict[str, Pair]) -> None:
+    server = TLSEngine(contexts["TLSv1.3"][1])
+    for part in (b"GET /", b"a" * 11, b"b" * 16, b"c"):
+        server.feed(part)
+    assert server.first_bytes == b"GET /" + b"a" * 11
+
+
+def test_a_want_of_each_call_is_counted(rig: Lockstep, contexts: dict[str, Pair]) -> None:
+    client, _ = engines(rig, contexts["TLSv1.3"], *rig.small_pair())
+    for count in (1, 2):
+        assert client.read(1) is Want.READ
+        assert client.wants == {("read", Want.READ): count}
+    assert client.peek(1) is Want.READ
+    assert client.wants == {("read", Want.READ): 2, ("peek", Want.READ): 1}

@@ -323,3 +323,35 @@ def test_what_a_bridge_holds_for_reading_is_counted_and_bounded() -> None:
     one.forfeit()
     assert one.held() == 0 == tally.used
     assert inbox.get_nowait() == b"m" and one.held() == 0 == tally.used
+
+
+def test_who_waits_for_room_is_woken_when_half_of_it_is_free(background: Background) -> None:
+    outbox, told = outbox_of(6)
+    outbox.put(b"aaaaaa", None)
+    assert outbox.take() == [b"aaaaaa"]
+    waiting = waiting_put(outbox, b"b", background)
+    outbox.give_back(2)
+    assert outbox.held() == 4 and told == [1], "there is room, but it is not worth a wake-up yet"
+    outbox.give_back(1)
+    assert waiting.result(PATIENCE) is True
+    assert outbox.held() == 4 and told == [1, 1]
+
+
+def test_a_flush_that_is_done_just_in_time_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    outbox, _ = outbox_of(6)
+    outbox.put(b"aaaaaa", None)
+
+    def too_late(self: Outbox, timeout: float | None) -> bool:
+        self._gone += 6
+        return False
+
+    monkeypatch.setattr(Outbox, "_sleep", too_late)
+    outbox.flush(1.0)
+
+
+def test_nobody_is_counted_as_flushing_who_is_not() -> None:
+    outbox, _ = outbox_of(6)
+    outbox.put(b"aaaaaa", None)
+    with pytest.raises(bridge.OperationTimeout):
+        outbox.flush(0.001)
+    assert outbox._flushing == 0
