@@ -355,3 +355,44 @@ def test_nobody_is_counted_as_flushing_who_is_not() -> None:
     with pytest.raises(bridge.OperationTimeout):
         outbox.flush(0.001)
     assert outbox._flushing == 0
+
+
+class Meanwhile:
+    """A lock that somebody else had until just now, and what happened meanwhile."""
+
+    def __init__(self, happened: Callable[[], object]) -> None:
+        self.happened = happened
+
+    def __enter__(self) -> None:
+        self.happened()
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_an_owner_who_finds_no_credit_just_when_all_is_taken_goes_on() -> None:
+    """Nobody would ever call it back."""
+    credit = ReadCredit(10, Tally(1 << 30), lambda: None, SessionInbox())
+    credit.spend(10)
+
+    def taken() -> None:
+        credit._decoded += 10
+
+    credit._lock = Meanwhile(taken)  # type: ignore[assignment]
+    assert credit.room() == 10 and not credit._paused
+
+
+def test_an_owner_takes_no_lock_for_a_small_read() -> None:
+    credit = ReadCredit(1 << 20, Tally(1 << 30), lambda: None, SessionInbox())
+    for _ in range(3):
+        credit.spend(TALLY_STEP)
+        credit.settle(TALLY_STEP)
+
+    def refuse() -> None:
+        raise AssertionError("it waits for the inbox")
+
+    credit._lock = Meanwhile(refuse)  # type: ignore[assignment]
+    credit.spend(TALLY_STEP - 1)
+    assert credit.room() == (1 << 20) - TALLY_STEP + 1
+    with pytest.raises(AssertionError, match="waits for the inbox"):
+        credit.spend(1)
