@@ -11,7 +11,7 @@ import pytest
 from peers import PATIENCE, Background
 
 import bridge
-from bridge import queues
+from bridge import forks, queues
 from bridge.codecs import LengthPrefixed
 from bridge.queues import (
     TALLY_STEP,
@@ -105,28 +105,48 @@ class Scripted(Gate):
         self.instead()
 
 
+def sleepers(inbox: Inbox, count: int) -> list[Gate]:
+    """Those of *inbox*, once there are so many."""
+    deadline = time.monotonic() + PATIENCE
+    while len(inbox._sleepers) < count:
+        assert time.monotonic() < deadline
+    return list(inbox._sleepers)
+
+
+def test_a_word_wakes_the_first_who_sleeps_and_nobody_else(background: Background) -> None:
+    inbox = SessionInbox()
+    first = background.run(lambda: inbox.get(timeout=PATIENCE))
+    sleepers(inbox, 1)
+    second = background.run(lambda: inbox.get(timeout=PATIENCE))
+    _, gate = sleepers(inbox, 2)
+    inbox.put((None, "a word"))
+    assert first.result(PATIENCE) == "a word" and list(inbox._sleepers) == [gate]
+    inbox.put((None, "another"))
+    assert second.result(PATIENCE) == "another" and not inbox._sleepers
+
+
 def test_what_an_interrupted_receiver_was_woken_for_is_somebody_else_s(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, background: Background
 ) -> None:
     inbox = SessionInbox()
-    taken: list[object] = []
-    other = threading.Thread(target=lambda: taken.append(inbox.get(timeout=PATIENCE)))
+    others = []
 
     def wake_and_interrupt() -> None:
         """Ctrl-C comes when it has just been rung."""
         monkeypatch.undo()
-        other.start()
-        deadline = time.monotonic() + PATIENCE
-        while len(inbox._sleepers) < 2:
-            assert time.monotonic() < deadline
+        for count in (2, 3):
+            others.append(background.run(lambda: inbox.get(timeout=PATIENCE)))
+            sleepers(inbox, count)
         inbox.put((None, "a word"))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(queues, "Gate", lambda: Scripted(wake_and_interrupt))
     with pytest.raises(KeyboardInterrupt):
         inbox.get()
-    other.join(PATIENCE)
-    assert taken == ["a word"]
+    assert others[0].result(PATIENCE) == "a word"
+    assert len(inbox._sleepers) == 1 and not others[1].done(), "one word wakes one"
+    inbox.put((None, "another"))
+    assert others[1].result(PATIENCE) == "another"
 
 
 def test_a_put_that_ctrl_c_cuts_short_rings_all_the_same() -> None:
@@ -396,3 +416,107 @@ def test_an_owner_takes_no_lock_for_a_small_read() -> None:
     assert credit.room() == (1 << 20) - TALLY_STEP + 1
     with pytest.raises(AssertionError, match="waits for the inbox"):
         credit.spend(1)
+
+
+def test_what_messages_cost_counts_from_the_first_step_on() -> None:
+    tally = Tally(1 << 30)
+    inbox = SessionInbox()
+    credit = ReadCredit(1 << 20, tally, lambda: None, inbox)
+    inbox._deliver(None, [b"m"], credit, 0, TALLY_STEP - 1)
+    assert tally.used == 0
+    assert inbox.get_nowait() == b"m"
+    inbox._deliver(None, [b"m"], credit, 0, TALLY_STEP)
+    assert tally.used == TALLY_STEP
+    assert inbox.get_nowait() == b"m" and tally.used == 0
+
+
+def test_an_inbox_of_the_parent_is_refused_in_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    inbox = Inbox()
+    inbox.put((None, "a word"))
+    monkeypatch.setattr(forks, "current", forks.current + 1)
+    with pytest.raises(bridge.ForkedError):
+        inbox.get_nowait()
+
+
+def test_a_shared_inbox_gives_credit_back_exactly_and_resumes_who_had_none() -> None:
+    resumed: list[int] = []
+    shared = Inbox()
+    credit = ReadCredit(10, Tally(1 << 30), lambda: resumed.append(1), shared)
+    credit.spend(10)
+    assert credit.room() == 0
+    shared._deliver("session", [b"a", b"b"], credit, 10, 5)
+    assert shared.get_nowait() == ("session", b"a") and credit.held() == 5 and resumed == [1]
+    assert shared.get_nowait() == ("session", b"b") and credit.held() == 0 and resumed == [1]
+    with pytest.raises(bridge.ReceiveTimeout, match="no message within 0 seconds"):
+        shared.get_nowait()
+    with pytest.raises(bridge.ReceiveTimeout, match=r"no message within 0\.01 seconds"):
+        shared.get(timeout=0.01)
+
+
+def test_the_messages_of_a_session_wait_for_its_handler_and_those_of_nobody_for_none() -> None:
+    shared = Inbox()
+    for number in range(3):
+        shared.put(("one", number))
+    shared.put((None, "a word"))
+    shared.put(("other", 0))
+    shared.put((None, "another"))
+    assert shared.qsize() == 6 and not shared.empty() and not shared.full()
+    assert shared.get_nowait() == ("one", 0)
+    other: list[object] = []
+
+    def handle() -> None:
+        for _ in range(3):
+            other.append(shared.get_nowait())
+        with pytest.raises(bridge.ReceiveTimeout):
+            shared.get_nowait()
+
+    thread = threading.Thread(target=handle)
+    thread.start()
+    thread.join()
+    assert other == [(None, "a word"), ("other", 0), (None, "another")] and shared.qsize() == 2
+    assert shared.get_nowait() == ("one", 1)
+    shared.task_done()
+    assert shared.get_nowait() == ("one", 2)
+    shared.task_done()
+    shared.task_done()
+    assert shared.qsize() == 0 and shared._behind == {} and shared.empty()
+
+
+def test_an_inbox_ends_with_the_last_of_its_feeders_after_what_is_in_it() -> None:
+    shared = Inbox()
+    shared._attach()
+    shared._attach()
+    shared.put(("one", 1))
+    shared.put(("one", 2))
+    shared._detach()
+    assert shared._over is None
+    shared._detach()
+    assert shared.get_nowait() == ("one", 1) and shared.get_nowait() == ("one", 2)
+    with pytest.raises(bridge.ShutDown, match="every Bridge that fed this inbox is closed"):
+        shared.get_nowait()
+    shared.shutdown()
+    with pytest.raises(bridge.ShutDown, match="every Bridge"):
+        shared.get_nowait()
+    shared._attach()
+    with pytest.raises(bridge.ReceiveTimeout):
+        shared.get_nowait()
+
+
+def test_a_handler_that_was_given_the_end_closes_the_session_when_it_comes_back() -> None:
+    shared, done = Inbox(), []
+    shared._end("never open", bridge.Truncated("cut"), False, lambda: done.append("never"))
+    shared._end("open", bridge.Truncated("cut"), True, lambda: done.append("open"))
+    assert shared.get_nowait() == ("open", None) and done == []
+    with pytest.raises(bridge.ReceiveTimeout):
+        shared.get_nowait()
+    assert done == ["open"]
+
+
+def test_a_look_leaves_the_message_and_its_credit_where_they_are() -> None:
+    inbox = SessionInbox()
+    credit = ReadCredit(10, Tally(1 << 30), lambda: None, inbox)
+    with pytest.raises(bridge.ReceiveTimeout):
+        inbox.peek(0.0)
+    inbox._deliver(None, [b"a"], credit, 1, 5)
+    assert inbox.peek() == b"a" == inbox.peek(0.0) and inbox.qsize() == 1 and credit.held() == 4
+    assert inbox.get() == b"a" and credit.held() == -1
