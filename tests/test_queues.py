@@ -129,14 +129,14 @@ def test_what_an_interrupted_receiver_was_woken_for_is_somebody_else_s(
     monkeypatch: pytest.MonkeyPatch, background: Background
 ) -> None:
     inbox = SessionInbox()
-    others = []
+    others, gates = [], []
 
     def wake_and_interrupt() -> None:
         """Ctrl-C comes when it has just been rung."""
         monkeypatch.undo()
         for count in (2, 3):
             others.append(background.run(lambda: inbox.get(timeout=PATIENCE)))
-            sleepers(inbox, count)
+            gates[:] = sleepers(inbox, count)
         inbox.put((None, "a word"))
         raise KeyboardInterrupt
 
@@ -144,7 +144,7 @@ def test_what_an_interrupted_receiver_was_woken_for_is_somebody_else_s(
     with pytest.raises(KeyboardInterrupt):
         inbox.get()
     assert others[0].result(PATIENCE) == "a word"
-    assert len(inbox._sleepers) == 1 and not others[1].done(), "one word wakes one"
+    assert list(inbox._sleepers) == gates[-1:], "one word wakes one"
     inbox.put((None, "another"))
     assert others[1].result(PATIENCE) == "another"
 
