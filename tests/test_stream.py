@@ -464,7 +464,7 @@ def test_a_clean_end_and_a_half_close(pair: Pair) -> None:
     server.write(b"answer")
     server.close()
     assert client.read(100, PATIENCE) == b"answer"
-    assert client.read(100, PATIENCE) == b""
+    assert client.read(100, PATIENCE) == b"" == client.peek(100, PATIENCE)
     client.close()
     for end in pair:
         finished(end)
