@@ -520,3 +520,45 @@ def test_a_look_leaves_the_message_and_its_credit_where_they_are() -> None:
     inbox._deliver(None, [b"a"], credit, 1, 5)
     assert inbox.peek() == b"a" == inbox.peek(0.0) and inbox.qsize() == 1 and credit.held() == 4
     assert inbox.get() == b"a" and credit.held() == -1
+
+
+def test_a_handler_that_is_done_wakes_one_who_sleeps(background: Background) -> None:
+    shared = Inbox()
+    for number in range(2):
+        shared.put(("session", number))
+    assert shared.get_nowait() == ("session", 0)
+    first = background.run(lambda: shared.get(timeout=PATIENCE))
+    sleepers(shared, 1)
+    second = background.run(lambda: shared.get(timeout=PATIENCE))
+    _, gate = sleepers(shared, 2)
+    shared.task_done()
+    assert first.result(PATIENCE) == ("session", 1) and list(shared._sleepers) == [gate]
+    shared.put((None, "a word"))
+    assert second.result(PATIENCE) == (None, "a word")
+
+
+def test_everybody_who_sleeps_learns_of_the_end_once_all_is_taken(background: Background) -> None:
+    shared = Inbox()
+    for number in range(2):
+        shared.put(("session", number))
+    assert shared.get_nowait() == ("session", 0)
+    others = [background.run(lambda: shared.get(timeout=PATIENCE)) for _ in range(2)]
+    before = sleepers(shared, 2)
+    shared.shutdown()
+    while set(sleepers(shared, 2)) & set(before):
+        assert not any(other.done() for other in others), "something waits behind its session"
+    assert shared.get_nowait() == ("session", 1)
+    shared.task_done()
+    for other in others:
+        with pytest.raises(bridge.ShutDown):
+            other.result(PATIENCE)
+
+
+def test_reading_goes_on_when_what_was_read_becomes_less() -> None:
+    resumed: list[int] = []
+    inbox = SessionInbox()
+    credit = ReadCredit(10, Tally(1 << 30), lambda: resumed.append(1), inbox)
+    credit.spend(10)
+    assert credit.room() == 0
+    inbox._deliver(None, [b"m"], credit, 10, 2)
+    assert resumed == [1] and credit.room() == 8
