@@ -353,8 +353,8 @@ def test_who_waits_for_room_is_woken_when_half_of_it_is_free(background: Backgro
     outbox.give_back(2)
     assert outbox.held() == 4 and told == [1], "there is room, but it is not worth a wake-up yet"
     outbox.give_back(1)
+    assert outbox.take() == [b"b"] and outbox.held() == 4 and told == [1, 1]
     assert waiting.result(PATIENCE) is True
-    assert outbox.held() == 4 and told == [1, 1]
 
 
 def test_a_flush_that_is_done_just_in_time_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -562,3 +562,18 @@ def test_reading_goes_on_when_what_was_read_becomes_less() -> None:
     assert credit.room() == 0
     inbox._deliver(None, [b"m"], credit, 10, 2)
     assert resumed == [1] and credit.room() == 8
+
+
+def test_a_look_passes_its_wake_up_on_to_one(background: Background) -> None:
+    inbox = SessionInbox()
+    looking = background.run(lambda: inbox.peek(PATIENCE))
+    sleepers(inbox, 1)
+    first = background.run(lambda: inbox.get(timeout=PATIENCE))
+    sleepers(inbox, 2)
+    second = background.run(lambda: inbox.get(timeout=PATIENCE))
+    *_, gate = sleepers(inbox, 3)
+    inbox.put((None, "a word"))
+    assert looking.result(PATIENCE) == first.result(PATIENCE) == "a word"
+    assert list(inbox._sleepers) == [gate]
+    inbox.put((None, "another"))
+    assert second.result(PATIENCE) == "another"
