@@ -657,6 +657,11 @@ def state_of(pid: int) -> str:
     return stat.read_text().rpartition(")")[2].split()[0] if stat.exists() else "S"
 
 
+def test_a_handle_that_was_never_made_goes_in_silence() -> None:
+    """As when Ctrl-C comes in the middle of its making."""
+    bridge.Session.__new__(bridge.Session).__del__()
+
+
 # ── a bridge that is closed at the same time ──
 
 

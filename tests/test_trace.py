@@ -12,6 +12,7 @@ from rig import only, tcp_pair
 
 import bridge
 from bridge import tracing
+from bridge.tap import _calling, _on_message
 
 SECRET = b"correct horse battery staple"
 
@@ -117,6 +118,13 @@ def test_a_trace_shows_the_sleeps_of_a_stream_and_what_ended_each(server_cert: K
     sleeps = {event.outcome for event in seen.events if event.kind == "sleep"}
     assert {"a deadline", "socket readable", "doorbell"} <= sleeps
     assert any(event.what == "SSL_renegotiate" for event in seen.events)
+
+
+def test_a_message_of_no_bytes_and_one_outside_of_any_call_are_not_noted() -> None:
+    """OpenSSL calls back in the middle of a call, and in a moment's time none is under way."""
+    _on_message(1, 0, 22, b"x", 1)
+    _calling.connection = None
+    _on_message(0, 0, 22, b"", 0)
 
 
 def test_nothing_is_noted_after_a_trace() -> None:

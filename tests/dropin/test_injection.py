@@ -140,6 +140,18 @@ def test_a_program_runs_unchanged_with_the_bridge_in_it(
     served.result(PATIENCE)
 
 
+def test_run_ends_with_status_0_as_its_program_does(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("import ssl; print(ssl.SSLContext.__module__)")
+    ran = subprocess.run(
+        [sys.executable, "-m", "bridge", "run", str(tmp_path / "program.py")],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=os.environ | {"PYTHONPATH": ROOT},
+    )
+    assert (ran.stdout, ran.returncode) == ("bridge.ssl.contexts\n", 0), ran.stderr
+
+
 def test_run_without_a_program_says_what_it_needs() -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "bridge", "run"],

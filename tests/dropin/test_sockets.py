@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import gc
 import os
@@ -401,15 +402,108 @@ def test_a_socket_whose_bridge_is_closed_before_it_begins_is_closed(
         assert caught.value.errno == errno.EBADF and client.fileno() != -1, "it was never the bridge's"
 
 
-def test_a_socket_whose_peer_has_gone_before_it_begins(ca_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_a_socket_whose_peer_has_gone_before_it_begins(known: bool, ca_file: str) -> None:
     near, far = tcp_pair()
     client = client_of(None, ca_file, near, server_hostname="localhost")
     with client:
         far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         far.close()
-        with pytest.raises(OSError):
-            for _ in range(2):
+        if known:
+            assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
+        with pytest.raises(OSError) as caught:
+            client.do_handshake()
+        assert caught.value.errno in (errno.ENOTCONN, errno.ECONNRESET, errno.EPIPE)
+
+
+def test_a_name_that_is_none_is_refused_at_the_handshake(ca_file: str) -> None:
+    near, far = tcp_pair()
+    with far, client_of(None, ca_file, near, server_hostname="a b.example") as client:
+        with pytest.raises(bridge.ConfigurationError, match="neither a DNS name nor an IP address"):
+            client.do_handshake()
+        assert client.fileno() != -1
+
+
+def test_a_socket_that_was_never_handed_out_is_closed_in_silence(
+    ca_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = tcp_pair()
+
+    def broken(self: object) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(our_ssl().SSLSocket, "getpeername", broken)
+    with far:
+        far.settimeout(PATIENCE)
+        with pytest.raises(OSError, match="broken"):
+            client_of(None, ca_file, near, server_hostname="localhost")
+        gc.collect()
+        assert far.recv(1) == b""
+
+
+def test_a_close_that_is_interrupted_before_tls_has_begun_is_made_up_for(
+    ca_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = tcp_pair()
+
+    def interrupt(self: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    with far:
+        far.settimeout(PATIENCE)
+        made = [client_of(None, ca_file, near, server_hostname="localhost")]
+        monkeypatch.setattr(ssl.SSLSocket, "_real_close", interrupt)
+        with contextlib.suppress(KeyboardInterrupt):
+            made[0].close()
+        with pytest.warns(ResourceWarning, match="unclosed"):
+            made.clear()
+            gc.collect()
+        assert far.recv(1) == b""
+
+
+def test_facts_of_an_accepted_socket_wait_for_its_handshake(
+    background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    listener = make_server_context("ours", server_cert).wrap_socket(
+        socket.create_server(("127.0.0.1", 0)), server_side=True
+    )
+    with listener, socket.create_connection(listener.getsockname()) as near:
+        accepted, _ = listener.accept()
+        with accepted:
+            accepted.settimeout(PATIENCE)
+            asking = background.run(accepted.version)
+            with client_of(None, ca_file, near, server_hostname="localhost") as client:
+                client.settimeout(PATIENCE)
                 client.do_handshake()
+                assert asking.result(PATIENCE) == client.version() == accepted.version()
+
+
+def test_a_socket_that_is_closed_in_the_middle_of_unwrap_stays_closed(
+    mixed: Ends, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, server = mixed
+    unwrap = Stream.unwrap
+
+    def closing(*arguments: Any) -> Any:
+        inner, leftover = unwrap(*arguments)
+        client.close()
+        return inner, leftover
+
+    monkeypatch.setattr(Stream, "unwrap", closing)
+    unwrapping = background.run(server.unwrap)
+    client.unwrap()
+    assert client.fileno() == -1
+    unwrapping.result(PATIENCE)
+
+
+def test_the_session_of_a_connection_that_was_cut_off_is_the_last_one_seen(mixed: Ends) -> None:
+    client, server = mixed
+    server.sendall(b"x")
+    assert client.recv(1) == b"x"
+    seen = client.session
+    socket.socket.shutdown(server, socket.SHUT_WR)
+    assert client.recv(1) == b"" and client.session == seen
 
 
 def test_shutting_down_for_reading_leaves_writing(mixed: Ends) -> None:
