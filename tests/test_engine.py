@@ -782,3 +782,51 @@ def test_a_want_of_each_call_is_counted(rig: Lockstep, contexts: dict[str, Pair]
         assert client.wants == {("read", Want.READ): count}
     assert client.peek(1) is Want.READ
     assert client.wants == {("read", Want.READ): 2, ("peek", Want.READ): 1}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_client_says_hello_before_it_reads(rig: Lockstep, version: str, contexts: dict[str, Pair]) -> None:
+    near, far = rig.small_pair()
+    client = TLSEngine(contexts[version][0], near, server_hostname="localhost")
+    flight = client.hello(near)
+    assert flight[:3] == b"\x16\x03\x01" and len(flight) == 5 + int.from_bytes(flight[3:5], "big")
+    near.sendall(flight)
+    assert client.wants == {("handshake", Want.READ): 1} and not client.on_detour
+    server = TLSEngine(contexts[version][1], far)
+    shake(server, client)
+    assert client.write(b"x") == 1 and server.read(1) == b"x"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_owner_need_not_ask_who_the_peer_is(
+    rig: Lockstep, version: str, contexts: dict[str, Pair]
+) -> None:
+    near, far = rig.large_pair()
+    client = TLSEngine(contexts[version][0], near, server_hostname="localhost")
+    server = TLSEngine(contexts[version][1], far)
+    shake(client, server)
+    assert client.write(b"there") == 5 and server.read(10) == b"there"
+    assert server.write(b"back") == 4 and client.read(10) == b"back"
+    assert not client.mid_handshake() and not client.renegotiating()
+    assert client.shutdown() is False and server.read(1) == b"" and server.shutdown() is True
+    assert client.read(1) == b"" and client.shutdown() is True
+
+
+def test_a_renegotiation_that_the_peer_has_closed_the_door_to_is_none(
+    rig: Lockstep, contexts: dict[str, Pair]
+) -> None:
+    client, server = engines(rig, contexts["TLSv1.2"], *rig.small_pair())
+    assert not server.renegotiating()
+    server.renegotiate()
+    assert server.renegotiating()
+    assert server.read(1) is Want.READ and server.renegotiating()
+    assert client.shutdown() is False
+    assert server.read(1) == b"" and not server.renegotiating()
+
+
+def test_nothing_is_asked_of_openssl_that_it_lies_about(rig: Lockstep, contexts: dict[str, Pair]) -> None:
+    client, _ = engines(rig, contexts["TLSv1.3"], *rig.small_pair())
+    for call in (lambda: client.read(0), lambda: client.peek(0), lambda: client.write(b"")):
+        with pytest.raises(AssertionError):
+            call()
+    assert client.write(b"x") == 1
