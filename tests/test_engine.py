@@ -830,3 +830,29 @@ def test_nothing_is_asked_of_openssl_that_it_lies_about(rig: Lockstep, contexts:
         with pytest.raises(AssertionError):
             call()
     assert client.write(b"x") == 1
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_write_that_waits_is_repeated_with_the_same_chunk_and_nothing_comes_between(
+    version: str, contexts: dict[str, Pair]
+) -> None:
+    client = TLSEngine(contexts[version][0], server_hostname="localhost")
+    server = TLSEngine(contexts[version][1])
+    chunk = b"the first words"
+    assert client.write(chunk) is Want.READ, "they wait for the handshake"
+    same_bytes = bytes(bytearray(chunk))
+    for call in (lambda: client.write(same_bytes), client.shutdown, client.renegotiate):
+        with pytest.raises(AssertionError):
+            call()
+    done: int | Want = Want.READ
+    for _ in range(10):
+        carry(client, server)
+        server.handshake()
+        carry(server, client)
+        if done is Want.READ:
+            done = client.write(chunk)
+    assert done == len(chunk)
+    assert client.write(b", and more") == 10
+    carry(client, server)
+    assert server.read(100) == chunk and server.read(100) == b", and more"
+    assert client.shutdown() is False
