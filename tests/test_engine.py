@@ -856,3 +856,29 @@ def test_a_write_that_waits_is_repeated_with_the_same_chunk_and_nothing_comes_be
     carry(client, server)
     assert server.read(100) == chunk and server.read(100) == b", and more"
     assert client.shutdown() is False
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_the_handshake_settled_is_noted(rig: Lockstep, version: str, contexts: dict[str, Pair]) -> None:
+    near, far = rig.small_pair()
+    client = TLSEngine(contexts[version][0], near, server_hostname="localhost")
+    server = TLSEngine(contexts[version][1], far)
+    shake(client, server)
+    ours, theirs = client.established("localhost", "there", near), server.established(None, "here", far)
+    assert (ours.version, ours.peername, theirs.peername) == (version, "there", "here")
+    assert ours.cipher == theirs.cipher and ours.cipher.startswith(("TLS_", "ECDHE-"))
+    assert ours.cipher_bits == theirs.cipher_bits and ours.cipher_bits in (128, 256)
+    assert ours.cipher_version.startswith("TLSv1") and not ours.resumed and not theirs.resumed
+    assert ours.server_name == theirs.server_name == "localhost" and ours.alpn is theirs.alpn is None
+    assert ours.peer_certificate is not None and theirs.peer_certificate is None
+    assert ours.verified_chain[0] == ours.presented_chain[0] == ours.peer_certificate
+    assert len(ours.verified_chain) == 2 and theirs.verified_chain == theirs.presented_chain == ()
+    assert ours.tls_unique == theirs.tls_unique != b""
+
+
+def test_one_byte_inside_is_something(rig: Lockstep, contexts: dict[str, Pair]) -> None:
+    client, server = engines(rig, contexts["TLSv1.3"], *rig.small_pair())
+    assert server.write(b"ab") == 2
+    assert not client.has_more()
+    assert client.read(1) == b"a" and client.has_more() and client.pending() == 1
+    assert client.read(1) == b"b" and not client.has_more()
