@@ -882,3 +882,23 @@ def test_one_byte_inside_is_something(rig: Lockstep, contexts: dict[str, Pair]) 
     assert not client.has_more()
     assert client.read(1) == b"a" and client.has_more() and client.pending() == 1
     assert client.read(1) == b"b" and not client.has_more()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_session_is_remembered_by_its_key_and_not_without_one(
+    rig: Lockstep, version: str, contexts: dict[str, Pair]
+) -> None:
+    resumed = []
+    for key in (None, "key", "key", None):
+        near, far = rig.small_pair()
+        client = TLSEngine(contexts[version][0], near, server_hostname="localhost", resume_key=key)
+        server = TLSEngine(contexts[version][1], far)
+        shake(client, server)
+        resumed.append(client.established("localhost", None, near).resumed)
+        server.established(None, None, far)
+        assert server.write(b"x") == 1 and client.read(1) == b"x", "and the tickets"
+        client.remember()
+        assert client.shutdown() is False and server.read(1) == b"" and server.shutdown() is True
+        assert client.read(1) == b""
+        client.remember()
+    assert resumed == [False, False, True, False]

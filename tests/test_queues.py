@@ -551,7 +551,7 @@ def test_everybody_who_sleeps_learns_of_the_end_once_all_is_taken(background: Ba
     shared.task_done()
     for other in others:
         with pytest.raises(bridge.ShutDown):
-            other.result(PATIENCE)
+            other.result(PATIENCE / 2)  # not only when its own time is up
 
 
 def test_reading_goes_on_when_what_was_read_becomes_less() -> None:
