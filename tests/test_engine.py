@@ -902,3 +902,33 @@ def test_a_session_is_remembered_by_its_key_and_not_without_one(
         assert client.read(1) == b""
         client.remember()
     assert resumed == [False, False, True, False]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_is_mute_says_what_it_has_begun_and_nothing_more_and_goes_on_listening(
+    rig: Lockstep, version: str, contexts: dict[str, Pair]
+) -> None:
+    client, server = engines(rig, contexts[version], *rig.small_pair())
+    assert client.write(b"B" * BLOCK) == BLOCK and client.on_detour
+    client.mute()
+    assert client.write(b"never said") == 10
+    found = b""
+    while client.flush() is Want.WRITE:
+        found += read_all(server)
+    assert found + read_all(server) == b"B" * BLOCK
+    assert client.on_detour and client.unflushed() == 0
+    assert server.write(b"heard") == 5 and client.read(10) == b"heard"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_to_be_mute_is_a_detour(rig: Lockstep, version: str, contexts: dict[str, Pair]) -> None:
+    client, server = engines(rig, contexts[version], *rig.small_pair())
+    assert not client.on_detour
+    client.mute()
+    assert client.on_detour
+    assert client.write(b"never said") == 10
+    assert client.unflushed() == 0 and client.flush() is None and client.on_detour
+    assert server.read(1) is Want.READ
+    assert server.write(b"heard") == 5 and client.read(10) == b"heard"
+    client.mute()
+    assert client.on_detour and client.read(10) is Want.READ
