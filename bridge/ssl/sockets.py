@@ -24,7 +24,7 @@ from typing import Any
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.engine import SessionInfo
-from bridge.errors import BridgeClosed, BridgeError, ConfigurationError, OperationTimeout
+from bridge.errors import BridgeClosed, BridgeError, OperationTimeout
 from bridge.ssl.facts import certificate_dict
 from bridge.ssl.failures import as_stdlib
 from bridge.ssl.process import TIMEOUTS, UNHURRIED, default_bridge
@@ -79,7 +79,7 @@ class Wire:
             if self.stream is None:
                 sock = self._owner()
                 assert sock is not None
-                sock.getpeername()  # OSError if it is not connected, or closed by now
+                _check_connected(sock)
                 self.timeout = sock.gettimeout()
                 self.kernel_timeouts = {
                     option: seconds
@@ -109,17 +109,12 @@ class Wire:
                 inner.detach()
             if isinstance(error, BridgeClosed):
                 raise OSError(errno.EBADF, str(error)) from None
-            if isinstance(error, ConfigurationError) and not _is_connected(sock):
-                raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN)) from None
             raise
 
     def begin_in_pool(self) -> None:
         """Have the handshake made by a worker, for whoever needs it done."""
         self._pooled = True
-        try:
-            self.begin().begin()
-        except BridgeError as error:
-            raise self._failure(error) from None
+        self.begin().begin()
 
     def do_handshake(self) -> None:
         """The handshake, within the time-out."""
@@ -506,12 +501,14 @@ def _der(certificate: Any) -> bytes:
     return bytes(certificate.public_bytes(Encoding.DER))
 
 
-def _is_connected(sock: socket.socket) -> bool:
+def _check_connected(sock: socket.socket) -> None:
+    """OSError if it is not connected, or closed by now, or reset by its peer."""
     try:
         sock.getpeername()
     except OSError:
-        return False
-    return True
+        if sock.fileno() != -1 and (number := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
+            raise OSError(number, os.strerror(number)) from None
+        raise
 
 
 _NOBODYS = contextlib.nullcontext()
