@@ -455,7 +455,7 @@ class TLSEngine:
         )
         error = NotTLS(
             1,
-            f"[SSL: {_constant(reason)}] {side.format(what)}; its first bytes are {self.first_bytes[:24]!r} ({reason})",
+            f"[SSL: {_constant(reason)}] {side.format(what)}; its first bytes are {self.first_bytes!r} ({reason})",
         )
         error.reason, error.library = _constant(reason), "SSL"
         return error

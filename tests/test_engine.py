@@ -18,6 +18,7 @@ import pytest
 from conftest import KeyPair
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from OpenSSL import SSL
 from rig import BLOCK, Lockstep, Raw, only, raw_context, shake, shrink
 
 import bridge
@@ -399,6 +400,7 @@ def test_a_reset_on_the_detour_is_a_cause_and_latched(
     with pytest.raises(bridge.PeerReset) as later:
         client.read(10)
     assert str(later.value) == str(first.value)
+    assert isinstance(first.value.__cause__, OSError) and first.value.errno == first.value.__cause__.errno
 
 
 def test_during_the_handshake_a_want_to_write_is_the_owners(contexts: dict[str, Pair]) -> None:
@@ -587,6 +589,7 @@ def test_a_client_that_does_not_speak_tls_is_named(
     assert f"the client speaks {protocol} to this TLS port" in str(caught.value)
     assert repr(said[:16])[2:-1] in str(caught.value)
     assert caught.value.library == "SSL" and caught.value.reason
+    assert caught.value.errno == ssl.SSL_ERROR_SSL
 
 
 @pytest.mark.parametrize(
@@ -676,8 +679,9 @@ def test_close_notify_in_the_middle_of_a_handshake_is_a_truncation(
     client = TLSEngine(contexts[version][0], server_hostname="localhost")
     assert client.handshake() is Want.READ
     client.feed(b"\x15\x03\x03\x00\x02\x01\x00")
-    with pytest.raises(bridge.Truncated, match="close_notify during the handshake"):
+    with pytest.raises(bridge.Truncated, match="close_notify during the handshake") as caught:
         client.handshake()
+    assert caught.value.errno == ssl.SSL_ERROR_EOF
 
 
 def test_renegotiation_is_a_clear_error_where_there_is_none(contexts: dict[str, Pair]) -> None:
@@ -685,6 +689,7 @@ def test_renegotiation_is_a_clear_error_where_there_is_none(contexts: dict[str, 
     with pytest.raises(bridge.TLSError) as caught:
         client.renegotiate()
     assert "during the renegotiate" in str(caught.value)
+    assert caught.value.errno == ssl.SSL_ERROR_SSL and caught.value.library == "SSL" and caught.value.reason
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -773,6 +778,9 @@ def test_first_bytes_are_kept_and_no_more_than_are_shown(contexts: dict[str, Pai
     for part in (b"GET /", b"a" * 11, b"b" * 16, b"c"):
         server.feed(part)
     assert server.first_bytes == b"GET /" + b"a" * 11
+    server = TLSEngine(contexts["TLSv1.3"][1])
+    server.feed(bytes(range(100)))
+    assert server.first_bytes == bytes(range(16))
 
 
 def test_a_want_of_each_call_is_counted(rig: Lockstep, contexts: dict[str, Pair]) -> None:
@@ -932,3 +940,10 @@ def test_to_be_mute_is_a_detour(rig: Lockstep, version: str, contexts: dict[str,
     assert server.write(b"heard") == 5 and client.read(10) == b"heard"
     client.mute()
     assert client.on_detour and client.read(10) is Want.READ
+
+
+@pytest.mark.parametrize("error", [SSL.Error(), SSL.Error([])])
+def test_an_error_without_a_reason_is_told_all_the_same(error: SSL.Error, contexts: dict[str, Pair]) -> None:
+    told = TLSEngine(contexts["TLSv1.3"][0], server_hostname="localhost")._translate("write", error)
+    assert isinstance(told, bridge.TLSError) and told.reason == "UNKNOWN_ERROR"
+    assert str(told) == "[SSL: UNKNOWN_ERROR] unknown error (while in write)"
