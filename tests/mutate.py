@@ -66,6 +66,7 @@ TESTS = {
         *BOTH,
     ],
     "transport": [
+        "test_transport.py",
         "test_engine.py",
         "test_lockstep.py",
         "test_stream.py",
