@@ -370,7 +370,6 @@ class TLSEngine:
 
     def _failed(self, error: OSError) -> SessionEnded:
         self._error = PeerReset(error.errno, f"the connection failed: {error.strerror}")
-        self._error.__cause__ = error
         return self._error
 
     # Over memory.

@@ -947,3 +947,42 @@ def test_an_error_without_a_reason_is_told_all_the_same(error: SSL.Error, contex
     told = TLSEngine(contexts["TLSv1.3"][0], server_hostname="localhost")._translate("write", error)
     assert isinstance(told, bridge.TLSError) and told.reason == "UNKNOWN_ERROR"
     assert str(told) == "[SSL: UNKNOWN_ERROR] unknown error (while in write)"
+
+
+def pour(source: socket.socket, sink: socket.socket) -> bytes:
+    """Carry what is there; that."""
+    try:
+        data = source.recv(1 << 16)
+    except BlockingIOError:
+        return b""
+    sink.sendall(data)
+    return data
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_on_the_detour_a_record_may_come_in_parts(
+    rig: Lockstep, version: str, contexts: dict[str, Pair]
+) -> None:
+    (near, inner), (outer, far) = rig.small_pair(), rig.large_pair()
+    client = TLSEngine(contexts[version][0], near, server_hostname="localhost")
+    server = TLSEngine(contexts[version][1], far)
+    done = False
+    while not done:
+        done = (client.handshake() is None) & (server.handshake() is None)
+        pour(inner, outer)
+        pour(outer, inner)
+    client.established("localhost", None, near)
+    assert client.read(1) is Want.READ
+    while not client.on_detour:
+        assert client.write(b"B" * BLOCK) == BLOCK
+    assert server.write(b"one") == 3
+    first = outer.recv(1 << 16)
+    assert server.write(b"two") == 3
+    second = outer.recv(1 << 16)
+    for part in (first[:3], first[3:7], first[7:-1]):
+        inner.sendall(part)
+        assert client.read(10) is Want.READ
+    inner.sendall(first[-1:] + second)
+    assert client.read(10) == b"one"
+    assert near.recv(1 << 16, socket.MSG_PEEK) == second, "which a poll goes on to speak of"
+    assert client.read(10) == b"two"
