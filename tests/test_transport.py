@@ -132,3 +132,20 @@ def test_a_session_that_a_bug_has_ended_lingers_for_a_while_only(
     server._channel.worker.post(mine, "wake")
     lockstep.until(lambda: mine.finished)
     assert isinstance(server.end, bridge.SessionAborted) and far.recv(1) == b""
+
+
+@pytest.mark.parametrize(("unsent", "said", "polite"), [(0, True, True), (0, False, False), (1, True, False)])
+def test_a_close_was_polite_if_all_has_left_and_close_notify_too(
+    unsent: int, said: bool, polite: bool
+) -> None:
+    assert bool(transport.CloseReport(unsent, said, not said)) is polite
+
+
+def test_bytes_moved_are_those_of_both_ways(lockstep: Lockstep, contexts: Contexts) -> None:
+    client, server = map(lockstep.session, contexts, lockstep.large_pair())
+    lockstep.until(lambda: is_open(client) and is_open(server))
+    client.send(b"12345")
+    server.send(b"123")
+    lockstep.until(lambda: not (client.inbox.empty() or server.inbox.empty()))
+    lockstep.settle()
+    assert client._channel.transport.moved == server._channel.transport.moved == 8
