@@ -144,13 +144,9 @@ def _load_key(block: bytes, password: Password | None, name: str) -> Any:
     secret = _password(password, name)
     try:
         return load_pem_private_key(block, secret)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ConfigurationError(
-            f"the password for the private key in {name} is wrong, or the key damaged"
-        ) from error
-    except UnsupportedAlgorithm as error:
-        raise ConfigurationError(
-            f"the private key in {name} is encrypted in an unknown way: {error}"
+            f"the password for the private key in {name} is wrong, or the key damaged, or encrypted in an unknown way"
         ) from error
 
 

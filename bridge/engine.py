@@ -149,8 +149,6 @@ class TLSEngine:
         self._sock: socket.socket | None = None  # once the handshake is done: what a detour leads round
         self._output = b""  # taken from memory, not yet on the socket
         self._fed = False  # whether memory may hold ciphertext that OpenSSL has not read
-        # Of the record that is being fed: its header so far, and bytes to come.
-        self._header, self._due = b"", 0
         self._error: SessionEnded | None = None
         self._frozen: bytes | memoryview | None = None
         self._mute = False
@@ -342,7 +340,10 @@ class TLSEngine:
     def _detour(self) -> None:
         self._connection.over_memory()
         self.on_detour = True
-        self._header, self._due = b"", 0
+        self._header, self._due = (
+            b"",
+            0,
+        )  # of the record that is being fed: its header so far, and bytes to come
 
     def leftover(self) -> bytes:
         """What was read too far on a detour: the plain bytes behind the peer's close_notify."""
@@ -369,7 +370,6 @@ class TLSEngine:
 
     def _failed(self, error: OSError) -> SessionEnded:
         self._error = PeerReset(error.errno, f"the connection failed: {error.strerror}")
-        self._error.__cause__ = error
         return self._error
 
     # Over memory.
@@ -454,7 +454,7 @@ class TLSEngine:
         )
         error = NotTLS(
             1,
-            f"[SSL: {_constant(reason)}] {side.format(what)}; its first bytes are {self.first_bytes[:24]!r} ({reason})",
+            f"[SSL: {_constant(reason)}] {side.format(what)}; its first bytes are {self.first_bytes!r} ({reason})",
         )
         error.reason, error.library = _constant(reason), "SSL"
         return error

@@ -53,9 +53,6 @@ class _Select:
     def register(self, fd: int, mask: int) -> None:
         self._masks[fd] = mask
 
-    def unregister(self, fd: int) -> None:
-        del self._masks[fd]
-
     def poll(self, milliseconds: int | None) -> list[tuple[int, int]]:
         readers, writers = (
             [fd for fd, mask in self._masks.items() if mask & bit] for bit in (READABLE, WRITABLE)
@@ -149,7 +146,7 @@ class EpollPoller(Generic[T]):
 if sys.platform == "linux":
     Poller = EpollPoller
 else:
-    Poller = SelectorPoller
+    Poller = SelectorPoller  # not on Linux
 
 
 class Doorbell:

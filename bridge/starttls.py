@@ -49,15 +49,20 @@ def _line(sock: socket.socket) -> str:
     return _until(sock, lambda data: data.endswith(b"\n")).decode("utf-8", "replace").rstrip("\r\n")
 
 
+def _lines(sock: socket.socket, goes_on: Callable[[list[str]], bool]) -> list[str]:
+    """Those of an answer that *goes_on* after the lines so far."""
+    lines, size = [_line(sock)], 0
+    while goes_on(lines):
+        size += len(lines[-1]) + 1
+        if size > LONGEST:
+            raise Refused(f"the peer's answer does not end after {LONGEST} bytes")
+        lines.append(_line(sock))
+    return lines
+
+
 def _replies(sock: socket.socket) -> list[str]:
     """The lines of a reply of SMTP or FTP (RFC 5321, 4.2.1; RFC 959, 4.2)."""
-    lines = [_line(sock)]
-    code = lines[0][:3]
-    while lines[0][3:4] == "-" and not lines[-1].startswith(f"{code} "):
-        lines.append(_line(sock))
-        if sum(map(len, lines)) > LONGEST:
-            raise Refused("the peer's reply does not end")
-    return lines
+    return _lines(sock, lambda lines: lines[0][3:4] == "-" and not lines[-1].startswith(f"{lines[0][:3]} "))
 
 
 def _expect(line: str, wanted: str, doing: str) -> None:
@@ -88,9 +93,8 @@ def _imap(sock: socket.socket, _: str) -> None:
     """RFC 9051, 6.2.1."""
     _expect(_line(sock), "* OK", "waiting for an IMAP greeting")
     sock.sendall(b"a1 STARTTLS\r\n")
-    while (line := _line(sock)).startswith("* "):
-        pass
-    _expect(line.upper(), "A1 OK", "after STARTTLS")
+    answer = _lines(sock, lambda lines: lines[-1].startswith("* "))
+    _expect(answer[-1].upper(), "A1 OK", "after STARTTLS")
 
 
 def _pop3(sock: socket.socket, _: str) -> None:

@@ -65,7 +65,7 @@ class Window:
                 looker, _ = self._socket.accept()
             except OSError:  # it was closed
                 return
-            if self._over:
+            if self._over:  # not on Linux, where the shutdown wakes it
                 looker.close()
                 return
             with looker, contextlib.suppress(OSError):

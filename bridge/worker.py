@@ -82,6 +82,7 @@ def fail(pollable: Pollable, error: Exception, whose: str) -> None:
     failure = SessionAborted(f"internal error: {error!r}")
     failure.__cause__ = error
     pollable.end(failure)
+    pollable.again = True  # for a turn that finds out what to wait for now, and until when
 
 
 class _Watch:
@@ -232,7 +233,7 @@ class Worker:
         before = None if pollable.moved != watch.moved else pollable.evidence()
         changed = self._take_turn(pollable, ready, now)
         if before is None or pollable.moved != watch.moved:
-            watch.moved, watch.turns, watch.evidence, watch.idle = pollable.moved, 0, None, 0
+            watch.moved, watch.turns, watch.evidence = pollable.moved, 0, None
             return changed
         after = pollable.evidence()
         watch.idle = watch.idle + 1 if before == after == watch.evidence else 0

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import KeyPair
@@ -299,6 +300,34 @@ def test_the_end_of_a_session_waits_while_a_handler_is_busy_with_it(
         with pytest.raises(bridge.ReceiveTimeout):
             inbox.get(block=False)
         assert list(receive_all(one)) == [b"answer"]
+
+
+def test_a_handler_outlives_a_peer_that_is_gone(server_cert: KeyPair, ca_file: str) -> None:
+    with two_peers(server_cert, ca_file) as (inbox, (one, two)):
+        one.send(b"nobody waits for the answer")
+        wait_until(lambda: inbox.qsize() == 1)
+        one.abort()
+        wait_until(lambda: inbox.qsize() == 2)
+        cli._start_handler(inbox)
+        two.send(b"and here")
+        assert two.recv(DEADLINE) == b"and here"
+        inbox.shutdown()
+
+
+def test_how_far_a_demo_is() -> None:
+    class Run:
+        plan = demo.Plan(seconds=8.0)
+
+        def elapsed(self) -> float:
+            return 2.0
+
+        def received(self) -> demo.Traffic:
+            return demo.Traffic(1, 3_000_000)
+
+    run: Any = Run()
+    assert cli._fraction(run) == 0.25
+    run.plan = demo.Plan(megabytes=6.0)
+    assert cli._fraction(run) == 0.5
 
 
 # ── what is wrong is said in one line ──

@@ -750,3 +750,12 @@ class TestProtocol:
         others: list[Codec[bytes]] = [Raw(), LengthPrefixed(), Delimited()]
         assert [*lines.decode(b"a\n")] == ["a"]
         assert [*others[0].decode(b"a")] == [b"a"]
+
+
+def test_a_limit_of_one_byte_is_a_limit() -> None:
+    codec = Delimited(max_length=1)
+    assert list(codec.decode(codec.encode(b"a"))) == [b"a"]
+    with pytest.raises(ValueError, match="limit is 1 bytes"):
+        codec.encode(b"ab")
+    with pytest.raises(MessageTooLarge):
+        list(codec.decode(b"ab\n"))

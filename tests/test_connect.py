@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import socket
 import ssl
 import subprocess
 import sys
+import threading
 import xml.etree.ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +18,17 @@ from typing import Any
 import pytest
 import trustme
 from conftest import KeyPair, write_key_pair
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from peers import Background, Program, receive_exactly
 from test_cli import DEADLINE, ENVIRONMENT, run
 
 import bridge
-from bridge import cli
-from bridge.connect_command import printable
+from bridge import cli, starttls
+from bridge.connect_command import _converse, _names, _speak, printable
+from bridge.explain import explain
+from bridge.trace_command import _style
 
 
 def server_context(pair: KeyPair) -> ssl.SSLContext:
@@ -224,9 +231,71 @@ def test_a_peer_that_hangs_up_is_explained_in_json_as_well(background: Backgroun
     assert said["ok"] is False and said["status"] == 6 and "hung up" in said["error"]
 
 
+def tls_error(reason: str) -> bridge.TLSError:
+    error = bridge.TLSError(1, f"[SSL: {reason}] {reason.lower()}")
+    error.reason = reason
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (socket.gaierror(-2, "Name or service not known"), 3, "h:1: there is no such host"),
+        (TimeoutError(), 3, "h:1: no answer in time"),
+        (OSError(113, "No route to host"), 3, "h:1: cannot connect: No route to host"),
+        (RuntimeError("strange"), 3, "h:1: cannot connect: strange"),
+        (tls_error("BAD_SIGNATURE"), 6, "h:1: the handshake failed: [SSL: BAD_SIGNATURE]"),
+        (tls_error("TLSV1_ALERT_UNRECOGNIZED_NAME"), 6, "h:1: it does not know the name"),
+    ],
+    ids=str,
+)
+def test_what_else_can_go_wrong_is_explained(error: Exception, status: int, words: str) -> None:
+    code, sentence = explain(error, "h:1")
+    assert code == status and sentence.startswith(words)
+
+
 def test_unusable_files_are_status_2(capsys: Any) -> None:
     status, said = fails(capsys, "connect", "localhost:1", "--cafile", "/nowhere.pem")
     assert status == 2 and "/nowhere.pem" in said
+
+
+def test_a_silence_after_all_was_said_is_the_end(
+    server_cert: KeyPair, ca_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = bridge.Timeouts(close_notify=0.1)
+    near, far = socket.socketpair()
+    with bridge.Bridge(workers=1, timeouts=quick) as b:
+        client = b.adopt(near, bridge.client_context(ca_file), server_hostname="localhost", wait=False)
+        server = b.adopt(far, bridge.server_context(server_cert.certfile, server_cert.keyfile), wait=False)
+        words = [b"", b"a question"]
+        monkeypatch.setattr(os, "read", lambda *_: words.pop())
+        assert _converse(client, 0.6) == 0
+        assert b"".join(server) == b"a question"
+        server.close()
+
+
+def test_whoever_speaks_to_a_session_that_has_ended_leaves_it_to_the_receiver(
+    server_cert: KeyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = bridge.server_context(server_cert.certfile, server_cert.keyfile)
+    near, far = socket.socketpair()
+    with bridge.Bridge(workers=1) as b, far:
+        session = b.adopt(near, context, wait=False)
+        session.abort()
+        monkeypatch.setattr(os, "read", lambda *_: b"x")
+        said_all = threading.Event()
+        _speak(session, said_all)
+        assert said_all.is_set()
+
+
+def test_names_that_are_no_names_of_hosts_are_left_out(ca: trustme.CA) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    names = [x509.RegisteredID(x509.ObjectIdentifier("1.2.3")), x509.DNSName("a.example")]
+    builder = x509.CertificateBuilder(subject, subject, key.public_key(), 1, now, now)
+    builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=True)
+    assert list(_names(builder.sign(key, hashes.SHA256()))) == ["a.example"]
 
 
 # ── STARTTLS ──
@@ -310,6 +379,32 @@ def test_a_refused_starttls_is_explained(protocol: str, background: Background, 
     assert status == 4 and "STARTTLS" in said
 
 
+STRANGERS = [
+    ("smtp", b"", "hung up before TLS"),
+    ("smtp", b"220-mail\r\n" * 7_500, "answer does not end"),
+    ("ftp", b"220-mail\r\n" + b"\n" * 66_000, "answer does not end"),
+    ("imap", b"* OK\r\n" + b"* \n" * 22_000, "answer does not end"),
+    ("postgres", b"E", "not a PostgreSQL server: it answered b'E'"),
+    ("mysql", b"\x07\0\0\0\xff\x10\x04no, no", "MySQL server refused: no, "),
+    ("mysql", b"\x02\0\0\0\x09\0", "not a MySQL server"),
+    ("mysql", b"SSH-2.0-OpenSSH", "announces an answer of 4739923 bytes"),
+    ("ldap", b"HTTP/1.1 400", "not an LDAP server"),
+    ("xmpp", b"<features>urn:ietf:params:xml:ns:xmpp-tls</features><failure/>", "said b'<failure/>'"),
+]
+
+
+@pytest.mark.parametrize(("protocol", "answer", "words"), STRANGERS)
+def test_starttls_with_whoever_does_not_speak_the_protocol(protocol: str, answer: bytes, words: str) -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        near.settimeout(DEADLINE)
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 200_000)
+        far.sendall(answer)
+        far.shutdown(socket.SHUT_WR)
+        with pytest.raises(starttls.Refused, match=words):
+            starttls.negotiate(protocol, near, "localhost")
+
+
 def test_a_server_that_never_ends_its_greeting_is_left(background: Background, capsys: Any) -> None:
     address, _ = background.serve(lambda sock: (sock.sendall(b"220-" + b"x" * 70_000), until_end(sock)))
     status, said = fails(capsys, *told(address, "--starttls", "smtp"))
@@ -348,3 +443,63 @@ def test_trace_of_what_fails_shows_how_far_it_came(background: Background, capsy
     said = capsys.readouterr()
     assert "SSH" in said.err
     assert any(json.loads(line)["what"] == "ClientHello" for line in said.out.splitlines())
+
+
+def test_trace_sends_and_shows_it_in_colour_on_a_terminal(
+    server_cert: KeyPair, ca_file: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    context = bridge.server_context(server_cert.certfile, server_cert.keyfile)
+    received: list[bytes] = []
+
+    def answer() -> None:
+        with listener.accept(DEADLINE) as session:
+            received.append(session.recv(DEADLINE))
+
+    with bridge.Bridge(workers=1) as b, b.listen(("127.0.0.1", 0), context) as listener:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        command = ["trace", f"localhost:{listener.address[1]}", "--cafile", ca_file, "--send", r"a\tb\r\n"]
+        assert cli.main(command) == 0
+        thread.join(DEADLINE)
+    assert received == [b"a\tb\r\n"]
+    shown = capsys.readouterr().out
+    assert "ClientHello" in shown and "SSL_do_handshake" in shown
+
+
+def test_trace_need_not_send_anything(
+    server_cert: KeyPair, ca_file: str, background: Background, capsys: Any
+) -> None:
+    address, _ = background.serve_tls(server_context(server_cert), lambda sock: sock.sendall(b"banner"))
+    command = ["trace", f"localhost:{address[1]}", "--cafile", ca_file, "--wait", "0.1"]
+    assert cli.main(command) in (0, 1)  # the stdlib's server may hang up without a word
+    assert "SSL_read" in capsys.readouterr().out
+
+
+def test_trace_does_without_rich(
+    monkeypatch: pytest.MonkeyPatch, background: Background, capsys: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    address, _ = background.serve(until_end)
+    assert cli.main(["trace", f"localhost:{address[1]}", "--timeout", "0.3"]) == 6
+    assert "ClientHello" in capsys.readouterr().out
+
+
+def test_trace_of_what_cannot_be_begun_is_status_2(capsys: Any) -> None:
+    status, said = fails(capsys, "trace", "localhost:1", "--cafile", "/nowhere.pem")
+    assert status == 2 and "/nowhere.pem" in said
+
+
+@pytest.mark.parametrize(
+    ("what", "style"),
+    [
+        ("SSL_read WANT_READ", "yellow"),
+        ("slept, doorbell", "dim"),
+        ("sent Finished", "cyan"),
+        ("received Finished", "cyan"),
+        ("SSL_read 3", ""),
+    ],
+)
+def test_what_matters_in_a_trace_has_its_colour(what: str, style: str) -> None:
+    assert _style(what) == style

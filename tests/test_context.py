@@ -11,6 +11,7 @@ import socket
 import ssl
 import stat
 import struct
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,15 +22,16 @@ import pytest
 import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, x25519
 from cryptography.x509 import ocsp
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtensionOID, NameOID
 from OpenSSL import SSL
 
 from bridge import Bridge, credentials
 from bridge import connection as connection_module
 from bridge.context import REMEMBERED_SESSIONS, Context, Record, client_context, server_context
 from bridge.errors import CertificateError, ConfigurationError, HostnameMismatch, SessionEnded, TLSError
+from bridge.names import PeerName, peer_certificate, presented_chain
 
 VERSIONS = ["TLSv1.2", "TLSv1.3"]
 both_versions = pytest.mark.parametrize("version", VERSIONS)
@@ -280,6 +282,12 @@ def test_settings_that_every_context_has() -> None:
         assert context.raw.get_session_cache_mode() == SSL.SESS_CACHE_OFF
 
 
+def test_ciphersuites_need_a_pyopenssl_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(SSL.Context, "set_tls13_ciphersuites", raising=False)
+    with pytest.raises(ConfigurationError, match="needs pyOpenSSL"):
+        client(ciphersuites="TLS_AES_128_GCM_SHA256")
+
+
 def test_ciphers() -> None:
     suites = (
         {"ciphersuites": "TLS_CHACHA20_POLY1305_SHA256"}
@@ -483,6 +491,23 @@ def test_a_system_without_trust_gets_certifi_s(monkeypatch: pytest.MonkeyPatch) 
     assert credentials._trusts_anybody(client_context().raw)
 
 
+def test_a_system_without_trust_and_without_certifi_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
+    monkeypatch.setattr(SSL.Context, "set_default_verify_paths", lambda self: None)
+    monkeypatch.setattr(credentials, "_DEFAULT_DIRECTORIES", "/nowhere")
+    monkeypatch.setitem(sys.modules, "certifi", None)
+    with pytest.raises(ConfigurationError, match="install certifi"):
+        client_context()
+    monkeypatch.setattr(credentials, "_lib", None)
+    client_context()  # where nobody can look, OpenSSL may still find something
+
+
+def test_a_directory_that_goes_away_while_it_is_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot read cafile .*: No such file"):
+        credentials._hashed_files(tmp_path / "gone", "cafile")
+
+
 # Who we are.
 
 
@@ -584,6 +609,7 @@ def test_a_key_that_is_not_the_certificate_s(tmp_path: Path) -> None:
             ["keyfile", "damaged"],
         ),
         (to_pem(self_signed()[0]), 5, ["keyfile", "int"]),
+        (to_pem(self_signed()[0]), to_pem(x25519.X25519PrivateKey.generate()), ["TLS cannot use: X25519"]),
         (self_signed()[0], None, ["keyfile is needed"]),
         (None, None, ["certfile", "NoneType"]),
     ],
@@ -592,6 +618,24 @@ def test_an_unusable_identity(certfile: Any, keyfile: Any, words: list[str]) -> 
     with pytest.raises(ConfigurationError) as caught:
         server_context(certfile, keyfile)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+def damaged(certificate: x509.Certificate, old: str, new: str) -> bytes:
+    """*certificate* in PEM, with other bytes in one place (in hexadecimal); its signature does not fit them."""
+    der = certificate.public_bytes(serialization.Encoding.DER)
+    changed = der.replace(bytes.fromhex(old), bytes.fromhex(new), 1)
+    assert changed != der
+    return ssl.DER_cert_to_PEM_cert(changed).encode()
+
+
+def of_version_8(certificate: x509.Certificate) -> bytes:
+    return damaged(certificate, "a003020102", "a003020107")
+
+
+def test_a_key_of_an_unknown_kind_is_openssl_s_to_judge() -> None:
+    certificate, key = self_signed()
+    with pytest.raises(ConfigurationError, match="OpenSSL refuses the certificate or key"):
+        server_context(damaged(certificate, "06072a8648ce3d0201", "06072a8648ce3d027f"), to_pem(key))
 
 
 def test_a_directory_is_no_certfile(tmp_path: Path) -> None:
@@ -823,7 +867,10 @@ def test_sni_takes_a_context_of_the_user_s_own() -> None:
     assert not b.done
 
 
-def test_the_stricter_prohibition_holds() -> None:
+@pytest.mark.parametrize("old", [False, True], ids=["pyOpenSSL-26", "older"])
+def test_the_stricter_prohibition_holds(old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if old:
+        monkeypatch.delattr(SSL.Connection, "set_options", raising=False)
     inner = server("b.example", renegotiation=False, **only("TLSv1.2"))
     outer = server(sni={"b.example": inner}, renegotiation=True, **only("TLSv1.2"))
     b = Ours(outer)
@@ -937,6 +984,46 @@ def test_a_certificate_with_an_unusable_name() -> None:
     error, _ = pump(Ours(client(), "b.example"), Ours(server("*.example", "b.example")))
     assert isinstance(error, CertificateError)
     assert "*.example" in str(error)
+
+
+def test_a_certificate_with_damaged_names_is_for_nobody() -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a.example")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = x509.CertificateBuilder(
+        subject, subject, key.public_key(), x509.random_serial_number(), now, now
+    )
+    names = x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, b"no names")
+    certificate = builder.add_extension(names, critical=False).sign(key, hashes.SHA256())
+    with pytest.raises(CertificateError, match="holds damaged names"):
+        PeerName.parse("a.example").check(certificate)
+
+
+def test_a_server_that_shows_no_certificate_is_refused() -> None:
+    """Anonymous key exchange: both must have been configured to be so careless."""
+    raw = SSL.Context(SSL.TLS_METHOD)
+    raw.set_max_proto_version(SSL.TLS1_2_VERSION)
+    raw.set_cipher_list(b"aNULL:@SECLEVEL=0")
+    careless = client(ciphers="aNULL:@SECLEVEL=0", maximum_version="TLSv1.2")
+    error, _ = pump(Ours(careless, "a.example"), Ours(Context.adopt(raw, server_side=True)))
+    assert isinstance(error, CertificateError) and "the server showed no certificate" in str(error)
+
+
+def test_a_certificate_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    certificate, key = self_signed()
+    (tmp_path / "cert.pem").write_bytes(of_version_8(certificate))
+    (tmp_path / "key.pem").write_bytes(to_pem(key))
+    raw = SSL.Context(SSL.TLS_METHOD)
+    raw.use_certificate_chain_file(str(tmp_path / "cert.pem"))
+    raw.use_privatekey_file(str(tmp_path / "key.pem"))
+    strange = Context.adopt(raw, server_side=True)
+    assert "unreadable" in str(refused(Ours(client(), "a.example"), Ours(strange)))
+    careless = Ours(client_context(verify=False), "a.example")
+    meet(careless, Ours(strange))
+    with pytest.raises(CertificateError, match="the peer's certificate is malformed"):
+        peer_certificate(careless.connection)
+    with pytest.raises(CertificateError, match="a certificate in the peer's chain is malformed"):
+        presented_chain(careless.connection, None)
 
 
 @pytest.mark.parametrize(

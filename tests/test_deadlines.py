@@ -17,6 +17,8 @@ import pytest
 from conftest import KeyPair
 
 import bridge
+from bridge.dialer import Dialer
+from bridge.poll import Want
 
 SHORT = 0.3
 """The deadline under test."""
@@ -154,6 +156,25 @@ def blackhole() -> Iterator[Any]:
 def test_connect(b: bridge.Bridge, client_ctx: bridge.Context, blackhole: Any) -> None:
     with takes(SHORT), pytest.raises(bridge.ConnectTimeout, match=r"no TCP connection within 0\.3 seconds"):
         b.connect(blackhole, client_ctx, server_hostname="localhost", timeouts=only(connect=SHORT))
+
+
+def test_a_dialer_gives_each_address_its_share_of_the_time(blackhole: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        tcp = (socket.AF_INET, socket.SOCK_STREAM, 0, "")
+        unheard_of = (9_999, socket.SOCK_STREAM, 0, "", ("nowhere", 1))
+        dialer = Dialer(((*tcp, blackhole), unheard_of, (*tcp, listener.getsockname())), 30.0)
+        assert dialer.dial(0.0) is Want.WRITE and dialer.deadline == 10.0
+        tried = dialer.sock
+        assert dialer.dial(9.9) is Want.WRITE and dialer.sock is tried
+        while isinstance(connected := dialer.dial(10.0), Want):
+            assert dialer.sock is not tried and dialer.deadline == 30.0
+        assert dialer.retired == [tried] and connected.getpeername() == listener.getsockname()
+        connected.close()
+        for sock in dialer.retired:
+            sock.close()
+    dialer = Dialer((unheard_of,), None)
+    with pytest.raises(bridge.ConnectFailed, match="cannot connect to nowhere:1"):
+        dialer.dial(0.0)
 
 
 def test_connect_in_the_words_of_the_call(

@@ -18,10 +18,12 @@ import pytest
 from conftest import KeyPair
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from OpenSSL import SSL
 from rig import BLOCK, Lockstep, Raw, only, raw_context, shake, shrink
 
 import bridge
-from bridge.engine import TLSEngine
+from bridge.engine import TLSEngine, _record_size
+from bridge.limits import RECORD_BYTES
 from bridge.poll import Want
 
 VERSIONS = ("TLSv1.2", "TLSv1.3")
@@ -398,6 +400,7 @@ def test_a_reset_on_the_detour_is_a_cause_and_latched(
     with pytest.raises(bridge.PeerReset) as later:
         client.read(10)
     assert str(later.value) == str(first.value)
+    assert isinstance(first.value.__cause__, OSError) and first.value.errno == first.value.__cause__.errno
 
 
 def test_during_the_handshake_a_want_to_write_is_the_owners(contexts: dict[str, Pair]) -> None:
@@ -586,6 +589,7 @@ def test_a_client_that_does_not_speak_tls_is_named(
     assert f"the client speaks {protocol} to this TLS port" in str(caught.value)
     assert repr(said[:16])[2:-1] in str(caught.value)
     assert caught.value.library == "SSL" and caught.value.reason
+    assert caught.value.errno == ssl.SSL_ERROR_SSL
 
 
 @pytest.mark.parametrize(
@@ -675,8 +679,9 @@ def test_close_notify_in_the_middle_of_a_handshake_is_a_truncation(
     client = TLSEngine(contexts[version][0], server_hostname="localhost")
     assert client.handshake() is Want.READ
     client.feed(b"\x15\x03\x03\x00\x02\x01\x00")
-    with pytest.raises(bridge.Truncated, match="close_notify during the handshake"):
+    with pytest.raises(bridge.Truncated, match="close_notify during the handshake") as caught:
         client.handshake()
+    assert caught.value.errno == ssl.SSL_ERROR_EOF
 
 
 def test_renegotiation_is_a_clear_error_where_there_is_none(contexts: dict[str, Pair]) -> None:
@@ -684,6 +689,7 @@ def test_renegotiation_is_a_clear_error_where_there_is_none(contexts: dict[str, 
     with pytest.raises(bridge.TLSError) as caught:
         client.renegotiate()
     assert "during the renegotiate" in str(caught.value)
+    assert caught.value.errno == ssl.SSL_ERROR_SSL and caught.value.library == "SSL" and caught.value.reason
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -704,3 +710,279 @@ def test_a_raw_peer_gets_every_byte_that_an_engine_on_a_detour_says(
         while server.flush() is not None:
             found += client.read_all()
     assert found + client.read_all() == said
+
+
+# ── exact ends ──
+
+
+def test_on_the_detour_what_follows_close_notify_is_left_over(
+    rig: Lockstep, contexts: dict[str, Pair]
+) -> None:
+    client, server = engines(rig, contexts["TLSv1.3"], *rig.small_pair())
+    memory = TLSEngine(contexts["TLSv1.3"][0], server_hostname="localhost")
+    assert client.leftover() == b"" == memory.leftover()
+    assert client.write(b"B" * BLOCK) == BLOCK and client.on_detour
+    assert server.shutdown() is False
+    assert client.read(10) == b""
+    client.feed(b"plain text")  # as it comes if the detour has begun in the middle of a record
+    assert client.leftover() == b"plain text" and client.leftover() == b""
+
+
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [
+        ("1703030010", 16),
+        ("1603010200", 512),
+        ("1403030001", 1),
+        ("1803030003", 3),
+        ("1703034800", RECORD_BYTES + 2048),
+        ("1703034801", RECORD_BYTES),
+        ("1303030010", RECORD_BYTES),
+        ("1903030010", RECORD_BYTES),
+        ("1702030010", RECORD_BYTES),
+    ],
+)
+def test_how_much_follows_a_header(header: str, size: int) -> None:
+    assert _record_size(bytes.fromhex(header)) == size
+
+
+def test_the_detour_reads_no_further_than_the_record_that_openssl_waits_for(
+    rig: Lockstep, contexts: dict[str, Pair]
+) -> None:
+    near, far = rig.small_pair()
+    client, server = engines(rig, contexts["TLSv1.3"], near, far)
+    assert client.write(b"B" * BLOCK) == BLOCK and client.on_detour
+    assert server.write(b"one") == 3 and server.write(b"two") == 3
+    there = len(near.recv(1 << 16, socket.MSG_PEEK))
+    assert client.read(10) == b"one"
+    assert len(near.recv(1 << 16, socket.MSG_PEEK)) == there // 2, "the second record is still in the kernel"
+    assert client.read(10) == b"two" and client.read(10) is Want.READ and client.wants["read", Want.READ] >= 1
+
+
+def test_after_an_error_each_call_says_the_same(contexts: dict[str, Pair]) -> None:
+    client = TLSEngine(contexts["TLSv1.3"][0], server_hostname="localhost")
+    assert client.handshake() is Want.READ
+    client.feed(b"")
+    for call in (
+        client.handshake,
+        lambda: client.read(1),
+        lambda: client.peek(1),
+        lambda: client.write(b"x"),
+    ):
+        with pytest.raises(bridge.Truncated, match="without close_notify, during the handshake"):
+            call()
+
+
+def test_first_bytes_are_kept_and_no_more_than_are_shown(contexts: dict[str, Pair]) -> None:
+    server = TLSEngine(contexts["TLSv1.3"][1])
+    for part in (b"GET /", b"a" * 11, b"b" * 16, b"c"):
+        server.feed(part)
+    assert server.first_bytes == b"GET /" + b"a" * 11
+    server = TLSEngine(contexts["TLSv1.3"][1])
+    server.feed(bytes(range(100)))
+    assert server.first_bytes == bytes(range(16))
+
+
+def test_a_want_of_each_call_is_counted(rig: Lockstep, contexts: dict[str, Pair]) -> None:
+    client, _ = engines(rig, contexts["TLSv1.3"], *rig.small_pair())
+    for count in (1, 2):
+        assert client.read(1) is Want.READ
+        assert client.wants == {("read", Want.READ): count}
+    assert client.peek(1) is Want.READ
+    assert client.wants == {("read", Want.READ): 2, ("peek", Want.READ): 1}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_client_says_hello_before_it_reads(rig: Lockstep, version: str, contexts: dict[str, Pair]) -> None:
+    near, far = rig.small_pair()
+    client = TLSEngine(contexts[version][0], near, server_hostname="localhost")
+    flight = client.hello(near)
+    assert flight[:3] == b"\x16\x03\x01" and len(flight) == 5 + int.from_bytes(flight[3:5], "big")
+    near.sendall(flight)
+    assert client.wants == {("handshake", Want.READ): 1} and not client.on_detour
+    server = TLSEngine(contexts[version][1], far)
+    shake(server, client)
+    assert client.write(b"x") == 1 and server.read(1) == b"x"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_owner_need_not_ask_who_the_peer_is(
+    rig: Lockstep, version: str, contexts: dict[str, Pair]
+) -> None:
+    near, far = rig.large_pair()
+    client = TLSEngine(contexts[version][0], near, server_hostname="localhost")
+    server = TLSEngine(contexts[version][1], far)
+    shake(client, server)
+    assert client.write(b"there") == 5 and server.read(10) == b"there"
+    assert server.write(b"back") == 4 and client.read(10) == b"back"
+    assert not client.mid_handshake() and not client.renegotiating()
+    assert client.shutdown() is False and server.read(1) == b"" and server.shutdown() is True
+    assert client.read(1) == b"" and client.shutdown() is True
+
+
+def test_a_renegotiation_that_the_peer_has_closed_the_door_to_is_none(
+    rig: Lockstep, contexts: dict[str, Pair]
+) -> None:
+    client, server = engines(rig, contexts["TLSv1.2"], *rig.small_pair())
+    assert not server.renegotiating()
+    server.renegotiate()
+    assert server.renegotiating()
+    assert server.read(1) is Want.READ and server.renegotiating()
+    assert client.shutdown() is False
+    assert server.read(1) == b"" and not server.renegotiating()
+
+
+def test_nothing_is_asked_of_openssl_that_it_lies_about(rig: Lockstep, contexts: dict[str, Pair]) -> None:
+    client, _ = engines(rig, contexts["TLSv1.3"], *rig.small_pair())
+    for call in (lambda: client.read(0), lambda: client.peek(0), lambda: client.write(b"")):
+        with pytest.raises(AssertionError):
+            call()
+    assert client.write(b"x") == 1
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_write_that_waits_is_repeated_with_the_same_chunk_and_nothing_comes_between(
+    version: str, contexts: dict[str, Pair]
+) -> None:
+    client = TLSEngine(contexts[version][0], server_hostname="localhost")
+    server = TLSEngine(contexts[version][1])
+    chunk = b"the first words"
+    assert client.write(chunk) is Want.READ, "they wait for the handshake"
+    same_bytes = bytes(bytearray(chunk))
+    for call in (lambda: client.write(same_bytes), client.shutdown, client.renegotiate):
+        with pytest.raises(AssertionError):
+            call()
+    done: int | Want = Want.READ
+    for _ in range(10):
+        carry(client, server)
+        server.handshake()
+        carry(server, client)
+        if done is Want.READ:
+            done = client.write(chunk)
+    assert done == len(chunk)
+    assert client.write(b", and more") == 10
+    carry(client, server)
+    assert server.read(100) == chunk and server.read(100) == b", and more"
+    assert client.shutdown() is False
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_the_handshake_settled_is_noted(rig: Lockstep, version: str, contexts: dict[str, Pair]) -> None:
+    near, far = rig.small_pair()
+    client = TLSEngine(contexts[version][0], near, server_hostname="localhost")
+    server = TLSEngine(contexts[version][1], far)
+    shake(client, server)
+    ours, theirs = client.established("localhost", "there", near), server.established(None, "here", far)
+    assert (ours.version, ours.peername, theirs.peername) == (version, "there", "here")
+    assert ours.cipher == theirs.cipher and ours.cipher.startswith(("TLS_", "ECDHE-"))
+    assert ours.cipher_bits == theirs.cipher_bits and ours.cipher_bits in (128, 256)
+    assert ours.cipher_version.startswith("TLSv1") and not ours.resumed and not theirs.resumed
+    assert ours.server_name == theirs.server_name == "localhost" and ours.alpn is theirs.alpn is None
+    assert ours.peer_certificate is not None and theirs.peer_certificate is None
+    assert ours.verified_chain[0] == ours.presented_chain[0] == ours.peer_certificate
+    assert len(ours.verified_chain) == 2 and theirs.verified_chain == theirs.presented_chain == ()
+    assert ours.tls_unique == theirs.tls_unique != b""
+
+
+def test_one_byte_inside_is_something(rig: Lockstep, contexts: dict[str, Pair]) -> None:
+    client, server = engines(rig, contexts["TLSv1.3"], *rig.small_pair())
+    assert server.write(b"ab") == 2
+    assert not client.has_more()
+    assert client.read(1) == b"a" and client.has_more() and client.pending() == 1
+    assert client.read(1) == b"b" and not client.has_more()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_session_is_remembered_by_its_key_and_not_without_one(
+    rig: Lockstep, version: str, contexts: dict[str, Pair]
+) -> None:
+    resumed = []
+    for key in (None, "key", "key", None):
+        near, far = rig.small_pair()
+        client = TLSEngine(contexts[version][0], near, server_hostname="localhost", resume_key=key)
+        server = TLSEngine(contexts[version][1], far)
+        shake(client, server)
+        resumed.append(client.established("localhost", None, near).resumed)
+        server.established(None, None, far)
+        assert server.write(b"x") == 1 and client.read(1) == b"x", "and the tickets"
+        client.remember()
+        assert client.shutdown() is False and server.read(1) == b"" and server.shutdown() is True
+        assert client.read(1) == b""
+        client.remember()
+    assert resumed == [False, False, True, False]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_is_mute_says_what_it_has_begun_and_nothing_more_and_goes_on_listening(
+    rig: Lockstep, version: str, contexts: dict[str, Pair]
+) -> None:
+    client, server = engines(rig, contexts[version], *rig.small_pair())
+    assert client.write(b"B" * BLOCK) == BLOCK and client.on_detour
+    client.mute()
+    assert client.write(b"never said") == 10
+    found = b""
+    while client.flush() is Want.WRITE:
+        found += read_all(server)
+    assert found + read_all(server) == b"B" * BLOCK
+    assert client.on_detour and client.unflushed() == 0
+    assert server.write(b"heard") == 5 and client.read(10) == b"heard"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_to_be_mute_is_a_detour(rig: Lockstep, version: str, contexts: dict[str, Pair]) -> None:
+    client, server = engines(rig, contexts[version], *rig.small_pair())
+    assert not client.on_detour
+    client.mute()
+    assert client.on_detour
+    assert client.write(b"never said") == 10
+    assert client.unflushed() == 0 and client.flush() is None and client.on_detour
+    assert server.read(1) is Want.READ
+    assert server.write(b"heard") == 5 and client.read(10) == b"heard"
+    client.mute()
+    assert client.on_detour and client.read(10) is Want.READ
+
+
+@pytest.mark.parametrize("error", [SSL.Error(), SSL.Error([])])
+def test_an_error_without_a_reason_is_told_all_the_same(error: SSL.Error, contexts: dict[str, Pair]) -> None:
+    told = TLSEngine(contexts["TLSv1.3"][0], server_hostname="localhost")._translate("write", error)
+    assert isinstance(told, bridge.TLSError) and told.reason == "UNKNOWN_ERROR"
+    assert str(told) == "[SSL: UNKNOWN_ERROR] unknown error (while in write)"
+
+
+def pour(source: socket.socket, sink: socket.socket) -> bytes:
+    """Carry what is there; that."""
+    try:
+        data = source.recv(1 << 16)
+    except BlockingIOError:
+        return b""
+    sink.sendall(data)
+    return data
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_on_the_detour_a_record_may_come_in_parts(
+    rig: Lockstep, version: str, contexts: dict[str, Pair]
+) -> None:
+    (near, inner), (outer, far) = rig.small_pair(), rig.large_pair()
+    client = TLSEngine(contexts[version][0], near, server_hostname="localhost")
+    server = TLSEngine(contexts[version][1], far)
+    done = False
+    while not done:
+        done = (client.handshake() is None) & (server.handshake() is None)
+        pour(inner, outer)
+        pour(outer, inner)
+    client.established("localhost", None, near)
+    assert client.read(1) is Want.READ
+    while not client.on_detour:
+        assert client.write(b"B" * BLOCK) == BLOCK
+    assert server.write(b"one") == 3
+    first = outer.recv(1 << 16)
+    assert server.write(b"two") == 3
+    second = outer.recv(1 << 16)
+    for part in (first[:3], first[3:7], first[7:-1]):
+        inner.sendall(part)
+        assert client.read(10) is Want.READ
+    inner.sendall(first[-1:] + second)
+    assert client.read(10) == b"one"
+    assert near.recv(1 << 16, socket.MSG_PEEK) == second, "which a poll goes on to speak of"
+    assert client.read(10) == b"two"

@@ -24,6 +24,7 @@ from structlog.testing import capture_logs
 
 import bridge
 from bridge import codecs
+from bridge.window import Window
 
 PATIENCE = 30.0
 SECRET = "correct horse battery staple"
@@ -315,6 +316,16 @@ def test_nobody_listens(b: bridge.Bridge, client_ctx: bridge.Context) -> None:
             b.connect(nobody.getsockname(), client_ctx, server_hostname="localhost")
     assert type(caught.value) is bridge.ConnectFailed
     assert isinstance(caught.value.__cause__, OSError) and caught.value.__cause__.errno == errno.ECONNREFUSED
+
+
+def test_where_there_are_no_unix_sockets_it_is_said(
+    b: bridge.Bridge, client_ctx: bridge.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(socket, "AF_UNIX", raising=False)
+    with pytest.raises(bridge.ConfigurationError, match="no Unix sockets: address must be"):
+        b.connect("/nowhere", client_ctx, server_hostname="localhost")
+    with pytest.raises(bridge.ConfigurationError, match="no Unix sockets"):
+        Window(b, "/nowhere")
 
 
 @pytest.mark.parametrize("wait", [True, False])

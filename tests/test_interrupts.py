@@ -62,6 +62,7 @@ class Moment:
 
     def __enter__(self) -> Moment:
         self._hook, sys.unraisablehook = sys.unraisablehook, self._drop
+        self._tracer = sys.gettrace()
         gc.disable()  # whose moments are not always the same
         if self._kind == "handler":
             sys.settrace(self._trace)
@@ -71,7 +72,7 @@ class Moment:
 
     def __exit__(self, *_: object) -> None:
         sys.setprofile(None)
-        sys.settrace(None)
+        sys.settrace(self._tracer)
         gc.enable()
         sys.unraisablehook = self._hook
 

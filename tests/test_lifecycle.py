@@ -657,6 +657,34 @@ def state_of(pid: int) -> str:
     return stat.read_text().rpartition(")")[2].split()[0] if stat.exists() else "S"
 
 
+def test_a_handle_that_was_never_made_goes_in_silence() -> None:
+    """As when Ctrl-C comes in the middle of its making."""
+    bridge.Session.__new__(bridge.Session).__del__()
+
+
+# ── a bridge that is closed at the same time ──
+
+
+def test_what_comes_when_the_bridge_has_just_been_sealed_is_closed(
+    server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    """`close` counts its sessions first, and then waits for these."""
+    with bridge.Bridge(workers=1) as b, b.listen(("127.0.0.1", 0), server_ctx) as listener:
+        for make in (b.adopt, b.stream):
+            near, far = socket.socketpair()
+            with near, far:
+                b._channels.seal()
+                b._streams.seal()
+                with pytest.raises(bridge.BridgeClosed):
+                    make(near, client_ctx, server_hostname="localhost")
+                far.settimeout(PATIENCE)
+                assert far.recv(1) == b""
+        with socket.create_connection(listener.address) as client:
+            client.settimeout(PATIENCE)
+            assert client.recv(1) == b""
+        assert not b.snapshot().sessions
+
+
 # ── fork ──
 
 

@@ -20,10 +20,12 @@ import structlog
 import trustme
 from conftest import KeyPair
 from OpenSSL import SSL
+from rig import Lockstep
 from structlog.testing import capture_logs
 
 import bridge
 from bridge import codecs
+from bridge.acceptor import ACCEPT_BUDGET
 
 PATIENCE = 30.0
 ROOT = str(Path(bridge.__file__).parents[1])
@@ -253,6 +255,37 @@ def test_the_limit_of_sessions_pauses_accepting(
         servers[0].abort()
         assert len(named(logs, "listener.paused")) == 1
         assert "Limits.sessions" in named(logs, "listener.paused")[0]["reason"]
+
+
+def test_a_shared_inbox_that_nobody_empties_pauses_accepting(
+    far: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context, logs: list[Any]
+) -> None:
+    shared = bridge.Inbox()
+    with bridge.Bridge(workers=1, timeouts=QUICK, limits=bridge.Limits(sessions=2)) as b:
+        listener = b.listen(("127.0.0.1", 0), server_ctx, inbox=shared)
+        with far.connect(listener.address, client_ctx, server_hostname="localhost") as client:
+            client.send(b"x")
+            until(lambda: shared.qsize() == 1)
+            shared.put((None, "a word"))
+            with socket.create_connection(listener.address):
+                until(lambda: named(logs, "listener.paused"))
+        assert named(logs, "listener.paused")[0]["reason"] == "2 messages wait in the shared inbox"
+
+
+def test_a_crowd_of_clients_is_let_in_by_and_by(server_ctx: bridge.Context) -> None:
+    with Lockstep() as lockstep, socket.create_server(("127.0.0.1", 0), backlog=200) as sock:
+        ours = lockstep.bridge(limits=bridge.Limits(backlog=200))
+        listener = ours.listen(sock.dup(), server_ctx)
+        lockstep.settle()
+        with contextlib.ExitStack() as stack:
+            for _ in range(ACCEPT_BUDGET + 10):
+                stack.enter_context(socket.create_connection(listener.address))
+            counts = []
+            while not counts or counts[-1] != ACCEPT_BUDGET + 10:
+                ours._workers[0].step(PATIENCE)
+                counts.append(listener.handshakes.used)
+            assert counts[0] == ACCEPT_BUDGET
+        listener.close()  # which does not wait for a thread that is not there
 
 
 OUT_OF_DESCRIPTORS = """

@@ -7,10 +7,12 @@ import xml.etree.ElementTree
 
 import pytest
 from conftest import KeyPair
-from rig import only
+from peers import PATIENCE, Background
+from rig import only, tcp_pair
 
 import bridge
 from bridge import tracing
+from bridge.tap import _calling, _on_message
 
 SECRET = b"correct horse battery staple"
 
@@ -90,6 +92,46 @@ def test_no_payload_is_in_a_trace_and_its_pictures_are_well_formed(
         assert f">{lane}<" in picture
     assert "more events" in picture
     assert "correct horse" not in lines + seen.svg(1000)
+
+
+def test_a_trace_shows_the_sleeps_of_a_stream_and_what_ended_each(server_cert: KeyPair, ca_file: str) -> None:
+    server = bridge.server_context(
+        server_cert.certfile, server_cert.keyfile, renegotiation=True, **only("TLSv1.2")
+    )
+    client = bridge.client_context(ca_file, **only("TLSv1.2"))
+    near, far = tcp_pair()
+    with bridge.Bridge(workers=1) as b, bridge.trace() as seen, Background() as background:
+        ours = b.stream(near, client, server_hostname="localhost")
+        session = b.adopt(far, server, wait=False)
+        ours.handshake(PATIENCE)
+        with pytest.raises(bridge.OperationTimeout):
+            ours.read(1, 0.01)
+        session.renegotiate()
+        reading = background.run(ours.read, 1, PATIENCE)
+        session.send(b"x")
+        assert reading.result(PATIENCE) == b"x"
+        asleep = background.run(ours.read, 1, PATIENCE)
+        while not ours._lease._sleepers:
+            assert not asleep.done()
+        ours.close()
+        assert asleep.exception(PATIENCE) is not None or asleep.result() == b""
+    sleeps = {event.outcome for event in seen.events if event.kind == "sleep"}
+    assert {"a deadline", "socket readable", "doorbell"} <= sleeps
+    assert any(event.what == "SSL_renegotiate" for event in seen.events)
+
+
+def test_a_message_of_no_bytes_and_one_outside_of_any_call_are_not_noted() -> None:
+    """OpenSSL calls back in the middle of a call, and in a moment's time none is under way."""
+    _on_message(1, 0, 22, b"x", 1)
+    _calling.connection = None
+    _on_message(0, 0, 22, b"", 0)
+
+
+def test_nothing_is_noted_after_a_trace() -> None:
+    with bridge.trace() as seen:
+        pass
+    seen.note("call", "SSL_read")
+    assert seen.events == ()
 
 
 def test_outside_of_a_trace_everything_is_as_it_was(server_cert: KeyPair, ca_file: str) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.engine import SessionInfo
-from bridge.errors import BridgeClosed, BridgeError, ConfigurationError, OperationTimeout
+from bridge.errors import BridgeClosed, BridgeError, OperationTimeout
 from bridge.ssl.facts import certificate_dict
 from bridge.ssl.failures import as_stdlib
 from bridge.ssl.process import TIMEOUTS, UNHURRIED, default_bridge
@@ -79,7 +79,7 @@ class Wire:
             if self.stream is None:
                 sock = self._owner()
                 assert sock is not None
-                sock.getpeername()  # OSError if it is not connected, or closed by now
+                _check_connected(sock)
                 self.timeout = sock.gettimeout()
                 self.kernel_timeouts = {
                     option: seconds
@@ -109,17 +109,12 @@ class Wire:
                 inner.detach()
             if isinstance(error, BridgeClosed):
                 raise OSError(errno.EBADF, str(error)) from None
-            if isinstance(error, ConfigurationError) and not _is_connected(sock):
-                raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN)) from None
             raise
 
     def begin_in_pool(self) -> None:
         """Have the handshake made by a worker, for whoever needs it done."""
         self._pooled = True
-        try:
-            self.begin().begin()
-        except BridgeError as error:
-            raise self.failure(error) from None
+        self.begin().begin()
 
     def do_handshake(self) -> None:
         """The handshake, within the time-out."""
@@ -514,12 +509,14 @@ def _der(certificate: Any) -> bytes:
     return bytes(certificate.public_bytes(Encoding.DER))
 
 
-def _is_connected(sock: socket.socket) -> bool:
+def _check_connected(sock: socket.socket) -> None:
+    """OSError if it is not connected, or closed by now, or reset by its peer."""
     try:
         sock.getpeername()
     except OSError:
-        return False
-    return True
+        if sock.fileno() != -1 and (number := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
+            raise OSError(number, os.strerror(number)) from None
+        raise
 
 
 _NOBODYS = contextlib.nullcontext()
@@ -534,4 +531,4 @@ def _kernel_timeout(sock: socket.socket, option: int) -> float:
     if len(found) == 16:
         seconds, microseconds = struct.unpack("ll", found)
         return float(seconds + microseconds / 1e6)
-    return int.from_bytes(found[:4], "little") / 1000  # Windows: a DWORD of milliseconds
+    return int.from_bytes(found[:4], "little") / 1000  # not on Linux: a DWORD of milliseconds

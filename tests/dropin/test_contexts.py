@@ -35,6 +35,7 @@ from OpenSSL import SSL, crypto
 from rig import PATIENCE
 
 import bridge
+from bridge.ssl import contexts
 
 pytestmark = pytest.mark.usefixtures("default_bridge")
 
@@ -468,6 +469,25 @@ def test_the_common_name_counts_where_no_dns_name_is_given_unless_told_otherwise
     assert (client.error is None) is accepted
     our_client.hostname_checks_common_name = False
     assert isinstance(meet(our_client, server, hostname)[0].error, ssl.SSLCertVerificationError)
+
+
+@needs_core
+def test_the_common_name_of_a_certificate_that_cannot_be_read_does_not_count(
+    ca: trustme.CA, our_client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(_: object) -> None:
+        raise ValueError("cut off")
+
+    server = make_server_context("theirs", write(tmp_path, *issue(ca, "localhost")))
+    agreed(our_client, server)
+    monkeypatch.setattr(contexts, "certificate_dict", unreadable)
+    assert isinstance(meet(our_client, server)[0].error, ssl.SSLCertVerificationError)
+
+
+@needs_core
+def test_the_common_name_of_nobody_does_not_count() -> None:
+    nobody = SSL.Connection(SSL.Context(SSL.TLS_METHOD))
+    assert not contexts._is_common_name(nobody, "localhost")
 
 
 def test_an_address_is_never_found_in_the_common_name(
@@ -957,6 +977,23 @@ def test_tls_over_memory_stays_the_stdlibs(our_client: Any, our_server: Any) -> 
     assert client.selected_alpn_protocol() == server.selected_alpn_protocol() == "memory"
 
 
+def test_a_server_that_asks_after_the_handshake_does_not_ask_in_it(
+    our_server: Any, their_client: Any
+) -> None:
+    our_server.verify_mode = ssl.CERT_REQUIRED
+    their_client.minimum_version = ssl.TLSVersion.TLSv1_3
+    refused(their_client, our_server)
+    our_server.post_handshake_auth = True
+    agreed(their_client, our_server)
+
+
+@needs_core
+@pytest.mark.parametrize("name", ["set_psk_client_callback", "set_psk_server_callback"])
+def test_a_shared_key_is_refused_and_not_forgotten(name: str, our_client: Any) -> None:
+    with pytest.raises(NotImplementedError):
+        getattr(our_client, name)(lambda *_: (None, b"key"))
+
+
 def test_what_the_stdlib_knows_about_its_trust_can_be_asked(our_client: Any) -> None:
     assert our_client.cert_store_stats() == {"x509": 1, "crl": 0, "x509_ca": 1}
     assert len(our_client.get_ca_certs()) == 1
@@ -1036,6 +1073,40 @@ def test_a_core_is_a_context_for_any_bridge(our_client: Any, their_server: Any) 
         assert session.recv(PATIENCE) == b"greetings"
         assert serving.result().error is None
         session.close(PATIENCE)
+
+
+@needs_core
+def test_a_core_that_would_ask_whose_connection_it_is_refuses_those_of_nobody(
+    our_server: Any, their_client: Any
+) -> None:
+    our_server.sni_callback = lambda *_: None
+    near, far = socket.socketpair()
+    far.settimeout(PATIENCE)
+    with ThreadPoolExecutor(1) as pool, bridge.Bridge(workers=1) as ours:
+        calling = pool.submit(greet, their_client, far, server_hostname="localhost")
+        session = ours.adopt(near, our_server.core(True), wait=False)
+        error = calling.result().error
+        session.close()
+        assert isinstance(error, ssl.SSLError) and error.reason == "TLSV1_ALERT_INTERNAL_ERROR"
+
+
+@needs_core
+@each_side
+def test_a_core_has_another_way_to_set_a_curve(
+    side: str, pair: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(contexts._lib, "SSL_CTX_set1_curves_list", raising=False)
+    pair["ours"].set_ecdh_curve("prime256v1")
+    agreed(pair["client"], pair["server"])
+
+
+@needs_core
+def test_what_openssl_says_is_raised_as_the_stdlib_raises_it() -> None:
+    with pytest.raises(SSL.Error):
+        contexts._check(0)
+    with pytest.raises(ssl.SSLError, match="this does not work: that is why"):
+        with contexts._errors_of_ssl("this does not work"):
+            raise ValueError("that is why")
 
 
 @needs_core

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import AuthorityInformationAccessOID, NameOID
 
-from bridge.ssl.facts import certificate_dict, elements
+from bridge.ssl.facts import _full_names, _general_name, certificate_dict, elements
 
 pytestmark = pytest.mark.usefixtures("default_bridge")
 
@@ -191,3 +191,13 @@ def test_a_certificate_whose_extensions_are_damaged_is_a_value_error() -> None:
 def test_der_that_is_cut_off_is_never_read_as_if_it_were_whole(der: bytes) -> None:
     with pytest.raises(ValueError, match="cut off"):
         list(elements(der))
+
+
+def test_a_name_of_an_unknown_kind_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="unknown kind: 0x99"):
+        _general_name(0x99, b"")
+
+
+def test_a_distribution_point_need_not_have_a_name() -> None:
+    """RFC 5280, 4.2.1.13: here it is the reasons alone."""
+    assert list(_full_names(bytes.fromhex("300481020560"))) == []

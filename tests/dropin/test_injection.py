@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 import subprocess
 import sys
@@ -132,11 +133,23 @@ def test_a_program_runs_unchanged_with_the_bridge_in_it(
         text=True,
         timeout=PATIENCE,
         cwd=tmp_path,
-        env={"PYTHONPATH": ROOT, "PATH": ""},
+        env=os.environ | {"PYTHONPATH": ROOT},
     )
     assert ran.stdout.strip() == "bridge.ssl.contexts hello ['--x', 'y'] __main__", ran.stderr
     assert ran.returncode == 3
     served.result(PATIENCE)
+
+
+def test_run_ends_with_status_0_as_its_program_does(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("import ssl; print(ssl.SSLContext.__module__)")
+    ran = subprocess.run(
+        [sys.executable, "-m", "bridge", "run", str(tmp_path / "program.py")],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=os.environ | {"PYTHONPATH": ROOT},
+    )
+    assert (ran.stdout, ran.returncode) == ("bridge.ssl.contexts\n", 0), ran.stderr
 
 
 def test_run_without_a_program_says_what_it_needs() -> None:
@@ -145,6 +158,6 @@ def test_run_without_a_program_says_what_it_needs() -> None:
         capture_output=True,
         text=True,
         timeout=PATIENCE,
-        env={"PYTHONPATH": ROOT},
+        env=os.environ | {"PYTHONPATH": ROOT},
     )
     assert ran.returncode == 2 and "script" in ran.stderr

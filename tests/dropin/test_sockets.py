@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import gc
 import os
@@ -25,6 +26,9 @@ from peers import PATIENCE, Background, dial, receive_exactly
 from rig import tcp_pair
 
 import bridge
+from bridge.ssl.failures import as_stdlib
+from bridge.ssl.sessions import SSLSession
+from bridge.stream import Stream
 
 pytestmark = pytest.mark.usefixtures("default_bridge")
 
@@ -100,6 +104,30 @@ def test_facts_are_the_stdlibs(mixed: Ends) -> None:
     server.close()
     assert client.recv(1) == b""
     assert client.version() == "TLSv1.3" and client.getpeercert(True), "also after the peer has gone"
+
+
+def test_the_chains_are_those_of_the_stdlib_s_object(mixed: Ends, ends: Ends) -> None:
+    for client in (mixed[0], ends[0]):
+        wire = client._sslobj
+        der = client.getpeercert(binary_form=True)
+        sent = [shown.public_bytes(2) for shown in wire.get_unverified_chain()]
+        verified = [shown.public_bytes(2) for shown in wire.get_verified_chain()]
+        assert sent[0] == verified[0] == der and len(verified) > 1
+        assert wire.owner is client
+
+
+def test_what_cannot_be_had_is_refused_as_the_stdlib_refuses_it(mixed: Ends) -> None:
+    texts = []
+    for sock in mixed:
+        with pytest.raises(ValueError) as caught:
+            sock.get_channel_binding("tls-something")
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+    with pytest.raises(ssl.SSLError, match="after the handshake"):
+        mixed[0]._sslobj.verify_client_post_handshake()
+    with pytest.raises(ValueError, match="size should not be negative"):
+        mixed[0].read(-1)
+    assert mixed[0].read(0) == b""
 
 
 def test_before_the_handshake_there_are_no_facts(ca_file: str) -> None:
@@ -238,6 +266,10 @@ def test_so_rcvtimeo_is_heeded(
         assert client._sslobj.kernel_timeouts == {socket.SO_SNDTIMEO: 9.0}
         server.sendall(b"late")
         assert client.recv(10) == b"late"
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 20_000))
+        with pytest.raises(BlockingIOError) as caught:
+            client.sendall(bytes(50_000_000))
+        assert caught.value.errno == errno.EAGAIN
 
 
 def wait_for(sock: Any, error: ssl.SSLError) -> None:
@@ -345,6 +377,144 @@ def test_closing_the_bridge_takes_the_number_of_a_descriptor_from_its_socket(ca_
     assert client.fileno() == -1
 
 
+def client_of(own: Any, ca_file: str, near: socket.socket, **options: Any) -> Any:
+    """Our client's socket on the bridge *own*, before its handshake."""
+    return make_client_context("ours", ca_file).wrap_socket(near, do_handshake_on_connect=False, **options)
+
+
+def test_a_socket_whose_bridge_is_closed_before_it_begins_is_closed(
+    ca_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = bridge.Bridge(workers=1)
+    monkeypatch.setattr("bridge.ssl.sockets.default_bridge", lambda: own)
+    near, far = tcp_pair()
+    client = client_of(own, ca_file, near, server_hostname="localhost")
+    own._streams.seal()
+    with far, pytest.raises(OSError) as caught:
+        client.do_handshake()
+    assert caught.value.errno == errno.EBADF and client.fileno() == -1
+    own.close()
+    near, far = tcp_pair()
+    client = client_of(own, ca_file, near, server_hostname="localhost")
+    with far, client:
+        with pytest.raises(OSError) as caught:
+            client.do_handshake()
+        assert caught.value.errno == errno.EBADF and client.fileno() != -1, "it was never the bridge's"
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_socket_whose_peer_has_gone_before_it_begins(known: bool, ca_file: str) -> None:
+    near, far = tcp_pair()
+    client = client_of(None, ca_file, near, server_hostname="localhost")
+    with client:
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        far.close()
+        if known:
+            assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
+        with pytest.raises(OSError) as caught:
+            client.do_handshake()
+        assert type(caught.value) is (OSError if known else ConnectionResetError)
+        assert caught.value.errno == (errno.ENOTCONN if known else errno.ECONNRESET)
+
+
+def test_a_name_that_is_none_is_refused_at_the_handshake(ca_file: str) -> None:
+    near, far = tcp_pair()
+    with far, client_of(None, ca_file, near, server_hostname="a b.example") as client:
+        with pytest.raises(bridge.ConfigurationError, match="neither a DNS name nor an IP address"):
+            client.do_handshake()
+        assert client.fileno() != -1
+
+
+def test_a_socket_that_was_never_handed_out_is_closed_in_silence(
+    ca_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = tcp_pair()
+
+    def broken(self: object) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(our_ssl().SSLSocket, "getpeername", broken)
+    with far:
+        far.settimeout(PATIENCE)
+        with pytest.raises(OSError, match="broken"):
+            client_of(None, ca_file, near, server_hostname="localhost")
+        gc.collect()
+        assert far.recv(1) == b""
+
+
+def test_a_close_that_is_interrupted_before_tls_has_begun_is_made_up_for(
+    ca_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = tcp_pair()
+
+    def interrupt(self: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    with far:
+        far.settimeout(PATIENCE)
+        made = [client_of(None, ca_file, near, server_hostname="localhost")]
+        monkeypatch.setattr(ssl.SSLSocket, "_real_close", interrupt)
+        with contextlib.suppress(KeyboardInterrupt):
+            made[0].close()
+        with pytest.warns(ResourceWarning, match="unclosed"):
+            made.clear()
+            gc.collect()
+        assert far.recv(1) == b""
+
+
+def test_facts_of_an_accepted_socket_wait_for_its_handshake(
+    background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    listener = make_server_context("ours", server_cert).wrap_socket(
+        socket.create_server(("127.0.0.1", 0)), server_side=True
+    )
+    with listener, socket.create_connection(listener.getsockname()) as near:
+        accepted, _ = listener.accept()
+        with accepted:
+            accepted.settimeout(PATIENCE)
+            asking = background.run(accepted.version)
+            with client_of(None, ca_file, near, server_hostname="localhost") as client:
+                client.settimeout(PATIENCE)
+                client.do_handshake()
+                assert asking.result(PATIENCE) == client.version() == accepted.version()
+
+
+def test_a_socket_that_is_closed_in_the_middle_of_unwrap_stays_closed(
+    mixed: Ends, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, server = mixed
+    unwrap = Stream.unwrap
+
+    def closing(*arguments: Any) -> Any:
+        inner, leftover = unwrap(*arguments)
+        client.close()
+        return inner, leftover
+
+    monkeypatch.setattr(Stream, "unwrap", closing)
+    unwrapping = background.run(server.unwrap)
+    client.unwrap()
+    assert client.fileno() == -1
+    unwrapping.result(PATIENCE)
+
+
+def test_the_session_of_a_connection_that_was_cut_off_is_the_last_one_seen(mixed: Ends) -> None:
+    client, server = mixed
+    server.sendall(b"x")
+    assert client.recv(1) == b"x"
+    seen = client.session
+    socket.socket.shutdown(server, socket.SHUT_WR)
+    assert client.recv(1) == b"" and client.session == seen
+
+
+def test_shutting_down_for_reading_leaves_writing(mixed: Ends) -> None:
+    client, server = mixed
+    client.shutdown(socket.SHUT_RD)
+    client.sendall(b"still said")
+    assert receive_exactly(server, 10) == b"still said"
+    assert client.recv(1) == b""
+
+
 def test_shutdown_wakes_a_reader(ends: Ends, background: Background) -> None:
     client, server = ends
     reading = background.run(client.recv, 1)
@@ -398,10 +568,30 @@ def test_a_ragged_end(suppress: bool, background: Background, ca_file: str, serv
         assert receive_exactly(client, 5) == b"cut o"
         if suppress:
             assert client.recv(1) == b""
+            assert client.recv_into(bytearray(1)) == 0 and client.read(1) == b""
         else:
-            with pytest.raises(ssl.SSLEOFError) as caught:
-                client.recv(1)
-            assert type(caught.value) is ssl.SSLEOFError and caught.value.errno == ssl.SSL_ERROR_EOF
+            for call in (client.recv, client.read, lambda size: client.recv_into(bytearray(size))):
+                with pytest.raises(ssl.SSLEOFError) as caught:
+                    call(1)
+                assert type(caught.value) is ssl.SSLEOFError and caught.value.errno == ssl.SSL_ERROR_EOF
+
+
+def test_what_was_read_too_far_comes_before_the_plain_text(
+    mixed: Ends, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, server = mixed
+    unwrap = Stream.unwrap
+    monkeypatch.setattr(Stream, "unwrap", lambda *arguments: (unwrap(*arguments)[0], b"read too far"))
+    unwrapping = background.run(server.unwrap)
+    assert client.unwrap() is client
+    plain = unwrapping.result(PATIENCE)
+    with pytest.raises(ValueError, match="Read on closed or unwrapped"):
+        client.read(1)
+    assert client.recv(4, socket.MSG_PEEK) == b"read" == client.recv(4)
+    room = bytearray(20)
+    assert client.recv_into(room, 4) == 4 and client.recv_into(room) == 4 and room[:4] == b" far"
+    plain.sendall(b", and the rest")
+    assert client.recv_into(room) == 14 and room[:14] == b", and the rest"
 
 
 @ours_and_theirs
@@ -604,6 +794,28 @@ def test_a_session_is_resumed_when_it_is_passed_on(
         other.wrap_socket(near, server_hostname="localhost", session=session)
 
 
+def test_sessions_are_told_apart_by_their_ids(mixed: Ends) -> None:
+    client, server = mixed
+    server.sendall(b"x")
+    assert client.recv(1) == b"x"  # and the tickets came before it
+    session, again = client.session, client.session
+    assert session == again and hash(session) == hash(again) and session != session.id
+    server.sendall(b"y")
+    assert client.recv(1) == b"y" and len({session, client.session}) == 1
+
+
+def test_a_session_is_set_before_the_handshake_on_a_client_s_side(mixed: Ends, ends: Ends) -> None:
+    with pytest.raises(TypeError, match="Value is not a SSLSession"):
+        ends[0].session = "none"
+    for sock, words in (
+        (ends[0], "Cannot set session after handshake"),
+        (ends[1], "Cannot set session for server-side SSLSocket"),
+    ):
+        session = SSLSession(ends[0]._sslobj.stream.session(), sock.context)
+        with pytest.raises(ValueError, match=words):
+            sock.session = session
+
+
 # ── processes ──
 
 
@@ -651,3 +863,18 @@ sock.sendall(b"hi")
     )
     assert (ran.returncode, ran.stderr) == (0, b"")
     assert served.result(PATIENCE) == (b"hi", b"")
+
+
+# ── errors ──
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (bridge.EndOfStream("the end"), ssl.SSLZeroReturnError),
+        (bridge.SessionAborted("aborted"), OSError),
+        (bridge.ConfigurationError("not for the stdlib"), bridge.ConfigurationError),
+    ],
+)
+def test_each_error_is_the_very_class_of_the_stdlib(error: bridge.BridgeError, kind: type[Exception]) -> None:
+    assert type(as_stdlib(error)) is kind

@@ -1,0 +1,166 @@
+"""Sleeping beside sockets: what each system offers for it does the same."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from peers import PATIENCE
+
+from bridge import poll
+from bridge.poll import NOTHING, Doorbell, SelectorPoller, Sleeper, Want
+
+BOTH = Want.READ | Want.WRITE
+POLLERS = [SelectorPoller, *([poll.EpollPoller] if hasattr(select, "epoll") else [])]
+POLLS = [poll._Select, *([select.poll] if hasattr(select, "poll") else [])]
+
+
+@pytest.fixture(params=POLLERS)
+def poller(request: pytest.FixtureRequest) -> Iterator[Any]:
+    made = request.param()
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=["eventfd", "sockets"])
+def doorbell(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Doorbell]:
+    if request.param == "sockets":
+        monkeypatch.delattr(os, "eventfd", raising=False)
+    made = Doorbell()
+    yield made
+    made.close()
+    made.ring()  # as a thread does that has not heard of the end
+
+
+@pytest.fixture(params=POLLS)
+def sleeper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sleeper]:
+    monkeypatch.setattr(poll, "_Poll", request.param)
+    made = Sleeper()
+    yield made
+    made.__del__()  # pytest keeps it a while longer
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    far.setblocking(False)
+    with near, far:
+        yield near, far
+
+
+def fill(sock: socket.socket) -> None:
+    try:
+        while True:
+            sock.send(bytes(65_536))
+    except BlockingIOError:
+        pass
+
+
+def empty(sock: socket.socket) -> None:
+    try:
+        while True:
+            sock.recv(65_536)
+    except BlockingIOError:
+        pass
+
+
+def test_a_poller_says_what_a_socket_is_ready_for(
+    poller: Any, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    near, far = pair
+    poller.watch(near, Want.READ, "told")
+    assert poller.wait(0) == []
+    far.send(b"x")
+    assert poller.wait(None) == [("told", Want.READ)]
+    poller.change(near, BOTH, "another")
+    assert poller.wait(PATIENCE) == [("another", BOTH)]
+    near.recv(1)
+    assert poller.wait(0) == [("another", Want.WRITE)]
+    poller.forget(near)
+    assert poller.wait(0) == []
+
+
+def test_a_poller_sleeps_as_long_as_it_may_and_no_longer(
+    poller: Any, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    poller.watch(pair[0], Want.READ, None)
+    begin = time.monotonic()
+    assert poller.wait(0.02) == []
+    assert 0.02 <= time.monotonic() - begin < PATIENCE
+    pair[1].send(b"x")
+    assert poller.wait(1e12) == [(None, Want.READ)], "longer than the system can count"
+
+
+def test_the_end_of_the_peer_is_something_to_read(
+    poller: Any, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    poller.watch(pair[0], Want.READ, "told")
+    pair[1].close()
+    assert poller.wait(PATIENCE) == [("told", Want.READ)]
+
+
+def test_a_doorbell_rings_until_it_is_silenced(poller: Any, doorbell: Doorbell) -> None:
+    poller.watch(doorbell, Want.READ, "the bell")
+    doorbell.silence()
+    assert poller.wait(0) == []
+    for _ in range(3):
+        doorbell.ring()
+    assert poller.wait(PATIENCE) == [("the bell", Want.READ)] == poller.wait(0)
+    doorbell.silence()
+    assert poller.wait(0) == []
+
+
+def test_a_doorbell_takes_any_number_of_rings(poller: Any, doorbell: Doorbell) -> None:
+    poller.watch(doorbell, Want.READ, "the bell")
+    for _ in range(5_000):
+        doorbell.ring()
+    doorbell.silence()
+    assert poller.wait(0) == []
+    doorbell.ring()
+    assert poller.wait(0) == [("the bell", Want.READ)]
+
+
+def test_a_sleeper_says_what_its_socket_is_ready_for(
+    sleeper: Sleeper, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    near, far = pair
+    assert sleeper.sleep(near, Want.READ, 0) == NOTHING
+    assert sleeper.sleep(near, BOTH, None) == Want.WRITE
+    far.send(b"x")
+    assert sleeper.sleep(near, BOTH, PATIENCE) == BOTH
+    assert sleeper.sleep(near, Want.READ, 1e12) == Want.READ
+    empty(near)
+    fill(near)
+    assert sleeper.sleep(near, BOTH, 0) == NOTHING
+    empty(far)
+    assert sleeper.sleep(near, Want.WRITE, PATIENCE) == Want.WRITE
+
+
+def test_a_sleeper_wakes_at_a_ring_once(
+    sleeper: Sleeper, doorbell: Doorbell, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    thread = threading.Thread(target=sleeper.ring)
+    thread.start()
+    begin = time.monotonic()
+    assert sleeper.sleep(pair[0], Want.READ, PATIENCE) == NOTHING
+    assert time.monotonic() - begin < PATIENCE
+    thread.join()
+    assert sleeper.sleep(None, Want.READ, 0) == sleeper.sleep(pair[0], NOTHING, 0) == NOTHING
+    begin = time.monotonic()
+    assert sleeper.sleep(pair[0], Want.READ, 0.02) == NOTHING
+    assert time.monotonic() - begin >= 0.02, "it was rung once"
+
+
+def test_a_sleeper_hears_of_the_end_of_the_peer(
+    sleeper: Sleeper, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    pair[1].close()
+    assert sleeper.sleep(pair[0], Want.READ, PATIENCE) == Want.READ
+    assert sleeper.sleep(pair[0], Want.WRITE, PATIENCE) == Want.WRITE

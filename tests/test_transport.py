@@ -1,0 +1,151 @@
+"""A transport in lockstep: the moments that a real network rarely gives."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from conftest import KeyPair
+from rig import Lockstep, is_closed, is_open, only, tcp_pair, wants
+
+import bridge
+from bridge import transport
+
+Contexts = tuple[bridge.Context, bridge.Context]
+
+
+@pytest.fixture
+def lockstep() -> Iterator[Lockstep]:
+    with Lockstep() as made:
+        yield made
+
+
+@pytest.fixture
+def contexts(tls_version: str, ca_file: str, server_cert: KeyPair) -> Contexts:
+    """A client's and a server's, for each version in turn."""
+    return (
+        bridge.client_context(ca_file, **only(tls_version)),
+        bridge.server_context(server_cert.certfile, server_cert.keyfile, **only(tls_version)),
+    )
+
+
+def reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def fill(sock: socket.socket) -> int:
+    count = 0
+    try:
+        while True:
+            count += sock.send(bytes(65_536))
+    except BlockingIOError:
+        return count
+
+
+def test_a_hello_waits_for_room(lockstep: Lockstep, contexts: Contexts) -> None:
+    near, far = lockstep.small_pair()
+    junk = fill(near)
+    client = lockstep.session(contexts[0], near)
+    lockstep.settle()
+    assert wants(client) == {"handshake": "write"}
+    while junk:
+        junk -= len(far.recv(min(junk, 65_536)))
+    lockstep.settle()
+    assert wants(client) == {"handshake": "read"} and far.recv(1) == b"\x16"
+
+
+def test_a_hello_to_a_peer_that_is_gone_is_a_reset(lockstep: Lockstep, contexts: Contexts) -> None:
+    near, far = tcp_pair()
+    client = lockstep.session(contexts[0], near)
+    reset(far)
+    lockstep.until(lambda: is_closed(client))
+    assert isinstance(client.end, bridge.PeerReset) and "the connection failed" in str(client.end)
+
+
+def test_what_comes_after_an_abort_changes_nothing(lockstep: Lockstep, contexts: Contexts) -> None:
+    near, _ = lockstep.large_pair()
+    client = lockstep.session(contexts[0], near)
+    channel = client._channel
+    for command in (
+        ("abort", bridge.SessionAborted("first")),
+        ("start",),
+        ("send", [b"x"]),
+        ("close", None),
+        ("abort", bridge.SessionAborted("second")),
+    ):
+        channel.worker.post(channel.transport, *command)
+    lockstep.until(lambda: is_closed(client))
+    assert str(client.end) == "first" and near.fileno() == -1
+
+
+def test_idleness_with_a_write_under_way_ends_without_a_close_notify(
+    lockstep: Lockstep, contexts: Contexts
+) -> None:
+    near, far = lockstep.small_pair()
+    timeouts = bridge.Timeouts(idle=0.05, write_stall=None)
+    client = lockstep.session(contexts[0], near, timeouts=timeouts)
+    server = lockstep.session(contexts[1], far, limits=bridge.Limits(inbox_bytes=1))
+    lockstep.until(lambda: is_open(client) and is_open(server))
+    client.send(bytes(200_000))
+    lockstep.until(lambda: is_closed(client))
+    ending: Any = client._channel.closed.peek()
+    assert isinstance(ending.cause, bridge.IdleTimeout)
+    assert not ending.report.close_notify_sent and ending.report.unsent > 0
+
+
+def test_a_peer_that_does_not_stop_is_not_listened_to_for_ever(
+    lockstep: Lockstep, contexts: Contexts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "LINGER_BYTES", 1_000)
+    near, far = lockstep.tcp_pair()
+    server = lockstep.session(contexts[1], near)
+    far.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    lockstep.until(lambda: is_closed(server))
+    assert isinstance(server.end, bridge.NotTLS) and near.fileno() == -1
+    assert not server._channel.transport.finished, "it lingers"
+    far.sendall(bytes(900))
+    lockstep.settle()
+    assert not server._channel.transport.finished
+    far.sendall(bytes(200))
+    lockstep.until(lambda: server._channel.transport.finished)
+
+
+def test_a_session_that_a_bug_has_ended_lingers_for_a_while_only(
+    lockstep: Lockstep, contexts: Contexts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its peer never says another word, and its turn did not come to what it would have waited for."""
+    near, far = lockstep.tcp_pair()
+    timeouts = bridge.Timeouts(close_notify=0.05, handshake=None)
+    server = lockstep.session(contexts[1], near, timeouts=timeouts)
+    lockstep.settle()
+    mine = server._channel.transport
+
+    def fall(*_: object) -> None:
+        monkeypatch.undo()
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(transport.Transport, "turn", fall)
+    server._channel.worker.post(mine, "wake")
+    lockstep.until(lambda: mine.finished)
+    assert isinstance(server.end, bridge.SessionAborted) and far.recv(1) == b""
+
+
+@pytest.mark.parametrize(("unsent", "said", "polite"), [(0, True, True), (0, False, False), (1, True, False)])
+def test_a_close_was_polite_if_all_has_left_and_close_notify_too(
+    unsent: int, said: bool, polite: bool
+) -> None:
+    assert bool(transport.CloseReport(unsent, said, not said)) is polite
+
+
+def test_bytes_moved_are_those_of_both_ways(lockstep: Lockstep, contexts: Contexts) -> None:
+    client, server = map(lockstep.session, contexts, lockstep.large_pair())
+    lockstep.until(lambda: is_open(client) and is_open(server))
+    client.send(b"12345")
+    server.send(b"123")
+    lockstep.until(lambda: not (client.inbox.empty() or server.inbox.empty()))
+    lockstep.settle()
+    assert client._channel.transport.moved == server._channel.transport.moved == 8

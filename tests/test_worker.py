@@ -1,0 +1,443 @@
+"""A worker alone, in lockstep, with pollables that do as they are told: who has a turn, when, and what it sees."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import structlog
+from peers import PATIENCE
+from structlog.testing import capture_logs
+
+from bridge.errors import SessionAborted, SessionEnded
+from bridge.poll import NOTHING, Want
+from bridge.worker import AGAIN, HAND_OVER, STALLED_TURNS, Worker
+
+NO_TIME = 0.0
+
+
+class Thing:
+    """A pollable whose turns are noted."""
+
+    def __init__(self, sock: socket.socket | None = None, mask: int = NOTHING) -> None:
+        self.sock, self.mask = sock, mask
+        self.again = self.finished = False
+        self.deadline: float | None = None
+        self.retired: list[socket.socket] = []
+        self.now = 0.0
+        self.lock = threading.RLock()
+        self.turns: list[int] = []
+        self.ends: list[SessionEnded] = []
+        self.left = 0
+        self.moved = 0
+        self.stalls: list[int] = []
+        self.act: Callable[[], Any] = lambda: None
+
+    def turn(self, ready: int, now: float) -> bool:
+        assert self.lock._is_owned()  # type: ignore[attr-defined]
+        self.turns.append(ready)
+        return self.act() is not False
+
+    def poke(self, *arguments: Any) -> None:
+        """A command that does nothing."""
+        assert self.lock._is_owned()  # type: ignore[attr-defined]
+
+    def end(self, cause: SessionEnded) -> None:
+        self.ends.append(cause)
+
+    def gone(self) -> None:
+        self.left += 1
+
+    def evidence(self) -> tuple[object, ...]:
+        return ()
+
+    def stalled(self, turns: int, whose: str) -> None:
+        self.stalls.append(turns)
+        self.mask = NOTHING
+
+
+@pytest.fixture
+def handed_over() -> list[list[Any]]:
+    return []
+
+
+@pytest.fixture
+def worker(handed_over: list[list[Any]]) -> Iterator[Worker]:
+    made = Worker("w", handed_over.append)
+    yield made
+    if not made._stopping:
+        made.stop()
+        made.step()
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    near, far = socket.socketpair()
+    with near, far:
+        yield near, far
+
+
+def given(worker: Worker, *things: Thing) -> None:
+    """They have come to *worker*, and had their first turn."""
+    for thing in things:
+        worker.post(thing, "poke")
+    worker.step()
+    for thing in things:
+        assert thing.turns.pop() == NOTHING and not thing.turns
+
+
+# ── turns ──
+
+
+def test_a_step_says_whether_anything_was_done(worker: Worker) -> None:
+    thing = Thing()
+    assert not worker.step()
+    worker.post(thing, "poke")
+    assert worker.step() and not worker.step()
+    assert thing.turns == [NOTHING] and worker.load() == 1
+
+
+def test_a_ring_for_nothing_is_nothing_done(worker: Worker) -> None:
+    worker._doorbell.ring()
+    assert not worker.step(PATIENCE)
+    assert not worker._poller.wait(0), "it has been silenced"
+
+
+def test_a_turn_is_told_what_the_poll_says_and_the_time(
+    worker: Worker, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    thing = Thing(pair[0], Want.READ)
+    before = time.monotonic()
+    given(worker, thing)
+    assert before <= thing.now <= time.monotonic()
+    assert not worker.step()
+    pair[1].send(b"x")
+    assert worker.step() and worker.step()
+    assert thing.turns == [Want.READ, Want.READ]
+    worker.post(thing, "poke")
+    worker.step()
+    assert thing.turns == [Want.READ] * 3, "a word takes nothing from what the poll said"
+
+
+def test_who_was_cut_short_goes_on_in_the_next_step_which_does_not_sleep_first(worker: Worker) -> None:
+    thing = Thing()
+    given(worker, thing)
+    thing.again = True
+    worker.post(thing, "poke")
+    worker.step()
+    begin = time.monotonic()
+    assert worker.step(PATIENCE)
+    thing.again = False
+    assert worker.step(PATIENCE)
+    assert time.monotonic() - begin < PATIENCE / 2
+    assert thing.turns == [NOTHING, AGAIN, AGAIN]
+    assert not worker.step()
+
+
+def test_what_the_poll_says_counts_for_more_than_that_a_turn_was_cut_short(
+    worker: Worker, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    thing = Thing(pair[0], Want.WRITE)
+    given(worker, thing)
+    thing.again = True
+    worker.step()
+    worker.step()
+    assert thing.turns == [Want.WRITE, Want.WRITE]
+
+
+def test_a_turn_in_which_nothing_has_changed_is_not_looked_at(
+    worker: Worker, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    thing = Thing(pair[0], Want.READ)
+    given(worker, thing)
+    thing.mask, thing.act = NOTHING, lambda: False
+    pair[1].send(b"x")
+    worker.step()
+    worker.step()
+    assert thing.turns == [Want.READ] * 2 and worker._watched[thing].turns == 0
+    thing.act = lambda: True
+    worker.step()
+    assert not worker.step() and worker._watched[thing].turns == 1
+
+
+# ── the poll set ──
+
+
+def test_what_is_waited_for_changes_with_the_mask_and_the_socket(
+    worker: Worker, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    near, far = pair
+    thing = Thing(near, Want.READ)
+    given(worker, thing)
+    thing.mask = Want.READ | Want.WRITE
+    given(worker, thing)
+    worker.step()
+    assert thing.turns.pop() == Want.WRITE
+    other, its_end = socket.socketpair()
+    with other, its_end:
+        thing.sock, thing.mask = other, Want.READ
+        worker.step()
+        thing.turns.clear()
+        far.send(b"for nobody")
+        assert not worker.step()
+        its_end.send(b"for us")
+        assert worker.step() and thing.turns.pop() == Want.READ
+        thing.mask = NOTHING
+        worker.step()
+        assert not worker.step()
+        thing.turns.clear()
+        thing.sock, thing.mask = near, Want.READ
+        given(worker, thing)
+        assert worker.step() and thing.turns == [Want.READ]
+        thing.sock = None
+        worker.step()
+        assert not worker.step() and worker.load() == 1
+
+
+def test_what_has_finished_is_let_go_and_its_sockets_closed(
+    worker: Worker, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    near, far = pair
+    thing = Thing(near, Want.READ)
+    given(worker, thing)
+    thing.finished, thing.deadline, thing.retired = True, time.monotonic(), [near]
+    given(worker, thing)
+    assert near.fileno() == -1 and far.recv(1) == b"" and thing.retired == []
+    assert thing.left == 1 and worker.load() == 0
+    worker.post(thing, "unheard of")
+    assert not worker.step() and worker.load() == 0
+
+
+# ── deadlines ──
+
+
+def test_a_deadline_is_kept_and_no_turn_comes_before_it(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    thing = Thing()
+    thing.deadline = clock + 10
+    given(worker, thing)
+    given(worker, thing)
+    assert len(worker._timers) == 1, "one timer is enough"
+    clock += 9
+    assert not worker.step()
+    clock += 1
+    assert worker.step() and thing.turns == [NOTHING]
+    assert worker.step(), "it has not changed, so it has passed once more"
+    thing.deadline = None
+    worker.step()
+    assert not worker.step() and not worker._timers
+
+
+def test_an_earlier_deadline_comes_first_and_a_later_one_when_it_is_due(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    thing = Thing()
+    thing.deadline = clock + 20
+    given(worker, thing)
+    thing.deadline = clock + 10
+    given(worker, thing)
+    clock += 10
+    thing.deadline = clock + 20  # put off, which the worker need not know before it is due
+    assert worker.step() and thing.turns == [NOTHING]
+    clock += 10
+    assert not worker.step(), "the first timer is out of date"
+    clock += 10
+    assert worker.step() and len(thing.turns) == 2
+
+
+def test_the_worker_sleeps_no_longer_than_to_the_next_deadline_nor_than_it_may(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float | None] = []
+    wait = worker._poller.wait
+    monkeypatch.setattr(worker._poller, "wait", lambda timeout: slept.append(timeout) or wait(0))
+    clock = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    worker.step(None)
+    thing, other = Thing(), Thing()
+    thing.deadline = clock + 10
+    given(worker, thing)
+    slept.clear()
+    worker.step(None)
+    worker.step(4)
+    worker.step(30)
+    worker.step()
+    thing.deadline = clock + 5
+    given(worker, thing)
+    thing.deadline = clock + 50
+    clock += 5
+    worker.step()  # the earlier one has passed, and the first is out of date
+    slept.clear()
+    worker.step(None)
+    clock += 60
+    worker.step(None)
+    assert slept == [45, 0]
+    other.deadline = clock - 1
+    slept.clear()
+    given(worker, other)
+    worker.step(None)
+    assert slept == [0, 0]
+
+
+def test_a_worker_that_is_awake_is_not_rung(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    rings: list[int] = []
+    monkeypatch.setattr(worker._mailbox, "_ring", lambda: rings.append(1))
+    monkeypatch.setattr(worker._poller, "wait", lambda timeout: [])
+    worker.step(None)
+    worker.post(Thing(), "poke")
+    assert not rings
+
+
+# ── what turns produce, and what they raise ──
+
+
+def test_what_turns_produce_is_handed_over_in_one_piece_or_in_few(
+    worker: Worker, handed_over: list[list[Any]]
+) -> None:
+    things = [Thing() for _ in range(3)]
+
+    def produce() -> None:
+        worker.produced.extend(range(HAND_OVER // 2))
+
+    for thing in things:
+        thing.act = produce
+    given(worker, *things)
+    assert [len(batch) for batch in handed_over] == [HAND_OVER, HAND_OVER // 2]
+    worker.step()
+    assert len(handed_over) == 2 and worker.produced == []
+
+
+def test_a_turn_that_raises_ends_its_own_session_and_says_so(worker: Worker) -> None:
+    ill, well = Thing(), Thing()
+
+    def fall() -> None:
+        ill.mask, ill.finished = NOTHING, True
+        raise ValueError("a bug")
+
+    ill.act = fall
+    with capture_logs() as logs:
+        given(worker, ill, well)
+    structlog.reset_defaults()
+    (cause,) = ill.ends
+    assert isinstance(cause, SessionAborted) and isinstance(cause.__cause__, ValueError)
+    assert str(cause) == "internal error: ValueError('a bug')"
+    assert [entry["event"] for entry in logs] == ["worker.failed"]
+    assert logs[0]["worker"] == "w" and logs[0]["error"] == "ValueError('a bug')"
+    assert not well.ends and worker.load() == 1, "what it left is looked at"
+
+
+def test_what_a_bug_has_ended_has_one_more_turn(worker: Worker) -> None:
+    ill = Thing()
+
+    def fall() -> None:
+        ill.act = lambda: setattr(ill, "again", False)
+        raise ValueError("a bug")
+
+    ill.act = fall
+    with capture_logs():
+        given(worker, ill)
+    structlog.reset_defaults()
+    assert worker.step() and ill.turns == [AGAIN] and not worker.step()
+
+
+def test_a_session_that_spins_is_watched_and_ended_after_so_many_turns_in_vain(
+    worker: Worker, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    thing = Thing(pair[0], Want.WRITE)
+    given(worker, thing)
+    for moved in [1, 1, 1] + [0] * (STALLED_TURNS - 3):
+        thing.moved += moved
+        worker.step()
+    watch = worker._watched[thing]
+    assert watch.turns == STALLED_TURNS, "it has its turns, and now they are looked at"
+    worker.step()
+    assert watch.turns == 1, "it has moved since: it gets as many again"
+    for turns in range(1, STALLED_TURNS):
+        assert watch.turns == turns
+        worker.step()
+    for _ in range(STALLED_TURNS + 1):  # the first of which only finds out how things stand
+        assert not thing.stalls
+        worker.step()
+    assert thing.stalls == [STALLED_TURNS]
+    assert not worker.step(), "and what it has become is looked at"
+
+
+def test_a_session_that_has_never_moved_is_found_after_twice_as_many_turns(
+    worker: Worker, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    thing = Thing(pair[0], Want.WRITE)
+    given(worker, thing)
+    for _ in range(2 * STALLED_TURNS + 1):
+        assert not thing.stalls
+        worker.step()
+    assert thing.stalls == [STALLED_TURNS]
+
+
+def changes_now_and_then(thing: Thing) -> None:
+    proofs = iter(range(10_000))
+    thing.evidence = lambda: (next(proofs) // STALLED_TURNS,)  # type: ignore[method-assign]
+
+
+def moves_now_and_then(thing: Thing) -> None:
+    turns = iter(range(10_000))
+
+    def move() -> None:
+        thing.moved += next(turns) % STALLED_TURNS == 0
+
+    thing.act = move
+
+
+def moves_no_bytes(thing: Thing) -> None:
+    thing.evidence = lambda: None  # type: ignore[method-assign, assignment, return-value]
+
+
+@pytest.mark.parametrize("kind", [changes_now_and_then, moves_now_and_then, moves_no_bytes])
+def test_what_gets_on_or_has_nowhere_to_get_to_has_not_stalled(
+    kind: Callable[[Thing], None], worker: Worker, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    thing = Thing(pair[0], Want.WRITE)
+    kind(thing)
+    given(worker, thing)
+    for _ in range(5 * STALLED_TURNS):
+        worker.step()
+    assert not thing.stalls
+
+
+# ── the end ──
+
+
+def test_stop_ends_what_is_left_twice_and_closes_everything(
+    worker: Worker, handed_over: list[list[Any]], pair: tuple[socket.socket, socket.socket]
+) -> None:
+    thing = Thing(pair[0], Want.READ)
+    given(worker, thing)
+    thing.retired = [pair[0]]
+    thing.act = lambda: worker.produced.append("the last word")
+    worker.post(thing, "poke")
+    worker.stop()
+    worker.post(thing, "poke")
+    worker.run()
+    assert len(thing.ends) == 2 and thing.turns == [NOTHING, NOTHING]
+    assert all(str(cause) == "the bridge was closed" for cause in thing.ends)
+    assert pair[0].fileno() == -1
+    assert handed_over == [["the last word"], ["the last word"]]
+    assert worker._poller._epoll.closed and worker._doorbell._ear.closed  # type: ignore[union-attr]
+
+
+def test_a_bug_of_the_worker_ends_what_is_left_too(worker: Worker) -> None:
+    thing = Thing()
+    given(worker, thing)
+    worker.post(thing, "no such command")
+    with pytest.raises(AttributeError):
+        worker.run()
+    assert len(thing.ends) == 2
+    worker._stopping = True
