@@ -197,7 +197,11 @@ def test_testssl_has_nothing_to_complain_about(default_server: int, ca_file: str
     said = scan("testssl", *options, *("-p", "-s", "-f", "-P", "-S", "-U"), f"localhost:{default_server}")
     findings = json.loads(report.read_text(encoding="utf-8"))
     complaints = {one["id"] for one in findings if one["severity"] not in ("OK", "INFO", "DEBUG")}
-    assert complaints <= {"cert_validityPeriod", "cert_revocation"}, said  # it is made for a test
+    complaints -= {"cert_validityPeriod", "cert_revocation"}  # it is made for a test
+    complaints -= {
+        "sessionresumption_ticket"
+    }  # its s_client leaves before the ticket has come, as often as not
+    assert not complaints, said
     assert {"protocol_negotiated", "cert_trust", "LUCKY13", "ROBOT", "secure_client_renego"} <= {
         one["id"] for one in findings
     }, said
