@@ -184,6 +184,18 @@ def test_what_the_pages_name_is_there() -> None:
             assert f"def {test}(" in tests, f"{page.name} names {test}"
 
 
+def test_every_error_has_its_cause_and_its_cure() -> None:
+    text = (ROOT / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `(\w+)` \| .+ \| .+ \|$", text, re.MULTILINE))
+    parents = {"BridgeError", "SessionEnded", "DeadlineExceeded", "ShutDown"}
+    errors = {
+        name
+        for name, one in vars(bridge.errors).items()
+        if isinstance(one, type) and issubclass(one, Exception)
+    }
+    assert errors - parents == named
+
+
 def test_every_link_between_the_pages_leads_somewhere() -> None:
     for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
