@@ -43,6 +43,7 @@ myst_substitutions = {
     "trace_renegotiation": traced.renegotiation(),
     "trace_memory": traced.memory(),
     "trace_silent_descriptor": traced.silent_descriptor(),
+    "top": traced.top(),
 }
 
 default_role = "code"  # `name` in a docstring is code, as it is in Markdown

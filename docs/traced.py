@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import select
 import socket
 import ssl
@@ -21,6 +22,8 @@ from bridge import picture
 from bridge.context import Context
 from bridge.demo import throw_away_authority
 from bridge.tap import TraceEvent
+from bridge.top import shown
+from bridge.window import Window, look
 
 PATIENCE = 10.0
 CA, CERTIFICATE, KEY = throw_away_authority()
@@ -77,6 +80,8 @@ def stalled_write() -> str:
         session = b.adopt(sock, bridge.client_context([CA]), server_hostname="localhost", timeout=PATIENCE)
         session.send(bytes(60_000))
         _until(lambda: any(event.outcome == "WANT_WRITE" for event in seen.events))
+        _until(lambda: any(one.wants.get("write") == "write" for one in b.snapshot().sessions))
+        threading.Event().wait(0.02)  # its worker is on its way to bed
         may_read.set()
         session.flush(PATIENCE)
         session.send_eof()
@@ -153,6 +158,34 @@ def write_that_meets_data() -> str:
     return _image(
         seen.events[begun:ended], "A write that has to wait for a handshake, with data in front of it"
     )
+
+
+def top() -> str:
+    """What `tls-bridge top` shows of a few sessions, one of them with a peer that does not read."""
+    from rich.console import Console
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        bridge.Bridge(workers=2) as b,
+        Window(b, Path(folder, "window.sock")) as window,
+    ):
+        listener = b.listen(("127.0.0.1", 0), bridge.server_context([CERTIFICATE], KEY))
+        client = bridge.client_context([CA])
+        sessions = []
+        for _ in range(3):
+            sessions.append(
+                b.connect(listener.address, client, server_hostname="localhost", timeout=PATIENCE)
+            )
+            sessions.append(listener.accept(PATIENCE))
+        with contextlib.suppress(bridge.SendTimeout):
+            while True:
+                sessions[0].send(bytes(50_000), timeout=0.2)
+        view = look(window.path)
+        for session in sessions:
+            session.abort()
+    console = Console(record=True, width=110, file=io.StringIO())
+    console.print(shown(view))
+    return _as_image(console.export_svg(title="tls-bridge top window.sock"), "tls-bridge top, live")
 
 
 @contextlib.contextmanager
@@ -256,5 +289,9 @@ def _stdlib_server(serve: Callable[[ssl.SSLSocket], None], small: bool = False) 
 
 def _image(events: Sequence[TraceEvent], what: str) -> str:
     """An image that needs no file; as an image, its styles are its own."""
-    drawn = base64.b64encode(picture.svg(events, 60).encode()).decode()
+    return _as_image(picture.svg(events, 60), what)
+
+
+def _as_image(svg: str, what: str) -> str:
+    drawn = base64.b64encode(svg.encode()).decode()
     return f'<div class="trace"><img alt="{what}" src="data:image/svg+xml;base64,{drawn}"></div>'

@@ -129,6 +129,7 @@ PICTURES = {
     "write_that_meets_data": ["ClientHello", "SSL_read → 4 B", "ServerHello", "SSL_write → 8 B"],
     "renegotiation": ["HelloRequest", "ClientHello", "Finished", "SSL_read → 5 B"],
     "memory": ["SSL_do_handshake → WANT_READ", "SSL_write → 5 B", "SSL_read → WANT_READ"],
+    "top": ["sessions", "open", "write"],
     "silent_descriptor": ["SSL_read → 10 B", "SSL_read → 990 B", "SSL_read → WANT_READ"],
 }
 """The functions of docs/traced.py, and what each picture is there to show, in this order."""
