@@ -123,7 +123,7 @@ def _without_numbers(line: str) -> str:
 
 PICTURES = {
     "echo": ["ClientHello", "SSL_write → 5 B", "close_notify"],
-    "silence": ["SSL_read → WANT_READ", "→ a deadline", "SSL_read → 5 B"],
+    "silence": ["SSL_read → WANT_READ", "→ socket readable", "SSL_read → 5 B"],
     "stalled_write": ["SSL_write → WANT_WRITE", "→ socket writable"],
     "write_that_reads": ["HelloRequest", "SSL_write → WANT_READ", "SSL_write → 8 B"],
     "write_that_meets_data": ["ClientHello", "SSL_read → 4 B", "ServerHello", "SSL_write → 8 B"],
@@ -132,7 +132,7 @@ PICTURES = {
     "top": ["sessions", "open", "write"],
     "silent_descriptor": ["SSL_read → 10 B", "SSL_read → 990 B", "SSL_read → WANT_READ"],
 }
-"""The functions of docs/traced.py, and what each picture is there to show, in this order."""
+"""The functions of docs/traced.py, and what each picture is there to show, in the order of one thread."""
 
 
 @pytest.mark.parametrize("name", PICTURES)
