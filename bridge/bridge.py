@@ -580,6 +580,11 @@ def _check_codec(factory: CodecFactory) -> codecs.Codec[Any]:
 
 def _resolve(address: tuple[str, int] | str) -> tuple[str | None, tuple[Address, ...]]:
     if isinstance(address, str):
+        before, colon, after = address.rpartition(":")
+        if colon and after.isdigit() and "/" not in address:
+            raise ConfigurationError(
+                f"address must be (host, port), as ({before!r}, {after}), or the path of a Unix socket, not {address!r}"
+            )
         family = getattr(socket, "AF_UNIX", None)
         if family is None:
             raise ConfigurationError(

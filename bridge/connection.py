@@ -243,10 +243,15 @@ def _verification_error(
         details += f", valid from {shown.not_valid_before_utc} until {shown.not_valid_after_utc}"
     except Exception as error:
         details = f"unreadable: {error}"
-    whose = "client" if server_side else "server"
+    whose, trust = ("client", "client_ca") if server_side else ("server", "cafile")
+    cure = f"; if you trust it, pass its CA as {trust}" if code in _UNTRUSTED else ""
     return refusal(
-        f"the {whose}'s certificate was refused: {text} (depth {depth}: {details})", code, text, depth
+        f"the {whose}'s certificate was refused: {text} (depth {depth}: {details}){cure}", code, text, depth
     )
+
+
+_UNTRUSTED = (18, 19, 20, 21)
+"""X509_V_ERR_*: the chain ends where nobody is trusted."""
 
 
 def select_alpn(protocols: Sequence[bytes], _: SSL.Connection, offered: list[bytes]) -> Any:

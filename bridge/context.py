@@ -57,6 +57,11 @@ __all__ = [
 REMEMBERED_SESSIONS = 256
 """Of how many peers a client context remembers a session to resume; the least recently used goes first."""
 
+SERVER_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
+"""Of TLS 1.2: a stolen key opens no recorded session, and there is no CBC to be got wrong."""
+CLIENT_CIPHERS = f"{SERVER_CIPHERS}:DHE+AESGCM:DHE+CHACHA20:ECDHE+AES:!SHA1:!AESCCM:!aDSS"
+"""As the stdlib's `ssl` has them: forward secrecy too, and CBC with SHA-2 for servers that have nothing better."""
+
 _VERSIONS = {"TLSv1.2": SSL.TLS1_2_VERSION, "TLSv1.3": SSL.TLS1_3_VERSION}
 
 
@@ -397,8 +402,8 @@ def server_context(
     them before the name.
 
     *minimum_version*, *maximum_version*: ``"TLSv1.2"`` or ``"TLSv1.3"``.  *ciphers*: TLS 1.2, *ciphersuites*:
-    TLS 1.3 (openssl-ciphers(1)).  *renegotiation*: whether this server may start one (TLS 1.2); clients never
-    may.
+    TLS 1.3 (openssl-ciphers(1)); None, in TLS 1.2: ECDHE with AES-GCM or ChaCha20.  *renegotiation*: whether
+    this server may start one (TLS 1.2); clients never may.
 
     *keylog*: where to write session secrets for Wireshark: a path (appended to, mode 0600), a callable given
     each line as bytes, or a file; None is the SSLKEYLOGFILE of the environment, if any, and False is nowhere.
@@ -417,6 +422,7 @@ def server_context(
         mode != SSL.VERIFY_NONE or any(context.verifies_peer for context in routes.values())
     )
     options = SSL.OP_CIPHER_SERVER_PREFERENCE | (SSL.OP_NO_TICKET if mutual or not tickets else 0)
+    ciphers = SERVER_CIPHERS if ciphers is None else ciphers
     raw, options = _raw_context(versions, ciphers, ciphersuites, options, renegotiation, keylog)
     load_identity(raw, certfile, keyfile, password)
     if client_ca is not None:
@@ -478,6 +484,8 @@ def client_context(
 
     *renegotiation*: whether to follow a server that starts one (TLS 1.2).
 
+    *ciphers*: as in `server_context`, but None also offers DHE, and AES-CBC with SHA-2 last of all.
+
     *certfile*, *keyfile*, *password* (of this client's own certificate) and all others are as in
     `server_context`.
     """
@@ -488,6 +496,7 @@ def client_context(
     if ocsp_check is not None and not callable(ocsp_check):
         raise ConfigurationError(f"ocsp_check must be a callable, not {type(ocsp_check).__name__}")
     options = 0 if resumption else SSL.OP_NO_TICKET
+    ciphers = CLIENT_CIPHERS if ciphers is None else ciphers
     raw, options = _raw_context(versions, ciphers, ciphersuites, options, renegotiation, keylog)
     if certfile is not None:
         load_identity(raw, certfile, keyfile, password)
@@ -516,7 +525,7 @@ def client_context(
 
 def _raw_context(
     versions: tuple[int, int],
-    ciphers: str | None,
+    ciphers: str,
     ciphersuites: str | None,
     options: int,
     renegotiation: bool,
@@ -543,7 +552,7 @@ def _raw_context(
     return raw, options
 
 
-def _set_ciphers(raw: SSL.Context, ciphers: str | None, ciphersuites: str | None) -> None:
+def _set_ciphers(raw: SSL.Context, ciphers: str, ciphersuites: str | None) -> None:
     for what, value in (("ciphers", ciphers), ("ciphersuites", ciphersuites)):
         if value is None:
             continue

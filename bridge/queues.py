@@ -30,7 +30,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from bridge import forks
-from bridge.errors import OperationTimeout, ReceiveTimeout, SendTimeout, SessionEnded, ShutDown, fresh
+from bridge.errors import (
+    ConfigurationError,
+    OperationTimeout,
+    ReceiveTimeout,
+    SendTimeout,
+    SessionEnded,
+    ShutDown,
+    fresh,
+)
 from bridge.limits import check_timeout
 
 T = TypeVar("T")
@@ -67,6 +75,23 @@ class Gate:
         self._lock.acquire(timeout=-1 if timeout is None else timeout)
 
 
+_mine = threading.local()
+
+
+def serve_all() -> None:
+    """The calling thread serves all sessions from now on, and must not wait for one of them."""
+    _mine.serves_all = True
+
+
+def check_may_wait() -> None:
+    """ConfigurationError on a thread that serves all sessions: it has come here through somebody's codec."""
+    if getattr(_mine, "serves_all", False):
+        raise ConfigurationError(
+            "a codec may not wait: while it runs, its thread serves no other session, so what it waits for might"
+            " never come; yield the message, and do this on a thread of your own that receives it"
+        )
+
+
 class Latch(Generic[T]):
     """A value that is set once and waited for by any number of threads."""
 
@@ -90,6 +115,7 @@ class Latch(Generic[T]):
     def wait(self, timeout: float | None, what: str) -> T:
         """The value, as soon as it is set.  OperationTimeout, naming *what*, after *timeout* seconds."""
         if self._value is None:
+            check_may_wait()
             if not self._lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
                 raise OperationTimeout(f"{what} within {timeout:g} seconds")
             self._lock.release()
@@ -275,6 +301,7 @@ class Outbox:
 
     def _wait_for_room(self, ticket: _Ticket, timeout: float | None) -> bool:
         """Without the lock, until whoever makes room takes the message out of its sender's hands."""
+        check_may_wait()
         if self._waiting is None:
             self._waiting = collections.deque()
         self._waiting.append(ticket)
@@ -642,6 +669,7 @@ class Inbox:
 
     def _sleep(self, timeout: float | None) -> None:
         """Without the lock, until woken, at most *timeout* seconds."""
+        check_may_wait()
         gate, slept = Gate(), False
         self._sleepers.append(gate)
         self._lock.release()

@@ -55,20 +55,26 @@ def plain(view: dict[str, Any]) -> str:
 
 def watch(path: str, every: float) -> None:
     """Show it live, each *every* seconds, until the window closes (OSError) or Ctrl-C.  Needs `rich`."""
-    from rich.console import Group
     from rich.live import Live
-    from rich.table import Table
-    from rich.text import Text
 
     pause, before = threading.Event(), look(path)
     with Live(screen=True, auto_refresh=False) as live:
         while True:
             view = look(path)
             moved = [(view[key] - before[key]) / every for key in ("bytes_received", "bytes_sent")]
-            table = Table(*COLUMNS, expand=True)
-            for row in rows(view)[: max(1, live.console.height - 8)]:
-                table.add_row(*row)
             rates = f", now {moved[0]:,.0f} and {moved[1]:,.0f} a second"
-            live.update(Group(Text(headline(view, rates)), table), refresh=True)
+            live.update(shown(view, rates, live.console.height - 8), refresh=True)
             before = view
             pause.wait(every)
+
+
+def shown(view: dict[str, Any], rates: str = "", height: int = 40) -> Any:
+    """What `watch` shows, as `rich` can print it, with so many rows at most."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*COLUMNS, expand=True)
+    for row in rows(view)[: max(1, height)]:
+        table.add_row(*row)
+    return Group(Text(headline(view, rates)), table)

@@ -191,7 +191,8 @@ def _resting(noted: Trace, sleep: Any) -> Any:
     def traced(self: Any, timeout: float | None) -> None:
         started = time.monotonic()
         sleep(self, timeout)
-        noted.note("sleep", "sleep", outcome="a word", started=started)
+        late = timeout is not None and time.monotonic() - started >= timeout
+        noted.note("sleep", "sleep", outcome="a deadline" if late else "a word", started=started)
 
     return traced
 

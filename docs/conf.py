@@ -36,8 +36,14 @@ myst_substitutions = {
     "limits": drawn.defaults("Limits"),
     "commands": drawn.commands(),
     "trace_echo": traced.echo(),
+    "trace_silence": traced.silence(),
     "trace_stalled_write": traced.stalled_write(),
+    "trace_write_that_reads": traced.write_that_reads(),
+    "trace_write_that_meets_data": traced.write_that_meets_data(),
     "trace_renegotiation": traced.renegotiation(),
+    "trace_memory": traced.memory(),
+    "trace_silent_descriptor": traced.silent_descriptor(),
+    "top": traced.top(),
 }
 
 default_role = "code"  # `name` in a docstring is code, as it is in Markdown

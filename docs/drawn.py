@@ -78,7 +78,7 @@ def commands() -> str:
     """What the command line says of itself."""
     os.environ["COLUMNS"] = "100"
     parts = []
-    for command in ([], ["demo"], ["echo"], ["connect"], ["trace"], ["top"]):
+    for command in ([], ["demo"], ["echo"], ["connect"], ["trace"], ["top"], ["run"]):
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
             cli.main([*command, "--help"])

@@ -189,6 +189,35 @@ def test_a_codec_that_raises_ends_its_own_session_only(pair: Pair, logs: list[An
     assert not [entry for entry in logs if entry["event"] in ("worker.failed", "coordinator.failed")]
 
 
+@pytest.mark.parametrize("wait", ["recv", "send", "connect", "inbox"])
+def test_a_codec_that_waits_is_told_not_to(
+    b: bridge.Bridge, pair: Pair, wait: str, server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    """Without that it would wait for ever, and with it every session of the Bridge."""
+    listener = b.listen(("127.0.0.1", 0), server_ctx)
+    waits: dict[str, Callable[[], Any]] = {
+        "recv": lambda: server.recv(),
+        "send": lambda: [server.send(bytes(100_000)) for _ in range(1000)],
+        "connect": lambda: b.connect(listener.address, client_ctx, server_hostname="localhost"),
+        "inbox": lambda: bridge.Inbox().get(),
+    }
+
+    class Waiting(codecs.Raw):
+        def decode(self, data: bytes) -> list[bytes]:
+            waits[wait]()
+            return [data]
+
+    other = pair()
+    client, server = pair(codecs.Raw, Waiting)
+    client.send(b"x")
+    with pytest.raises(bridge.CodecError, match="a codec may not wait: .* thread of your own") as caught:
+        server.recv(PATIENCE)
+    assert type(caught.value.__cause__) is bridge.ConfigurationError
+    assert_alive(other)
+    client.abort()
+    server.abort()
+
+
 def test_a_codec_that_raises_at_the_end(pair: Pair) -> None:
     client, server = pair(codecs.Raw, lambda: codecs.LengthPrefixed(4))
     client.send(b"\0\0\0\7half")
@@ -289,6 +318,7 @@ def test_an_address_in_use(b: bridge.Bridge, server_ctx: bridge.Context, tmp_pat
         ((5, 443), "the host must be a str, not 5"),
         (("localhost", None), "the port must be a whole number"),
         (("127.0.0.1",), r"address must be \(host, port\)"),
+        ("localhost:443", r"address must be \(host, port\), as \('localhost', 443\)"),
         (443, r"address must be \(host, port\)"),
         (None, r"address must be \(host, port\)"),
     ],
@@ -478,6 +508,7 @@ def test_an_unknown_ca(b: bridge.Bridge, client_ctx: bridge.Context, pool: Threa
         b.connect(address, client_ctx, server_hostname="localhost")
     assert type(caught.value) is bridge.CertificateError
     assert caught.value.verify_code in (19, 20) and caught.value.verify_message in str(caught.value)
+    assert "if you trust it, pass its CA as cafile" in str(caught.value)
 
 
 def test_an_expired_certificate(

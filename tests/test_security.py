@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import re
+import shutil
 import socket
 import ssl
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
-from conftest import KeyPair
-from peers import PATIENCE
+import trustme
+from conftest import KeyPair, write_key_pair
+from peers import PATIENCE, Background
 from rig import Lockstep, is_closed, is_open, only
 from structlog.testing import capture_logs
 
@@ -51,6 +56,10 @@ def test_no_weak_cipher_is_offered_or_accepted_by_default(server_cert: KeyPair, 
         name = None if context.server_side else "localhost"
         offered = context.connection(None, name, None).get_cipher_list()
         assert offered and not [cipher for cipher in offered if WEAK.search(cipher)]
+        fleeting = ("TLS_", "ECDHE-", "DHE-")  # keys: what was recorded stays closed when a key is stolen
+        assert not [cipher for cipher in offered if not cipher.startswith(fleeting)]
+        if context.server_side:
+            assert not [cipher for cipher in offered if not re.search("GCM|CHACHA20", cipher)]
 
 
 def test_verification_and_modern_versions_are_the_default(server_cert: KeyPair, ca_file: str) -> None:
@@ -108,3 +117,91 @@ def test_neither_payload_nor_key_log_is_in_any_log_repr_or_error(
         assert len(secrets) >= 2 and "session.stalled" in repr(logs)
         for secret in [SECRET.decode(), SECRET.hex(), *secrets]:
             assert not [text for text in shown if secret in text]
+
+
+# ── what scanners say ──
+
+SELF_MADE = {"certificate_path_validation", "maximum_certificate_lifespan"}
+"""What Mozilla's profile has against certificates made for a test."""
+STRONGER = "{'X448', 'secp521r1'}"
+"""What it has against OpenSSL's curves: these two are more than it asks for, and pyOpenSSL has no way to drop them."""
+
+
+@pytest.fixture(params=["RSA", "ECDSA"])
+def default_server(request: pytest.FixtureRequest, ca: trustme.CA, tmp_path: Path) -> Iterator[int]:
+    """The port of an echo server with nothing but a certificate given, its key of each kind in turn."""
+    issued = ca.issue_cert("localhost", key_type=trustme.KeyType[request.param])
+    pair = write_key_pair(issued, tmp_path)
+    with bridge.Bridge(workers=1) as b, Background() as background:
+        inbox = bridge.Inbox()
+        listener = b.listen(("127.0.0.1", 0), bridge.server_context(pair.certfile, pair.keyfile), inbox=inbox)
+
+        def echo() -> None:
+            with contextlib.suppress(bridge.ShutDown):
+                while True:
+                    session, message = inbox.get()
+                    if message is not None:
+                        with contextlib.suppress(bridge.SessionEnded):
+                            session.send(message, timeout=PATIENCE)
+
+        background.run(echo)
+        yield listener.address[1]
+        b.close(PATIENCE)
+
+
+def scan(program: str, *arguments: str) -> str:
+    """What the scanner *program* prints."""
+    path = shutil.which(program)
+    if path is None:
+        pytest.skip(f"{program} is not installed: tox -e scanners")
+    said = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=900, check=False)
+    return said.stdout + said.stderr
+
+
+def test_sslyze_has_nothing_to_complain_about(default_server: int, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    said = scan(
+        "sslyze",
+        *("--mozilla_config", "intermediate", "--early_data", "--resum", "--json_out", str(report)),
+        f"localhost:{default_server}",
+    )
+    complaints = dict(re.findall(r"^ +\* (\w+): (.*)$", said.partition("COMPLIANCE")[2], re.MULTILINE))
+    curves = complaints.pop("tls_curves", STRONGER)
+    assert set(complaints) <= SELF_MADE, said
+    assert set(re.findall(r"'(\w+)'", curves)) == set(re.findall(r"'(\w+)'", STRONGER)), said
+    (server,) = json.loads(report.read_text(encoding="utf-8"))["server_scan_results"]
+    found = {name: one["result"] for name, one in server["scan_result"].items() if one["result"]}
+    spoken = {name for name, one in found.items() if one.get("is_tls_version_supported")}
+    assert spoken == {"tls_1_2_cipher_suites", "tls_1_3_cipher_suites"}
+    accepted = [
+        one["cipher_suite"]["name"] for name in spoken for one in found[name]["accepted_cipher_suites"]
+    ]
+    assert len(accepted) == 6 and not [name for name in accepted if "CBC" in name or "TLS_RSA" in name]
+    assert not found["tls_compression"]["supports_compression"]
+    assert not found["tls_1_3_early_data"]["supports_early_data"]
+    assert not found["openssl_ccs_injection"]["is_vulnerable_to_ccs_injection"]
+    assert not found["heartbleed"]["is_vulnerable_to_heartbleed"]
+    assert found["robot"]["robot_result"].startswith("NOT_VULNERABLE")
+    assert found["session_renegotiation"]["supports_secure_renegotiation"]
+    assert not found["session_renegotiation"]["client_renegotiations_success_count"]
+    assert found["tls_extended_master_secret"]["supports_ems_extension"]
+    assert found["session_resumption"]["tls_ticket_resumption_result"] == "FULLY_SUPPORTED"
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(900)
+def test_testssl_has_nothing_to_complain_about(default_server: int, ca_file: str, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    options = ["--warnings", "off", "--quiet", "--color", "0", "-n", "none", "--ip", "127.0.0.1"]
+    options += ["--add-ca", ca_file, "--jsonfile", str(report)]
+    said = scan("testssl", *options, *("-p", "-s", "-f", "-P", "-S", "-U"), f"localhost:{default_server}")
+    findings = json.loads(report.read_text(encoding="utf-8"))
+    complaints = {one["id"] for one in findings if one["severity"] not in ("OK", "INFO", "DEBUG")}
+    complaints -= {"cert_validityPeriod", "cert_revocation"}  # it is made for a test
+    complaints -= {
+        "sessionresumption_ticket"
+    }  # its s_client leaves before the ticket has come, as often as not
+    assert not complaints, said
+    assert {"protocol_negotiated", "cert_trust", "LUCKY13", "ROBOT", "secure_client_renego"} <= {
+        one["id"] for one in findings
+    }, said

@@ -154,3 +154,17 @@ def test_there_is_one_trace_at_a_time() -> None:
         pass
     with bridge.trace():
         pass
+
+
+def test_a_wait_that_is_over_says_so(server_cert: KeyPair, ca_file: str) -> None:
+    server = bridge.server_context(server_cert.certfile, server_cert.keyfile)
+    with bridge.trace() as seen, bridge.Bridge(workers=1) as b:
+        listener = b.listen(("127.0.0.1", 0), server)
+        client = bridge.client_context(ca_file)
+        with b.connect(listener.address, client, server_hostname="localhost") as session:
+            with pytest.raises(bridge.ReceiveTimeout):
+                session.recv(timeout=0.01)
+            begun = len(seen.events)
+            session.abort()
+    sleeps = [event.outcome for event in seen.events[:begun] if event.kind == "sleep"]
+    assert sleeps[-1] == "a deadline"
