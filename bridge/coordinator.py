@@ -17,7 +17,7 @@ from bridge.codecs import Codec
 from bridge.engine import SessionInfo
 from bridge.errors import CodecError, EndOfStream, SessionAborted, SessionClosed, SessionEnded, fresh
 from bridge.limits import RECORD_BYTES
-from bridge.queues import Gate, Inbox, Latch, Mailbox, Outbox, ReadCredit, serve_all
+from bridge.queues import Gate, Inbox, Latch, Mailbox, Outbox, ReadCredit, serving_all
 from bridge.transport import Ending, Told, Transport, interrupted
 from bridge.worker import Command, Worker
 
@@ -202,9 +202,9 @@ class Coordinator:
 
     def run(self) -> None:
         """The thread: step and sleep until `stop`."""
-        serve_all()
-        while not (self._stopping and self._mailbox.may_sleep()):
-            self.step(None)
+        with serving_all():
+            while not (self._stopping and self._mailbox.may_sleep()):
+                self.step(None)
 
     def step(self, timeout: float | None = 0.0) -> bool:
         """Sleep until a word comes, at most *timeout* seconds; handle all there are.  Whether there were any."""

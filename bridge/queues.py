@@ -24,6 +24,7 @@ put by the same thread.
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -78,9 +79,14 @@ class Gate:
 _mine = threading.local()
 
 
-def serve_all() -> None:
-    """The calling thread serves all sessions from now on, and must not wait for one of them."""
+@contextlib.contextmanager
+def serving_all() -> Iterator[None]:
+    """Meanwhile the calling thread serves all sessions, and must not wait for one of them."""
     _mine.serves_all = True
+    try:
+        yield
+    finally:
+        _mine.serves_all = False
 
 
 def check_may_wait() -> None:

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from bridge import events
 from bridge.errors import SessionAborted, SessionEnded
 from bridge.poll import NOTHING, Doorbell, Poller, Want
-from bridge.queues import Mailbox, serve_all
+from bridge.queues import Mailbox, serving_all
 
 HAND_OVER = 64
 """Events a turn may gather before the coordinator gets the first of them."""
@@ -147,10 +147,10 @@ class Worker:
 
     def run(self) -> None:
         """The thread: step and sleep until `stop`."""
-        serve_all()
         try:
-            while not self._stopping:
-                self.step(None)
+            with serving_all():
+                while not self._stopping:
+                    self.step(None)
         finally:
             if not self._stopping:  # only a bug leads here; nobody shall wait for us in vain
                 self._shut_down()

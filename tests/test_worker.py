@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 
 from bridge.errors import SessionAborted, SessionEnded
 from bridge.poll import NOTHING, Want
+from bridge.queues import check_may_wait
 from bridge.worker import AGAIN, HAND_OVER, STALLED_TURNS, Worker
 
 NO_TIME = 0.0
@@ -426,6 +427,7 @@ def test_stop_ends_what_is_left_twice_and_closes_everything(
     worker.stop()
     worker.post(thing, "poke")
     worker.run()
+    check_may_wait()  # as any thread again
     assert len(thing.ends) == 2 and thing.turns == [NOTHING, NOTHING]
     assert all(str(cause) == "the bridge was closed" for cause in thing.ends)
     assert pair[0].fileno() == -1
