@@ -163,7 +163,7 @@ class Connection(SSL.Connection):
         return data
 
     def _read_on(self, result: int, scratch: Any, size: int) -> int:
-        """SSL_read(3) has returned *result*: again, if that was for a record without data.  Raises unless it succeeds."""
+        """SSL_read(3) has returned *result*: again, if that was for a record without data.  It succeeds, or raises."""
         for _ in range(OTHER_RECORDS):
             blocked = _ffi.errno in _NOT_YET or self._into_ssl is not None
             if blocked or self._error(self._ssl, result) != _WANT_READ:
