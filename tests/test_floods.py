@@ -42,15 +42,14 @@ from rig import (
 
 import bridge
 from bridge import transport
-from bridge.connection import OTHER_RECORDS
-from bridge.engine import FEEDS
 from bridge.session import Session
-from bridge.transport import LEAST_READ, READ_BUDGET
 
 RECORDS = 1_000
 """In a flood: many times what one step may handle."""
-A_STEP = OTHER_RECORDS + 1
+A_STEP = 5
 """Records without data that one step may handle."""
+SHORT = 32
+"""Records with next to no data that one step may handle, on the detour."""
 CLIENT_HELLO = message(
     1, b"\3\3" + bytes(32) + b"\0" + b"\0\4\xc0\x2b\xc0\x2f" + b"\1\0" + b"\0\5" + b"\xff\1\0\1\0"
 )
@@ -206,16 +205,25 @@ def test_the_detour_has_its_bounds_too(side: str, makers: Makers, rig: Lockstep)
     updates = [seal(HANDSHAKE, KEY_UPDATE) for _ in range(RECORDS)]
     victim.say(*updates)
     taken = [victim.in_one_step() for _ in range(10)]
-    assert 0 < max(taken) <= FEEDS / 2 * len(updates[0]), taken
+    assert 0 < max(taken) <= A_STEP * len(updates[0]), taken
     rig.until(lambda: unread(victim.sock) == 0)
     bytewise = [seal(APPLICATION_DATA, b"x") for _ in range(RECORDS)]
     victim.say(*bytewise)
     taken = [victim.in_one_step() for _ in range(10)]
-    assert 0 < max(taken) <= (READ_BUDGET / LEAST_READ + FEEDS) * len(bytewise[0]), taken
+    assert 0 < max(taken) <= (SHORT + A_STEP) * len(bytewise[0]), taken
     assert engine_of(victim.session).on_detour
     rig.until(lambda: unread(victim.sock) == 0)
     rig.settle()
     assert b"".join(received(victim.session)) == b"x" * RECORDS
+
+
+def test_a_request_in_two_pieces_is_met_on_the_detour_too(client: Callable[..., Flooded]) -> None:
+    victim = client("TLSv1.2")
+    first, *others = [victim.forger.seal(HANDSHAKE, HELLO_REQUEST) for _ in range(RECORDS)]
+    victim.say(first[:3])
+    assert victim.in_one_step() == 3
+    victim.say(first[3:], *others)
+    assert 0 < victim.in_one_step() <= A_STEP * len(first)
 
 
 @pytest.mark.parametrize("kind", ["alerts", "no-renegotiation", "empty"])
@@ -269,7 +277,7 @@ def test_requests_for_a_handshake_in_the_middle_of_a_first_one(
     for _ in range(10):
         before = unread(ours())
         step()
-        assert 0 < before - unread(ours()) <= FEEDS / 2 * len(request)
+        assert 0 < before - unread(ours()) <= A_STEP * len(request)
     session.abort()
     rig.until(lambda: is_closed(session))
 
