@@ -53,6 +53,9 @@ _NOT_YET = {errno.EAGAIN, errno.EWOULDBLOCK}
 
 
 SCRATCH_BYTES = 16 * 1024
+OTHER_RECORDS = 4
+"""How many records without data (tickets, new keys, requests for a handshake) one read gets behind: what honest peers
+send in a row.  A peer that floods us with more has its turns like everybody."""
 _scratch = threading.local()
 
 
@@ -92,16 +95,28 @@ class Connection(SSL.Connection):
 
     OpenSSL's queue of errors belongs to the thread, and SSL_get_error(3) looks into it first.  pyOpenSSL leaves there
     what a failed system call put; so the next connection whose call has to wait would seem to have failed.
+
+    pyOpenSSL sets SSL_MODE_AUTO_RETRY: then one SSL_read(3) takes records without data for as long as the kernel has
+    any, which a peer can see to.  Without it SSL_read stops behind each such record, and wants to read as if there
+    were no more.  The difference is the EAGAIN of a socket that is empty; where it cannot be told, a poll will.
+    Memory holds what it was given and no more, so there the mode stays.
     """
+
+    def __init__(self, context: SSL.Context, sock: socket.socket | None) -> None:
+        super().__init__(context, sock)
+        if sock is not None:
+            self._retry(False)
+
+    def _retry(self, automatically: bool) -> None:
+        if _lib is not None:
+            set_or_clear = _lib.SSL_set_mode if automatically else _lib.SSL_clear_mode
+            set_or_clear(_native(self), _lib.SSL_MODE_AUTO_RETRY)
 
     def _raise_ssl_error(self, ssl: Any, result: int) -> None:
         if result > 0:
             return
         number = 0 if _ffi is None else _ffi.errno
-        error = None if _get_error is None else _get_error(ssl, result)
-        if error == _SYSCALL and number in _NOT_YET:
-            _forget_errors()  # of somebody else, or this would be a want
-            error = _get_error(ssl, result)
+        error = self._error(ssl, result)
         if error == _WANT_READ:
             raise SSL.WantReadError()
         if error == _WANT_WRITE:
@@ -120,8 +135,21 @@ class Connection(SSL.Connection):
                 record.note(_tls_error("a callback of this OpenSSL.SSL.Context raised", parked), parked)
             raise SSL.Error([]) from parked
 
+    def _error(self, ssl: Any, result: int) -> int | None:
+        """SSL_get_error(3)."""
+        if _get_error is None:
+            return None
+        error: int = _get_error(ssl, result)
+        if error == _SYSCALL and (_ffi.errno == 0 or _ffi.errno in _NOT_YET):
+            _forget_errors()  # of somebody else, for no system call has failed
+            error = _get_error(ssl, result)
+        return error
+
     def recv(self, bufsiz: int, flags: int | None = None) -> bytes:
-        """SSL_read(3) into this thread's scratch buffer; otherwise as pyOpenSSL's."""
+        """SSL_read(3) into this thread's scratch buffer; otherwise as pyOpenSSL's.
+
+        WantReadError on a socket also behind a few records without data, whether or not more is there.
+        """
         if flags or bufsiz > SCRATCH_BYTES or _lib is None:
             return super().recv(bufsiz, flags)
         try:
@@ -130,9 +158,21 @@ class Connection(SSL.Connection):
             scratch = _scratch.buffer = _ffi.new("char[]", SCRATCH_BYTES)
         result = _lib.SSL_read(self._ssl, scratch, bufsiz)
         if result <= 0:
-            self._raise_ssl_error(self._ssl, result)
+            result = self._read_on(result, scratch, bufsiz)
         data: bytes = _ffi.unpack(scratch, result)
         return data
+
+    def _read_on(self, result: int, scratch: Any, size: int) -> int:
+        """SSL_read(3) has returned *result*: again, if that was for a record without data.  It succeeds, or raises."""
+        for _ in range(OTHER_RECORDS):
+            blocked = _ffi.errno in _NOT_YET or self._into_ssl is not None
+            if blocked or self._error(self._ssl, result) != _WANT_READ:
+                break
+            result = _lib.SSL_read(self._ssl, scratch, size)
+            if result > 0:
+                return result
+        self._raise_ssl_error(self._ssl, result)
+        return result
 
     def send(self, buf: Any, flags: int = 0) -> int:
         """SSL_write(3) of bytes or a view, without pyOpenSSL's conversions."""
@@ -160,11 +200,13 @@ class Connection(SSL.Connection):
         into, out = _lib.BIO_new(_lib.BIO_s_mem()), _lib.BIO_new(_lib.BIO_s_mem())
         _lib.SSL_set_bio(_native(self), into, out)  # which takes both over
         vars(self).update(_into_ssl=into, _from_ssl=out)
+        self._retry(True)
 
     def over_socket(self, sock: socket.socket) -> None:
         """From now on read and write *sock* itself (SSL_set_fd(3)); the memory BIOs must be empty."""
         vars(self).update(_into_ssl=None, _from_ssl=None)
         _lib.SSL_set_fd(_native(self), sock.fileno())
+        self._retry(False)
 
 
 def adopt_verification(connection: SSL.Connection, raw: SSL.Context) -> None:

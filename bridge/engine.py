@@ -38,10 +38,19 @@ which now succeeds: the rest of the record is in memory, OpenSSL has nothing pen
 `flush` carries the memory to the socket; when all is out and nothing read is left in memory either, the
 connection gets its socket back.  At most one record and the answers to the peer's handshake messages
 are ever in memory.
+
+The length of a call
+--------------------
+How long a call takes must not be for the peer to say, whose turn it is not.  A read stops behind a few records that
+carry no data (see `bridge.connection`); on the detour it is given no more than so many.  But a client in the middle
+of a handshake skips each HelloRequest inside the one call, for as long as there are any (RFC 5246, 7.4.1.1).  So a
+client shakes hands over memory, a record at a time; and where it follows a server of TLS 1.2 that asks for a new
+handshake, it looks at the type of each record, which is not encrypted there, and meets such a one on the detour.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import socket
 from collections.abc import Callable, Hashable
@@ -50,7 +59,7 @@ from typing import Any, TypeVar
 from cryptography import x509
 from OpenSSL import SSL
 
-from bridge.connection import tls_unique
+from bridge.connection import OTHER_RECORDS, tls_unique
 from bridge.context import Context, Record
 from bridge.errors import NotTLS, PeerReset, SessionEnded, TLSError, Truncated, fresh
 from bridge.limits import RECORD_BYTES
@@ -65,6 +74,9 @@ _KEYS = {(call, want): (call, want) for call in _CALLS for want in Want}
 _ESTABLISHED = b"SSL negotiation finished successfully"
 _TLS_CONTENT_TYPES = range(20, 25)  # RFC 8446, 5.1 and RFC 6520
 HEADER_BYTES = 5
+FEEDS = 2 * (OTHER_RECORDS + 1)
+"""How often one call is given something from the socket: a header, or what follows it."""
+_HANDSHAKE_RECORD = b"\x16"
 _PLAIN_PROTOCOLS = {
     b"GET ": "HTTP",
     b"POST": "HTTP",
@@ -119,9 +131,12 @@ class TLSEngine:
         "_context",
         "_due",
         "_error",
+        "_established",
         "_fed",
+        "_follows",
         "_frozen",
         "_header",
+        "_lost",
         "_mute",
         "_output",
         "_peer_closed",
@@ -146,7 +161,7 @@ class TLSEngine:
         self._context = context
         self._connection = context.connection(sock, server_hostname, resume_key, resume, owner)
         self._resume_key = resume_key
-        self._sock: socket.socket | None = None  # once the handshake is done: what a detour leads round
+        self._sock: socket.socket | None = None  # what a detour leads round; a server's after the handshake
         self._output = b""  # taken from memory, not yet on the socket
         self._fed = False  # whether memory may hold ciphertext that OpenSSL has not read
         self._error: SessionEnded | None = None
@@ -154,35 +169,36 @@ class TLSEngine:
         self._mute = False
         self._peer_closed = False
         self._steps_back = False
+        self._established = False
+        self._follows = False  # a server that asks for a new handshake
         self.on_detour = False
         """Whether ciphertext goes by way of memory just now."""
         self.first_bytes = b""
         """The peer's first bytes, if the owner has peeked at them: they tell what it speaks if not TLS."""
         self.wants: dict[tuple[str, Want], int] = {}
         """How often each call answered with each want."""
+        if sock is not None and not context.server_side:
+            self._sock = sock
+            self._detour()
 
     # The calls.  Each answers with its result or with a Want, or raises the session's first cause.
 
-    def hello(self, sock: socket.socket) -> bytes:
-        """A client's first flight, for the owner to send, before anything is read.
-
-        So the owner can look at the peer's first bytes before OpenSSL takes them, however soon they come.
-        """
-        self._connection.over_memory()
-        self.handshake()
-        flight = self.take_output()
-        self._connection.over_socket(sock)
-        return flight
-
     def handshake(self) -> Want | None:
         """SSL_do_handshake(3).  None when done."""
-        return self._call("handshake", self._connection.do_handshake)
+        want: Want | None = self._call("handshake", self._connection.do_handshake)
+        if self._established or not self.on_detour:
+            return want
+        if not self.unflushed():
+            want = self._fed_on("handshake", want, self._connection.do_handshake)
+        return self.flush() or want
 
     def read(self, size: int) -> bytes | Want:
         """SSL_read(3): at most *size* bytes of one record; ``b""`` is the peer's close_notify and nothing else."""
         assert size > 0
         if self._error is not None:
             raise fresh(self._error)
+        if self._follows and not self.on_detour:
+            self._look_out()
         try:
             return self._connection.recv(size)
         except SSL.Error as error:
@@ -196,14 +212,25 @@ class TLSEngine:
         )
 
     def _received(self, name: str, data: bytes | Want, *arguments: int) -> bytes | Want:
-        while self.on_detour and data is Want.READ:
-            self._fed = False
-            if not self._feed_from_socket():
-                break
-            data = self._call(name, self._connection.recv, *arguments)
+        if self.on_detour:
+            data = self._fed_on(name, data, self._connection.recv, *arguments)
+            if data is Want.READ and not self.unflushed():
+                self._end_detour()
         if not data:
             self._peer_closed = True
         return data
+
+    def _fed_on(self, name: str, result: T | Want, function: Callable[..., T], *args: Any) -> T | Want:
+        """A call has answered with *result*: again, while it wants input and has some."""
+        for _ in range(FEEDS):
+            if result is not Want.READ:
+                return result
+            self._fed = False
+            if not self._feed_from_socket():
+                return result
+            result = self._call(name, function, *args)
+        self._fed = self._fed and result is not Want.READ
+        return result
 
     def write(self, chunk: bytes | memoryview) -> int | Want:
         """SSL_write(3): how many bytes of *chunk* are on their way.  After a Want, only *chunk* itself may follow."""
@@ -266,9 +293,13 @@ class TLSEngine:
         """
         self._context.verify(self._connection, server_hostname)
         connection = self._connection
+        self._established, self._fed = True, False
+        self._end_detour()
         self._sock = sock
         version = connection.get_protocol_version_name()
         self._steps_back = version != "TLSv1.3"
+        self._follows = self._steps_back and sock is not None and self._context.renegotiation
+        self._follows &= not self._context.server_side
         name = connection.get_servername()
         alpn = connection.get_alpn_proto_negotiated()
         certificate = peer_certificate(connection)
@@ -311,9 +342,7 @@ class TLSEngine:
             except OSError as error:
                 raise self._failed(error) from error
             self._output = self._output[sent:]
-        if not self._fed and not self._mute:
-            self._connection.over_socket(self._sock)
-            self.on_detour = False
+        self._end_detour()
         return None
 
     def unflushed(self) -> int:
@@ -340,10 +369,29 @@ class TLSEngine:
     def _detour(self) -> None:
         self._connection.over_memory()
         self.on_detour = True
-        self._header, self._due = (
-            b"",
-            0,
-        )  # of the record that is being fed: its header so far, and bytes to come
+        # Of the record that is being fed: its header so far, and bytes to come; whether that is a guess.
+        self._header, self._due, self._lost = b"", 0, False
+
+    def _end_detour(self) -> None:
+        """Give the connection its socket back, if nothing is in memory and no call could take too long."""
+        if not self.on_detour or self._fed or self._mute or not self._established:
+            return
+        if self._follows and (self._lost or self._due or self._header or self.mid_handshake()):
+            return
+        assert self._sock is not None
+        self._connection.over_socket(self._sock)
+        self.on_detour = False
+
+    def _look_out(self) -> None:
+        """Take the detour if the next record may ask for a handshake."""
+        assert self._sock is not None
+        try:
+            if self._sock.recv(1, socket.MSG_PEEK) == _HANDSHAKE_RECORD:
+                self._detour()
+        except BlockingIOError:
+            pass
+        except OSError as error:  # the kernel tells it once
+            raise self._failed(error) from error
 
     def leftover(self) -> bytes:
         """What was read too far on a detour: the plain bytes behind the peer's close_notify."""
@@ -363,9 +411,13 @@ class TLSEngine:
         else:
             self._header += ciphertext
             if len(self._header) == HEADER_BYTES:
-                self._due, self._header = _record_size(self._header), b""
+                size, self._header = _record_size(self._header), b""
+                self._due, self._lost = (RECORD_BYTES, True) if size is None else (size, self._lost)
         self._fed = True
-        self.feed(ciphertext)
+        if ciphertext:
+            self._connection.bio_write(ciphertext)
+        else:
+            self._connection.bio_shutdown()
         return True
 
     def _failed(self, error: OSError) -> SessionEnded:
@@ -415,6 +467,9 @@ class TLSEngine:
         if isinstance(error, SSL.ZeroReturnError) and name in ("read", "peek"):
             return b""
         self._error = self._translate(name, error)
+        if self.on_detour and self.unflushed() and self._sock is not None:
+            with contextlib.suppress(OSError):
+                self._sock.send(self._output)  # the alert
         raise self._error from self._error.__cause__
 
     def _wanted(self, name: str, want: Want) -> Want:
@@ -460,14 +515,14 @@ class TLSEngine:
         return error
 
 
-def _record_size(header: bytes) -> int:
+def _record_size(header: bytes) -> int | None:
     """How much follows the *header* of a record (RFC 8446, 5.1).
 
-    The detour may begin in the middle of a record, and then this is no header: OpenSSL is given what there is.
+    None if this is no header, for the detour may begin in the middle of a record: OpenSSL is given what there is.
     """
     size = int.from_bytes(header[3:5], "big")
     valid = header[0] in _TLS_CONTENT_TYPES and header[1] == 3 and size <= RECORD_BYTES + 2048
-    return size if valid else RECORD_BYTES
+    return size if valid else None
 
 
 def _constant(reason: str) -> str:

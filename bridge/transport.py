@@ -78,6 +78,8 @@ if TYPE_CHECKING:
 READ: Final = Want.READ
 READ_BUDGET = 16 * RECORD_BYTES
 """Bytes a session may read in one step before the others have their turn."""
+LEAST_READ = READ_BUDGET // 32
+"""What the shortest record takes of that budget."""
 WRITE_BUDGET = 16 * RECORD_BYTES
 """Bytes a session may write in one step."""
 FORCED_READ_BYTES = 16 * 1024 * 1024
@@ -217,7 +219,6 @@ class Transport:
         "_exchanging",
         "_half_closing",
         "_handshake",
-        "_hello",
         "_hurried",
         "_idle",
         "_linger_left",
@@ -288,7 +289,6 @@ class Transport:
         self.shaken: tuple[str, float] | None = None  # the version of TLS, and how long its handshake took
         self._dialer: Dialer | None = None
         self._engine: TLSEngine | None = None
-        self._hello = b""  # what is left to send of a client's first flight
         self._exchanging = False  # the handshake is done, and the end has not come
         self._deadlines: dict[type[DeadlineExceeded], float] = {}
         self._idle = plan.timeouts.idle
@@ -662,11 +662,6 @@ class Transport:
                 owner=plan.owner,
             )
             self._wants = self._engine.wants
-            if not plan.context.server_side:
-                self._hello = self._engine.hello(self.sock)
-        if self._hello:
-            self._send_hello()
-            return
         if not self._engine.first_bytes:
             self._engine.first_bytes = _peek(self.sock)
         want = self._engine.handshake()
@@ -687,14 +682,6 @@ class Transport:
         self._tell(Told.OPEN, info)
         if self._drain_when_open is not None:
             self._start_draining(self._drain_when_open)
-
-    def _send_hello(self) -> None:
-        assert self.sock is not None
-        try:
-            self._hello = self._hello[self.sock.send(self._hello) :]
-        except BlockingIOError:
-            pass
-        self._handshake.wait_for(Want.WRITE if self._hello else READ)
 
     # Open.
 
@@ -724,8 +711,8 @@ class Transport:
 
     def _read_some(self) -> bool:
         """Read what there is, and hand it over in one piece; also what came before an error or the end."""
-        room = min(self._read_left, self._room())
-        if room <= 0:
+        room = self._room()
+        if room <= 0 or self._read_left <= 0:
             return False
         received: list[bytes] = []
         try:
@@ -733,7 +720,6 @@ class Transport:
         finally:
             if received:
                 data = received[0] if len(received) == 1 else b"".join(received)
-                self._read_left -= len(data)
                 self.received += len(data)
                 if not self._discarding:
                     self.credit.spend(len(data))
@@ -747,7 +733,7 @@ class Transport:
     def _read_into(self, received: list[bytes], room: int) -> None:
         engine = self._engine
         assert engine is not None
-        while room > 0:
+        while room > 0 and self._read_left > 0:
             data = engine.read(RECORD_BYTES)
             if isinstance(data, Want):
                 self._read.wait_for(data)
@@ -759,6 +745,7 @@ class Transport:
             received.append(data)
             size = len(data)
             room -= size
+            self._read_left -= max(size, LEAST_READ)
             if size < RECORD_BYTES and not (engine.on_detour and engine.has_more()):
                 self._read.wait_for(READ)  # SSL_read takes a record to its end, so nothing decrypted is left
                 break
@@ -973,18 +960,17 @@ class Transport:
     def _linger(self) -> None:
         """After a failure: swallow what still comes, so that the kernel does not take our alert back by a RST."""
         assert self.sock is not None
+        self._read.wait_for(READ)
         try:
-            while self._linger_left > 0:
-                data = self.sock.recv(64 * 1024)
-                self._linger_left -= len(data)
-                if not data:
-                    break
+            late = len(self.sock.recv(READ_BUDGET))
         except BlockingIOError:
-            self._read.wait_for(READ)
             return
         except OSError:
-            pass
-        self._release()
+            late = 0
+        self._linger_left -= late
+        if late == 0 or self._linger_left <= 0:
+            self._read.rest()
+            self._release()
 
     def _reset_on_close(self) -> None:
         if self.sock is not None and self.sock.family != getattr(socket, "AF_UNIX", None):
@@ -1076,7 +1062,7 @@ class Transport:
             except OSError:
                 pass
         inside = () if engine is None else (engine.on_detour, engine.unflushed(), engine.pending())
-        left = (len(self._hello), self._linger_left, self._accepted, len(self._chunks))
+        left = (self._linger_left, self._accepted, len(self._chunks))
         return (self.state, self.sock, waiting, inside, left, self.moved, self._said_close, self._peer_closed)
 
     def stalled(self, turns: int, whose: str) -> None:

@@ -418,6 +418,8 @@ def test_an_answer_in_the_middle_of_a_renegotiation_waits_for_its_end(
     while not engine_of(client).mid_handshake():
         rig.bridges[0]._workers[0].step()
     client.send(b"!")
+    rig.bridges[0]._coordinator.step()
+    rig.bridges[0]._workers[0].step()
     assert client.outbox.qsize() > 0 and wants(client)["write"] == "read"
     rig.until(lambda: not server.inbox.empty())
     assert server.recv(0) == b"!"
