@@ -92,6 +92,8 @@ class Connection(SSL.Connection):
 
     OpenSSL's queue of errors belongs to the thread, and SSL_get_error(3) looks into it first.  pyOpenSSL leaves there
     what a failed system call put; so the next connection whose call has to wait would seem to have failed.
+
+    In TLS 1.3 SSL_get_error(3) does not recognize a close_notify after a user_canceled, and Java closes its sockets so.
     """
 
     def _raise_ssl_error(self, ssl: Any, result: int) -> None:
@@ -106,6 +108,8 @@ class Connection(SSL.Connection):
             raise SSL.WantReadError()
         if error == _WANT_WRITE:
             raise SSL.WantWriteError()
+        if error == _SYSCALL and result == 0 and self.get_shutdown() & SSL.RECEIVED_SHUTDOWN:
+            raise SSL.ZeroReturnError()
         if number:
             _ffi.errno = number
         try:
@@ -209,6 +213,12 @@ def session_der(session: SSL.Session) -> bytes:
     buffer = _ffi.new("unsigned char[]", _lib.i2d_SSL_SESSION(native, _ffi.NULL))
     _lib.i2d_SSL_SESSION(native, _ffi.new("unsigned char **", buffer))
     return bytes(_ffi.buffer(buffer))
+
+
+def session_size(session: SSL.Session) -> int:
+    """Bytes that `session_der` would give; 0 if `cryptography` cannot tell.  Any thread."""
+    size = getattr(_lib, "i2d_SSL_SESSION", None)
+    return 0 if size is None else int(size(getattr(session, "_session", None), _ffi.NULL))
 
 
 def same_session(session: SSL.Session, other: SSL.Session | None) -> bool:

@@ -36,6 +36,7 @@ from bridge.connection import (
     note_verification,
     ocsp_response,
     same_session,
+    session_size,
     select_alpn,
     session_reused,
     staple,
@@ -56,6 +57,8 @@ __all__ = [
 
 REMEMBERED_SESSIONS = 256
 """Of how many peers a client context remembers a session to resume; the least recently used goes first."""
+MOST_SESSION_BYTES = 32 * 1024
+"""A larger one is forgotten: tickets may have 64 KiB, and such a one fits in no ClientHello."""
 
 _VERSIONS = {"TLSv1.2": SSL.TLS1_2_VERSION, "TLSv1.3": SSL.TLS1_3_VERSION}
 
@@ -265,6 +268,8 @@ class Context:
         record = connection.get_app_data()
         before = record.before_tickets if isinstance(record, Record) else None
         if session is None or (once and same_session(session, before)):
+            return
+        if session_size(session) > MOST_SESSION_BYTES:
             return
         self._sessions.put(resume_key, session, once)
 

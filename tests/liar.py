@@ -130,6 +130,8 @@ class Liar:
         self.modern = version == "TLSv1.3"
         self.said = b""
         """All the application data it has sent."""
+        self.heard = bytearray()
+        """All it has received."""
         self.flights = 0
         """How many it has sent in its handshake."""
         self.mangle: Callable[[bytes], bytes] = lambda flight: flight
@@ -222,13 +224,13 @@ class Liar:
         if kind == HANDSHAKE and data[0] == KEY_UPDATE:
             assert isinstance(self.read, Keys13)
             self.read = self.read.successor()
+        elif kind == APPLICATION_DATA:
+            self.heard += data
         return kind, data
 
-    def hear_data(self, size: int) -> bytes:
-        """The next *size* bytes of application data; whatever else comes meanwhile is not looked at."""
-        data = b""
-        while len(data) < size:
-            kind, part = self.hear()
-            assert kind != ALERT, f"the alert {part.hex()}"
-            data += part if kind == APPLICATION_DATA else b""
-        return data
+    def hear_echo(self) -> None:
+        """Until all it has said has come back; whatever else comes meanwhile is not looked at."""
+        while len(self.heard) < len(self.said):
+            kind, data = self.hear()
+            assert kind != ALERT, f"the alert {data.hex()}"
+        assert self.heard == self.said
