@@ -100,6 +100,8 @@ class Connection(SSL.Connection):
     any, which a peer can see to.  Without it SSL_read stops behind each such record, and wants to read as if there
     were no more.  The difference is the EAGAIN of a socket that is empty; where it cannot be told, a poll will.
     Memory holds what it was given and no more, so there the mode stays.
+
+    In TLS 1.3 SSL_get_error(3) does not recognize a close_notify after a user_canceled, and Java closes its sockets so.
     """
 
     def __init__(self, context: SSL.Context, sock: socket.socket | None) -> None:
@@ -121,6 +123,8 @@ class Connection(SSL.Connection):
             raise SSL.WantReadError()
         if error == _WANT_WRITE:
             raise SSL.WantWriteError()
+        if error == _SYSCALL and result == 0 and self.get_shutdown() & SSL.RECEIVED_SHUTDOWN:
+            raise SSL.ZeroReturnError()
         if number:
             _ffi.errno = number
         try:
@@ -251,6 +255,12 @@ def session_der(session: SSL.Session) -> bytes:
     buffer = _ffi.new("unsigned char[]", _lib.i2d_SSL_SESSION(native, _ffi.NULL))
     _lib.i2d_SSL_SESSION(native, _ffi.new("unsigned char **", buffer))
     return bytes(_ffi.buffer(buffer))
+
+
+def session_size(session: SSL.Session) -> int:
+    """Bytes that `session_der` would give; 0 if `cryptography` cannot tell.  Any thread."""
+    size = getattr(_lib, "i2d_SSL_SESSION", None)
+    return 0 if size is None else int(size(getattr(session, "_session", None), _ffi.NULL))
 
 
 def same_session(session: SSL.Session, other: SSL.Session | None) -> bool:

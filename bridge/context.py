@@ -36,6 +36,7 @@ from bridge.connection import (
     note_verification,
     ocsp_response,
     same_session,
+    session_size,
     select_alpn,
     session_reused,
     staple,
@@ -56,6 +57,8 @@ __all__ = [
 
 REMEMBERED_SESSIONS = 256
 """Of how many peers a client context remembers a session to resume; the least recently used goes first."""
+MOST_SESSION_BYTES = 32 * 1024
+"""A larger one is forgotten: tickets may have 64 KiB, and such a one fits in no ClientHello."""
 
 SERVER_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 """Of TLS 1.2: a stolen key opens no recorded session, and there is no CBC to be got wrong."""
@@ -270,6 +273,8 @@ class Context:
         record = connection.get_app_data()
         before = record.before_tickets if isinstance(record, Record) else None
         if session is None or (once and same_session(session, before)):
+            return
+        if session_size(session) > MOST_SESSION_BYTES:
             return
         self._sessions.put(resume_key, session, once)
 

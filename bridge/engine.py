@@ -492,7 +492,7 @@ class TLSEngine:
                 return Truncated(8, f"the peer closed the connection without close_notify, {during}")
             return PeerReset(number, f"the connection failed {during}: {text}")
         reasons = [reason for _, _, reason in error.args[0]] if error.args and error.args[0] else []
-        reason = reasons[0] if reasons else "unknown error"
+        reason = (reasons and reasons[0]) or "unknown error"  # such as an alert that has no name
         if name == "handshake" and self.first_bytes and self.first_bytes[0] not in _TLS_CONTENT_TYPES:
             return self._not_tls(reason)
         translated = TLSError(1, f"[SSL: {_constant(reason)}] {reason} ({during})")

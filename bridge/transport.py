@@ -1120,9 +1120,10 @@ def _no_delay(sock: socket.socket) -> None:
 
 
 def _peek(sock: socket.socket) -> bytes:
+    """The first bytes that are there; OSError after a reset, of which the kernel tells but once."""
     try:
         return sock.recv(24, socket.MSG_PEEK)
-    except OSError:
+    except BlockingIOError:
         return b""
 
 

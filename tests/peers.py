@@ -117,6 +117,8 @@ def libssl() -> Any:
         "SSL_key_update": (number, [pointer, number]),
         "SSL_renegotiate": (number, [pointer]),
         "SSL_renegotiate_pending": (number, [pointer]),
+        "SSL_free": (None, [pointer]),
+        "SSL_CTX_free": (None, [pointer]),
     }
     try:
         for name, (result, arguments) in signatures.items():
@@ -176,6 +178,7 @@ class EchoPeer:
             ok &= lib.SSL_CTX_use_PrivateKey_file(context, options["keyfile"].encode(), FILETYPE_PEM)
             assert ok == 1, self._errors()
         ssl = lib.SSL_new(context)
+        lib.SSL_CTX_free(context)  # the connection keeps it
         lib.SSL_set_fd(ssl, self.sock.fileno())
         (lib.SSL_set_accept_state if self.server else lib.SSL_set_connect_state)(ssl)
         return ssl
@@ -221,6 +224,10 @@ class EchoPeer:
         while self.call("SSL_shutdown") == 0:  # for the other side has said close_notify: done, or a want
             self._sleep(poll)
 
+    def free(self) -> None:
+        """Nothing is called any more."""
+        self.lib.SSL_free(self.ssl)
+
     def _sleep(self, poll: Any) -> None:
         poll.modify(self.sock, self.mask)
         if not poll.poll(PATIENCE * 1000):
@@ -251,7 +258,9 @@ class EchoPeer:
         if not self.frozen:
             return False
         sent = self.call("SSL_write", self.frozen, len(self.frozen))
-        self.frozen = self.frozen[max(0, sent) :]
+        if sent < 0:  # after the other side's close_notify OpenSSL has no other word for a broken connection
+            raise PeerFailed("SSL_write: the connection is gone")
+        self.frozen = self.frozen[sent:]
         self.counts["echoed"] += sent
         return sent > 0
 
@@ -295,6 +304,8 @@ def echo(options: dict[str, Any]) -> dict[str, Any]:
             peer.run()
         except (PeerFailed, OSError) as failure:
             error = str(failure)
+        finally:
+            peer.free()
         return {**peer.counts, "error": error}
 
 
