@@ -36,9 +36,9 @@ from bridge.connection import (
     note_verification,
     ocsp_response,
     same_session,
-    session_size,
     select_alpn,
     session_reused,
+    session_size,
     staple,
 )
 from bridge.credentials import Certificates, Key, Password, announce, load_identity, load_trust, reasons

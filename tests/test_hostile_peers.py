@@ -15,12 +15,9 @@ import re
 import socket
 import ssl
 import struct
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from typing import Any
 
 import pytest
 from conftest import KeyPair
@@ -46,7 +43,7 @@ from liar import (
     records,
 )
 from OpenSSL import SSL
-from peers import Background, stdlib_context
+from peers import Background
 from rig import PATIENCE, shrink, tcp_pair
 
 import bridge
@@ -410,7 +407,7 @@ def test_a_record_cut_at_each_byte_is_no_clean_end(meet: Meet, kind: int) -> Non
 
 
 class Cutter:
-    """Cuts the handshake messages of a liar into records anew: with a border after *place* bytes, or after each byte."""
+    """Cuts the handshake messages of a liar into records anew: a border after *place* bytes, or after each byte."""
 
     def __init__(self, liar: Liar, place: int | None = None) -> None:
         self.place, self.total = place, 0
