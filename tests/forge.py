@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import socket
+from typing import Any
 
 from conftest import KeyPair
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from OpenSSL import SSL
 from rig import Raw, raw_context
+
+_lib: Any = vars(SSL)["_lib"]  # for what the oldest pyOpenSSL does not have
 
 ALERT, HANDSHAKE, APPLICATION_DATA = 21, 22, 23
 WARNING, USER_CANCELED, NO_RENEGOTIATION = 1, 90, 100
@@ -48,8 +51,7 @@ class Forger:
         self._secrets: dict[bytes, bytes] = {}
         context = raw_context(version, identity)
         context.set_cipher_list(CIPHERS[version])
-        if hasattr(context, "set_tls13_ciphersuites"):
-            context.set_tls13_ciphersuites(b"TLS_AES_128_GCM_SHA256")
+        _lib.SSL_CTX_set_ciphersuites(vars(context)["_context"], b"TLS_AES_128_GCM_SHA256")
         context.set_keylog_callback(self._note)
         self.raw = Raw(context, sock, server_side=identity is not None)
         self._sequence = 0
