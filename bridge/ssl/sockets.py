@@ -304,12 +304,14 @@ class SSLSocket(ssl.SSLSocket):
         if stream is None or buflen <= 0 or wire.kernel_timeouts:
             return self._forgiving(wire, buflen, None, b"")  # type: ignore[no-any-return]
         try:
-            return stream.read(buflen, wire.timeout)
-        except BridgeError as error:
-            failure = wire.failure(error)
-            if self.suppress_ragged_eofs and isinstance(failure, ssl.SSLEOFError):
-                return b""
-            raise failure from None
+            try:
+                return stream.read(buflen, wire.timeout)
+            except BridgeError as error:
+                raise wire.failure(error) from None
+        except ssl.SSLEOFError:
+            if not self.suppress_ragged_eofs:
+                raise
+            return b""
 
     def recv_into(self, buffer: Buffer, nbytes: int | None = None, flags: int = 0) -> int:
         """As `socket.socket.recv_into`."""

@@ -240,12 +240,8 @@ def test_a_clean_disconnect_reaches_the_broker(broker: Daemon, context: Any, run
     broker.wait_for_log(f"Client {name} disconnected.")
 
 
-@pytest.mark.filterwarnings("ignore:.*unclosed <socket.socket:pytest.PytestUnraisableExceptionWarning")
 def test_a_client_that_was_ousted_comes_back(broker: Daemon, context: Any) -> None:
-    """A second client of the same name makes the broker cut the first one's connection.
-
-    paho may make its pair of sockets anew while a thread reconnects, and forget the old one.
-    """
+    """A second client of the same name makes the broker cut the first one's connection."""
     with talking(broker, Talker("double", context, "news")) as first:
         second = Talker("double", context)
         second.client._reconnect_on_failure = False

@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,31 @@ def test_a_time_out_is_the_very_class_and_harms_nothing(mixed: Ends) -> None:
     client.settimeout(0.02)
     with pytest.raises(TimeoutError, match="The write operation timed out"):
         client.sendall(bytes(50_000_000))
+
+
+class Caller:
+    """Somebody who reads from a socket in a method of his own."""
+
+    def read(self, sock: Any) -> bytes:
+        data: bytes = sock.recv(1)
+        return data
+
+
+def test_an_error_keeps_no_caller_alive(ends: Ends) -> None:
+    """Else the callers' own sockets and files are closed by the garbage collector, whenever it comes."""
+    _, server = ends
+    server.settimeout(0.01)
+    gc.collect()
+    gc.disable()
+    try:
+        caller = Caller()
+        gone = weakref.ref(caller)
+        with contextlib.suppress(TimeoutError):
+            caller.read(server)
+        del caller
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before-the-wrap", "after-it"])
