@@ -1,123 +1,18 @@
 """A peer that shakes hands honestly and then says whatever it is told to, record by record.
 
 OpenSSL makes the handshake, over memory; each flight of it passes through `Liar.mangle` on its way out.  What
-follows is sealed and opened here, with the secrets of that handshake and without any regard for the rules of TLS:
-AES-GCM as of TLS 1.2 (RFC 5246, 6.3 and RFC 5288) and of TLS 1.3 (RFC 8446, 5.2 and 7).
+follows is sealed here, without any regard for the rules of TLS.
 """
 
 from __future__ import annotations
 
-import hmac
 import socket
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable
 
 from conftest import KeyPair
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from OpenSSL import SSL
 from peers import PATIENCE, receive_exactly
-from rig import raw_context
-
-CHANGE_CIPHER_SPEC, ALERT, HANDSHAKE, APPLICATION_DATA = 20, 21, 22, 23
-HELLO_REQUEST, CLIENT_HELLO, NEW_SESSION_TICKET, FINISHED, KEY_UPDATE = 0, 1, 4, 20, 24
-WARNING, FATAL = 1, 2
-CLOSE_NOTIFY = 0
-RECORD_BYTES = 1 << 14
-
-
-def record(kind: int, data: bytes, size: int | None = None, version: int = 0x0303) -> bytes:
-    """A record as it is on the wire.  *size*: what its header says, if not the truth."""
-    said = len(data) if size is None else size
-    return bytes([kind]) + version.to_bytes(2, "big") + said.to_bytes(2, "big") + data
-
-
-def records(wire: bytes) -> Iterator[bytes]:
-    """The whole records that *wire* is made of."""
-    while wire:
-        size = 5 + int.from_bytes(wire[3:5], "big")
-        yield wire[:size]
-        wire = wire[size:]
-
-
-def message(kind: int, body: bytes = b"", size: int | None = None) -> bytes:
-    """A message of the handshake protocol.  *size* as of `record`."""
-    said = len(body) if size is None else size
-    return bytes([kind]) + said.to_bytes(3, "big") + body
-
-
-class Keys(Protocol):
-    """What one side seals its records with."""
-
-    def seal(self, kind: int, data: bytes, padding: int = 0) -> bytes:
-        """The next record."""
-
-    def open(self, wire: bytes) -> tuple[int, bytes]:
-        """What is in the next record: its type, and its plaintext.  InvalidTag if it is not genuine."""
-
-
-class Keys13:
-    """Of TLS 1.3: one traffic secret, until `successor`."""
-
-    def __init__(self, secret: bytes) -> None:
-        self._secret = secret
-        self._hash = hashes.SHA256() if len(secret) == 32 else hashes.SHA384()
-        self._gcm = AESGCM(self._expand(b"key", 16 if len(secret) == 32 else 32))
-        self._iv = int.from_bytes(self._expand(b"iv", 12), "big")
-        self._sequence = 0
-
-    def _expand(self, label: bytes, size: int) -> bytes:
-        label = b"tls13 " + label
-        info = size.to_bytes(2, "big") + bytes([len(label)]) + label + b"\0"
-        return HKDFExpand(self._hash, size, info).derive(self._secret)
-
-    def _nonce(self) -> bytes:
-        self._sequence += 1
-        return (self._iv ^ (self._sequence - 1)).to_bytes(12, "big")
-
-    def successor(self) -> Keys13:
-        """The keys after a KeyUpdate."""
-        return Keys13(self._expand(b"traffic upd", len(self._secret)))
-
-    def seal(self, kind: int, data: bytes, padding: int = 0) -> bytes:
-        inner = data + bytes([kind]) + bytes(padding)
-        header = record(APPLICATION_DATA, b"", len(inner) + 16)
-        return header + self._gcm.encrypt(self._nonce(), inner, header)
-
-    def open(self, wire: bytes) -> tuple[int, bytes]:
-        inner = self._gcm.decrypt(self._nonce(), wire[5:], wire[:5]).rstrip(b"\0")
-        return inner[-1], inner[:-1]
-
-
-class Keys12:
-    """Of TLS 1.2, after the Finished, which had the number 0."""
-
-    def __init__(self, key: bytes, salt: bytes) -> None:
-        self._gcm, self._salt = AESGCM(key), salt
-        self._sequence = 0
-
-    def _about(self, kind: int, size: int) -> bytes:
-        self._sequence += 1
-        return self._sequence.to_bytes(8, "big") + record(kind, b"", size)
-
-    def seal(self, kind: int, data: bytes, padding: int = 0) -> bytes:
-        assert not padding, "TLS 1.2 has none"
-        about = self._about(kind, len(data))
-        return record(kind, about[:8] + self._gcm.encrypt(self._salt + about[:8], data, about))
-
-    def open(self, wire: bytes) -> tuple[int, bytes]:
-        about = self._about(wire[0], len(wire) - 5 - 8 - 16)
-        return wire[0], self._gcm.decrypt(self._salt + wire[5:13], wire[13:], about)
-
-
-def prf(secret: bytes, seed: bytes, size: int) -> bytes:
-    """P_SHA256 (RFC 5246, 5)."""
-    out, chain = b"", seed
-    while len(out) < size:
-        chain = hmac.digest(secret, chain, "sha256")
-        out += hmac.digest(secret, chain + seed, "sha256")
-    return out[:size]
+from records import ALERT, APPLICATION_DATA, HANDSHAKE, KEY_UPDATE, Keys, Keys13, talkative
 
 
 class Liar:
@@ -136,27 +31,19 @@ class Liar:
         """How many it has sent in its handshake."""
         self.mangle: Callable[[bytes], bytes] = lambda flight: flight
         """What becomes of each."""
-        self._secrets: dict[str, bytes] = {}
-        context = raw_context(version, identity)
-        if not self.modern:
-            context.set_cipher_list(b"ECDHE-ECDSA-AES128-GCM-SHA256")
-        context.set_keylog_callback(self._note)
+        context, self._secrets = talkative(version, identity)
         self._connection = SSL.Connection(context, None)
         if self.server:
             self._connection.set_accept_state()
         else:
             self._connection.set_connect_state()
 
-    def _note(self, _: SSL.Connection, line: bytes) -> None:
-        label, _random, secret = line.decode().split()
-        self._secrets[label] = bytes.fromhex(secret)
-
     def handshake(self) -> None:
         """All of it; a server of TLS 1.3 sends no tickets."""
         while not self._shake():
             self._connection.bio_write(self.next_record())
-        ours, theirs = self._keys()
-        self.write, self.read = (theirs, ours) if self.server else (ours, theirs)
+        client, server = self._secrets.keys(self._connection)
+        self.write, self.read = (server, client) if self.server else (client, server)
 
     def _shake(self) -> bool:
         try:
@@ -173,19 +60,9 @@ class Liar:
             self.flights += 1
         return done
 
-    def _keys(self) -> tuple[Keys, Keys]:
-        """The client's and the server's."""
-        if self.modern:
-            client, server = (self._secrets[f"{who}_TRAFFIC_SECRET_0"] for who in ("CLIENT", "SERVER"))
-            return Keys13(client), Keys13(server)
-        connection = self._connection
-        seed = b"key expansion" + connection.server_random() + connection.client_random()
-        block = prf(connection.master_key(), seed, 40)
-        return Keys12(block[:16], block[32:36]), Keys12(block[16:32], block[36:])
-
     def handshake_keys(self) -> Keys:
         """What its flight is sealed with, in TLS 1.3, from the first sealed record on."""
-        return Keys13(self._secrets[f"{'SERVER' if self.server else 'CLIENT'}_HANDSHAKE_TRAFFIC_SECRET"])
+        return self._secrets.handshake_keys("SERVER" if self.server else "CLIENT")
 
     # What it says.
 

@@ -11,20 +11,20 @@ import dataclasses
 import os
 import random
 import socket
-import ssl as stdlib_ssl
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import faultproxy
 import peers
 import pytest
 from conftest import KeyPair
+from faces import FACES, Face
 from faultproxy import FaultProxy, Plan
 from peers import Background, Checker, EchoPeer, Pattern, PeerFailed
-from rig import only
+from rig import VERSIONS
 
 import bridge
 
@@ -39,9 +39,6 @@ LATENCY_UNDER_LOAD = 1.0
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or peers.libssl() is None, reason="needs Linux and a libssl that ctypes can use"
 )
-
-CUTS = (bridge.Truncated, bridge.PeerReset, bridge.TLSError, bridge.DeadlineExceeded)
-"""How a session ends that the network has harmed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,126 +97,13 @@ class Outcome:
     """What the thread that sends was told."""
 
 
-# ── our side, by either face ──
-
-
-class Core:
-    """Sessions of a Bridge."""
-
-    cuts: tuple[type[BaseException], ...] = CUTS
-
-    def __init__(self, identity: KeyPair, ca_file: str) -> None:
-        self.bridge = bridge.Bridge(workers=2)
-        self.contexts = {
-            version: {
-                "client": bridge.client_context(ca_file, **only(version)),
-                "server": bridge.server_context(
-                    identity.certfile,
-                    identity.keyfile,
-                    **only(version),
-                    **({"renegotiation": True} if version == "TLSv1.2" else {}),
-                ),
-            }
-            for version in ("TLSv1.2", "TLSv1.3")
-        }
-
-    def begin(self, sock: socket.socket, case: Case, patience: float) -> bridge.Session:
-        return self.bridge.adopt(
-            sock,
-            self.contexts[case.version][case.role],
-            server_hostname="localhost" if case.role == "client" else None,
-            timeouts=bridge.Timeouts(handshake=patience, idle=patience, write_stall=patience, close_notify=1),
-        )
-
-    def send(self, session: bridge.Session, data: bytes) -> None:
-        session.send(data, PATIENCE)
-
-    def recv(self, session: bridge.Session) -> bytes:
-        """``b""`` at the clean end."""
-        try:
-            data: bytes = session.recv(PATIENCE)
-        except bridge.EndOfStream:
-            return b""
-        return data
-
-    def trouble(self, session: bridge.Session, case: Case) -> None:
-        """Once, in the middle of it."""
-        if case.version == "TLSv1.2" and case.role == "server":
-            session.renegotiate()
-
-    def send_eof(self, session: bridge.Session) -> None:
-        session.send_eof()
-
-    def end(self, session: bridge.Session) -> None:
-        cause = session.end
-        report = session.close()
-        if isinstance(cause, bridge.EndOfStream):
-            assert report and report.close_notify_sent and report.close_notify_received
-
-    def close(self) -> None:
-        assert not self.bridge.snapshot().sessions
-        self.bridge.close()
-
-
-class DropIn:
-    """Sockets of `bridge.ssl`, which raise what the stdlib's do."""
-
-    cuts = (stdlib_ssl.SSLError, ConnectionError, TimeoutError)
-
-    def __init__(self, identity: KeyPair, ca_file: str) -> None:
-        from bridge import ssl
-
-        self.contexts = {}
-        for version in ("TLSv1.2", "TLSv1.3"):
-            client = ssl.SSLContext(stdlib_ssl.PROTOCOL_TLS_CLIENT)
-            client.load_verify_locations(ca_file)
-            server = ssl.SSLContext(stdlib_ssl.PROTOCOL_TLS_SERVER)
-            server.load_cert_chain(identity.certfile, identity.keyfile)
-            for context in (client, server):
-                context.minimum_version = context.maximum_version = stdlib_ssl.TLSVersion[
-                    version.replace(".", "_")
-                ]
-            self.contexts[version] = {"client": client, "server": server}
-
-    def begin(self, sock: socket.socket, case: Case, patience: float) -> Any:
-        sock.settimeout(patience)
-        try:
-            return self.contexts[case.version][case.role].wrap_socket(
-                sock,
-                server_side=case.role == "server",
-                server_hostname="localhost" if case.role == "client" else None,
-                suppress_ragged_eofs=False,
-            )
-        finally:
-            sock.close()
-
-    def send(self, sock: Any, data: bytes) -> None:
-        sock.sendall(data)
-
-    def recv(self, sock: Any) -> bytes:
-        data: bytes = sock.recv(1 << 16)
-        return data
-
-    def trouble(self, sock: Any, case: Case) -> None:
-        """It has no means to."""
-
-    def send_eof(self, sock: Any) -> None:
-        sock.shutdown(socket.SHUT_WR)
-
-    def end(self, sock: Any) -> None:
-        sock.close()
-
-    def close(self) -> None:
-        """The process-wide bridge is the fixture's."""
-
-
 # ── one connection ──
 
 
 class Bench:
     """A proxy, a peer and our side: for one connection after another."""
 
-    def __init__(self, face: Any, identity: KeyPair, background: Background) -> None:
+    def __init__(self, face: Face, identity: KeyPair, background: Background) -> None:
         self.face, self.identity, self.background = face, identity, background
         self.proxy = FaultProxy()
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -277,7 +161,7 @@ class Bench:
         """Send, receive, and end: all that the application does."""
         outcome = Outcome()
         try:
-            session = self.face.begin(sock, case, patience)
+            session = self.face.begin(sock, case.role, case.version, patience)
         except self.face.cuts as error:
             outcome.error = error
             return outcome
@@ -293,7 +177,7 @@ class Bench:
         pattern, checker, sent = Pattern(case.seed), Checker(Pattern(case.seed)), 0
         for index, size in enumerate(case.chunks):
             if index == 5:
-                self.face.trouble(session, case)
+                self.trouble(session, case)
             self.face.send(session, bytes(pattern.at(sent, size)))
             sent += size
             while checker.received < sent:
@@ -304,6 +188,11 @@ class Bench:
         self.face.send_eof(session)
         data = self.face.recv(session)
         assert data == b"", "more came than was sent"
+
+    def trouble(self, session: Any, case: Case) -> None:
+        """Once, in the middle of it."""
+        if case.version == "TLSv1.2" and case.role == "server":
+            self.face.renegotiate(session)
 
     def duplex(self, session: Any, case: Case, outcome: Outcome) -> None:
         checker = Checker(Pattern(case.seed))
@@ -320,7 +209,7 @@ class Bench:
         try:
             for index, size in enumerate(case.chunks):
                 if index == 5:
-                    self.face.trouble(session, case)
+                    self.trouble(session, case)
                 self.face.send(session, bytes(pattern.at(sent, size)))
                 sent += size
             self.face.send_eof(session)
@@ -346,7 +235,7 @@ class Bench:
         ours, theirs = self.sockets(case, self.honest_address(case))
         peer = self.background.run(self.echo, theirs, case)
         began = time.monotonic()
-        session = self.face.begin(ours, case, PATIENCE)
+        session = self.face.begin(ours, case.role, case.version, PATIENCE)
         self.face.send(session, b"ping")
         assert self.face.recv(session) == b"ping"
         took = time.monotonic() - began
@@ -363,10 +252,7 @@ class Bench:
 # ── the tests ──
 
 ARRANGEMENTS = [
-    (face, role, version)
-    for face in ("core", "drop-in")
-    for role in ("client", "server")
-    for version in ("TLSv1.2", "TLSv1.3")
+    (face, role, version) for face in FACES for role in ("client", "server") for version in VERSIONS
 ]
 SEEDS = 12
 """Of each arrangement in the default run; no two have the same, and together they go through all plans."""
@@ -375,7 +261,6 @@ MANY_SEEDS = int(os.environ.get("BRIDGE_FAULTS", "1000"))
 each_arrangement = pytest.mark.parametrize(
     ("face", "role", "version"), ARRANGEMENTS, ids=["-".join(each) for each in ARRANGEMENTS]
 )
-FACES: dict[str, Callable[[KeyPair, str], Any]] = {"core": Core, "drop-in": DropIn}
 
 
 @pytest.fixture

@@ -16,20 +16,15 @@ from typing import Any
 import pytest
 from conftest import KeyPair
 from forge import (
-    ALERT,
-    APPLICATION_DATA,
-    HANDSHAKE,
     HELLO_REQUEST,
     KEY_UPDATE,
     KEY_UPDATE_REQUESTED,
     NO_RENEGOTIATION,
     TICKET,
     USER_CANCELED,
-    WARNING,
     Forger,
-    message,
-    record,
 )
+from records import ALERT, APPLICATION_DATA, HANDSHAKE, WARNING, message, record
 from rig import (
     PATIENCE,
     Lockstep,

@@ -22,7 +22,10 @@ from concurrent.futures import Future
 import pytest
 from conftest import KeyPair
 from faces import FACES, Core, Face
-from liar import (
+from liar import Liar
+from OpenSSL import SSL
+from peers import Background
+from records import (
     ALERT,
     APPLICATION_DATA,
     CHANGE_CIPHER_SPEC,
@@ -37,13 +40,10 @@ from liar import (
     RECORD_BYTES,
     WARNING,
     Keys,
-    Liar,
     message,
     record,
     records,
 )
-from OpenSSL import SSL
-from peers import Background
 from rig import PATIENCE, shrink, tcp_pair
 
 import bridge
