@@ -249,18 +249,18 @@ def tls_unique(connection: SSL.Connection, server_side: bool) -> bytes:
     return (connection.get_finished() if ours else connection.get_peer_finished()) or b""
 
 
-def session_der(session: SSL.Session) -> bytes:
-    """i2d_SSL_SESSION(3).  It holds the session's secret.  Any thread."""
-    native = getattr(session, "_session", None)
-    buffer = _ffi.new("unsigned char[]", _lib.i2d_SSL_SESSION(native, _ffi.NULL))
-    _lib.i2d_SSL_SESSION(native, _ffi.new("unsigned char **", buffer))
-    return bytes(_ffi.buffer(buffer))
-
-
 def session_size(session: SSL.Session) -> int:
     """Bytes that `session_der` would give; 0 if `cryptography` cannot tell.  Any thread."""
     size = getattr(_lib, "i2d_SSL_SESSION", None)
     return 0 if size is None else int(size(getattr(session, "_session", None), _ffi.NULL))
+
+
+def session_der(session: SSL.Session) -> bytes:
+    """i2d_SSL_SESSION(3).  It holds the session's secret.  Any thread."""
+    native = getattr(session, "_session", None)
+    buffer = _ffi.new("unsigned char[]", session_size(session))
+    _lib.i2d_SSL_SESSION(native, _ffi.new("unsigned char **", buffer))
+    return bytes(_ffi.buffer(buffer))
 
 
 def same_session(session: SSL.Session, other: SSL.Session | None) -> bool:

@@ -414,10 +414,7 @@ class TLSEngine:
                 size, self._header = _record_size(self._header), b""
                 self._due, self._lost = (RECORD_BYTES, True) if size is None else (size, self._lost)
         self._fed = True
-        if ciphertext:
-            self._connection.bio_write(ciphertext)
-        else:
-            self._connection.bio_shutdown()
+        self._into_memory(ciphertext)
         return True
 
     def _failed(self, error: OSError) -> SessionEnded:
@@ -428,10 +425,13 @@ class TLSEngine:
 
     def feed(self, ciphertext: bytes) -> None:
         """Give the engine what the peer sent; ``b""`` is the end of the stream below."""
+        if len(self.first_bytes) < 16:
+            self.first_bytes += ciphertext[:16]
+        self._into_memory(ciphertext)
+
+    def _into_memory(self, ciphertext: bytes) -> None:
         if ciphertext:
             self._connection.bio_write(ciphertext)
-            if len(self.first_bytes) < 16:
-                self.first_bytes += ciphertext[:16]
         else:
             self._connection.bio_shutdown()
 

@@ -114,7 +114,10 @@ class _Received:
 
 
 def _leased(method: Callable[Concatenate[Stream, P], T]) -> Callable[Concatenate[Stream, P], T]:
-    """*method*, with the lease."""
+    """*method*, with the lease.
+
+    `read` and `_write` do the same by hand: each frame of Python on these two ways is felt among many threads.
+    """
 
     @functools.wraps(method)
     def call(self: Stream, /, *arguments: P.args, **options: P.kwargs) -> T:

@@ -476,10 +476,6 @@ class Transport:
         """Nobody knows what is half done: OpenSSL is not called any more, until the owner `end`s the session."""
         self.quiet = self._exchanging = False
 
-    def readable(self) -> bool:
-        """Whether a read could get anywhere although no poll has announced anything."""
-        return self._read.ready
-
     def runnable(self) -> bool:
         """Whether a step could get anywhere although no poll has announced anything."""
         return self._read.ready or self._write.ready or self._shutdown.ready or self._handshake.ready
