@@ -126,14 +126,17 @@ def second_owner() -> None:
         make(self, *arguments)
         self.lock = _Open()  # type: ignore[assignment]
 
-    at_once = Lease.at_once
-
-    def slowly(self: Lease, *call: Any) -> Any:
-        threading.Event().wait(0.0002)  # or they would not often meet
-        return at_once(self, *call)
-
     _plant(Lease, "__init__", careless)
-    _plant(Lease, "at_once", slowly)
+    for name in ("turn", "read_at_once", "write_at_once"):
+        _plant(Transport, name, _slowly(getattr(Transport, name)))
+
+
+def _slowly(method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: Transport, *arguments: Any) -> Any:
+        threading.Event().wait(0.0002)  # or they would not often meet
+        return method(self, *arguments)
+
+    return call
 
 
 def _plant(kind: type, name: str, fault: Any) -> None:

@@ -197,23 +197,30 @@ def test_a_sleeping_reader_is_no_obstacle_to_a_writer(pair: Pair, background: Ba
     assert reading.result(PATIENCE) == b"answer"
 
 
+TURNS = ("turn", "read_at_once", "write_at_once", "send", "close")
+"""The calls of a transport that a stream's callers come to, none of which makes another."""
+
+
 def test_two_threads_are_never_inside_at_once(
     pair: Pair, background: Background, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also at the smallest switch interval; and whole writes of several threads never interleave."""
     client, server = pair
     inside: list[int] = []
-    at_once = Lease.at_once  # all that is done with a transport is done through this
 
-    def watched(self: Lease, *call: Any) -> Any:
-        inside.append(id(self))
-        assert inside.count(id(self)) == 1
-        try:
-            return at_once(self, *call)
-        finally:
-            inside.remove(id(self))
+    def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Transport, *arguments: Any) -> Any:
+            inside.append(id(self))
+            assert inside.count(id(self)) == 1
+            try:
+                return method(self, *arguments)
+            finally:
+                inside.remove(id(self))
 
-    monkeypatch.setattr(Lease, "at_once", watched)
+        return call
+
+    for name in TURNS:
+        monkeypatch.setattr(Transport, name, watched(getattr(Transport, name)))
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
