@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import dis
 import functools
+import gc
 import select
 import sys
 import threading
@@ -69,8 +70,9 @@ def explore(scenario: Scenario, *files: str, opcodes: bool = False) -> Report:
     seen: set[int] = set()
     todo: list[tuple[int, ...]] = [()]
     runs = points = 0
-    with _Crew() as crew:
+    with _Crew() as crew, _collecting_only_between_runs() as collect:
         while todo:
+            collect()
             world = World(crew, todo.pop(), seen, frozenset(files), opcodes)
             with world.in_place():
                 scenario(world)
@@ -81,6 +83,19 @@ def explore(scenario: Scenario, *files: str, opcodes: bool = False) -> Report:
             if world.failure is not None:
                 raise Refuted(f"{world.failure!r} in run {runs}, after {world.story()}") from world.failure
     return Report(runs, len(seen), points)
+
+
+@contextlib.contextmanager
+def _collecting_only_between_runs() -> Iterator[Callable[[], object]]:
+    """A finalizer in the middle of a run would be code under test that its schedule does not have."""
+    enabled = gc.isenabled()
+    gc.disable()
+    gc.collect()
+    try:
+        yield functools.partial(gc.collect, 0)  # what one run has left
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Crew:

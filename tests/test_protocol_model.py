@@ -13,6 +13,7 @@ threads, the turns of a shared `Inbox`, OpenSSL, and the operating system's own 
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from interleavings import QUEUES, Bed, Refuted, Report, World, explore, rung
 import bridge
 from bridge.coordinator import Coordinator
 from bridge.poll import Doorbell
-from bridge.queues import Latch, Mailbox, Outbox, ReadCredit, SessionInbox, Tally
+from bridge.queues import Inbox, Latch, Mailbox, Outbox, ReadCredit, SessionInbox, Tally, _Turn
 from bridge.worker import Worker
 
 GONE = bridge.SessionAborted("gone")
@@ -382,6 +383,22 @@ def shown(report: Report) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_every_interleaving_keeps_every_promise(name: str) -> None:
     shown(explore(SMALL[name], QUEUES))
+
+
+def test_the_garbage_collector_has_no_turn_in_a_run() -> None:
+    """What it finalizes, on whatever thread it comes to, is code under test that no schedule has in it."""
+
+    def littered(world: World) -> None:
+        loop: list[Any] = [_Turn(Inbox())]
+        loop.append(loop)
+        SMALL["flushing"](world)
+
+    clean, threshold = explore(SMALL["flushing"], QUEUES), gc.get_threshold()
+    gc.set_threshold(20)
+    try:
+        assert explore(littered, QUEUES) == clean
+    finally:
+        gc.set_threshold(*threshold)
 
 
 @pytest.mark.stress
