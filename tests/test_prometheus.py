@@ -58,12 +58,11 @@ def test_a_scrape_counts_what_was_carried_and_how_it_ended(
     with bridge.Bridge(workers=2) as b, bridge.Bridge(workers=1) as far:
         scraped = Scraped(b)
         listener = b.listen(("127.0.0.1", 0), server_ctx, codec=lines)
-        clients = [
-            far.connect(listener.address, client_ctx, server_hostname="localhost", codec=lines)
-            for _ in range(3)
-        ]
-        peers = [listener.accept(PATIENCE) for _ in clients]
-        for client, peer in zip(clients, peers, strict=True):
+        pairs = []
+        for _ in range(3):  # one after the other: two workers may hand them to accept in any order
+            client = far.connect(listener.address, client_ctx, server_hostname="localhost", codec=lines)
+            pairs.append((client, listener.accept(PATIENCE)))
+        for client, peer in pairs:
             client.send("x" * 99)
             peer.recv(PATIENCE)
             peer.send("y" * 49)
@@ -76,9 +75,9 @@ def test_a_scrape_counts_what_was_carried_and_how_it_ended(
         assert scraped.values("handshake_seconds_count") == {("server",): 3}
         assert 0 < scraped.values("handshake_seconds_sum")["server",] < 3 * PATIENCE
         before = scraped.values("wants_total")
-        for client in clients:
+        for client, _ in pairs:
             client.send_eof()
-        for peer in peers:
+        for _, peer in pairs:
             assert list(peer) == []
             peer.close()
         until(lambda: not b.snapshot().sessions)
@@ -88,7 +87,7 @@ def test_a_scrape_counts_what_was_carried_and_how_it_ended(
         assert scraped.values("handshakes_total") == {("ok", "server", tls_version): 3}
         after = scraped.values("wants_total")
         assert all(after[key] >= count for key, count in before.items())
-        for client in clients:
+        for client, _ in pairs:
             client.close()
 
 

@@ -51,6 +51,7 @@ def armed_for_write(transport: Transport) -> None:
 
 def always_again(transport: Transport) -> None:
     transport.again = True
+    transport.quiet = False  # or the short turns, which settle nothing, would be its cure
 
 
 def deaf(transport: Transport) -> None:

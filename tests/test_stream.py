@@ -436,7 +436,7 @@ def test_a_worker_makes_the_handshake_and_whoever_needs_it_waits(b: bridge.Bridg
 def test_a_mute_client_costs_its_own_session_and_a_bounded_time(b: bridge.Bridge, contexts: Any) -> None:
     near, far = tcp_pair()
     with near:
-        server = b.stream(far, contexts[1], timeouts=bridge.Timeouts(handshake=0.05))
+        server = b.stream(far, contexts[1], timeouts=bridge.Timeouts(handshake=0.05, close_notify=0.05))
         server.begin()
         with pytest.raises(bridge.HandshakeTimeout):
             server.read(1)
@@ -488,6 +488,7 @@ def test_close_lets_everybody_go_before_the_descriptor_is_closed(
     client.close()
     assert [reader.result(PATIENCE) for reader in readers] == [b""] * threads
     assert server.read(1, PATIENCE) == b""
+    server.close()
     assert isinstance(finished(client), bridge.SessionClosed)
 
 

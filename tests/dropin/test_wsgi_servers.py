@@ -68,7 +68,8 @@ def cheroot(side: str, identity: KeyPair, context: Any, directory: Path) -> Iter
             wrapped, environ = super().wrap(sock)
             return wrapped, {**environ, "tests.socket": wrapped}
 
-    server = wsgi.Server(("127.0.0.1", 0), application, numthreads=4, timeout=5)
+    server = wsgi.Server(("127.0.0.1", 0), application, numthreads=4, timeout=2)
+    server.expiration_interval = 0.05  # how often it looks whether it was stopped
     server.ssl_adapter = Adapter(identity.certfile, identity.keyfile)
     server.ssl_adapter.context = context
     server.prepare()
