@@ -22,6 +22,9 @@ pytest_plugins = ["dropin_rig"]
 LEAK_PATIENCE = 5.0
 """Seconds that threads and descriptors have to end after their test did."""
 
+SCHEDULES = 300
+"""Lockstep schedules of a test, unless the command line has another number."""
+
 my_sleeper()  # the main thread's bed, which it keeps: made before anybody counts descriptors
 
 _PASSED = pytest.StashKey[bool]()
@@ -35,29 +38,30 @@ _KEPT_BY_OTHERS = ("/dev/", "/proc/", "/sys/")  # opened once and kept, by the i
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bridge")
     group.addoption(
-        "--schedules", type=int, default=300, metavar="N", help="lockstep schedules (default 300)"
+        "--schedules",
+        type=int,
+        metavar="N",
+        help=f"lockstep schedules, counted from --seed (default {SCHEDULES})",
     )
-    group.addoption("--seed", type=int, default=None, metavar="S", help="replay the one lockstep schedule S")
+    group.addoption(
+        "--seed", type=int, metavar="S", help="the first lockstep schedule; without --schedules, the only one"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if {"schedules", "seeds"} & set(getattr(item, "fixturenames", ())):
+        if "seeds" in getattr(item, "fixturenames", ()):
             item.add_marker("lockstep")
 
 
 @pytest.fixture(scope="session")
-def schedules(request: pytest.FixtureRequest) -> int:
-    """How many seeded schedules a lockstep test runs."""
-    count: int = request.config.getoption("--schedules")
-    return count
-
-
-@pytest.fixture(scope="session")
-def seeds(request: pytest.FixtureRequest, schedules: int) -> range:
-    """The seeds a lockstep test runs: all of them, or the one to be replayed (`--seed S`)."""
-    seed: int | None = request.config.getoption("--seed")
-    return range(schedules) if seed is None else range(seed, seed + 1)
+def seeds(request: pytest.FixtureRequest) -> range:
+    """The seeds a lockstep test runs."""
+    first: int | None = request.config.getoption("--seed")
+    count: int | None = request.config.getoption("--schedules")
+    if count is None:
+        count = SCHEDULES if first is None else 1
+    return range(first or 0, (first or 0) + count)
 
 
 # ── nothing outlives a test ──

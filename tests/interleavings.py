@@ -42,7 +42,7 @@ LONGEST_RUN = 20_000
 """Points of one run, beyond which it is taken for endless."""
 _TOUCHING = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "CALL", "BINARY_SUBSCR", "STORE_SUBSCR", "BINARY_OP")
 """Bytecodes that may touch what is shared; between two of them nobody else can notice anything."""
-_PLAIN = (int, str, bytes, bool, float, type(None))
+_PLAIN = {int, str, bytes, bool, float, type(None)}
 
 
 class Refuted(AssertionError):
@@ -63,12 +63,14 @@ class Report:
 
 
 Scenario = Callable[["World"], None]
+Choice = tuple[int, bool]
+"""Which actor goes on, and whether because its time is out."""
 
 
 def explore(scenario: Scenario, *files: str, opcodes: bool = False) -> Report:
     """Every interleaving of *scenario*'s threads, at each line of *files*; Refuted by the first that fails."""
     seen: set[int] = set()
-    todo: list[tuple[int, ...]] = [()]
+    todo: list[tuple[Choice, ...]] = [()]
     runs = points = 0
     with _Crew() as crew, _collecting_only_between_runs() as collect:
         while todo:
@@ -149,7 +151,7 @@ class Actor:
         self.timed_out = False
         self.done = False
         self.frame: types.FrameType | None = None
-        self.label = "start"
+        self.label: str | int = "start"  # or the number of a line
         self.trail: list[int] = []  # of states since its line began, when switching within lines
 
     def job(self) -> None:
@@ -181,9 +183,9 @@ class Actor:
         if event == "line":
             self.trail.clear()
             if not self.world.opcodes:
-                self.world.point(f"line {frame.f_lineno}", frame)
+                self.world.stop_at(self, frame.f_lineno, frame)
         elif event == "opcode" and frame.f_lasti in _touching(frame.f_code):
-            self.world.point(f"line {frame.f_lineno}", frame)
+            self.world.stop_at(self, frame.f_lineno, frame)
         return self._step
 
 
@@ -198,23 +200,23 @@ class World:
     TIMEOUT_MAX = threading.TIMEOUT_MAX
 
     def __init__(
-        self, crew: _Crew, script: tuple[int, ...], seen: set[int], files: frozenset[str], opcodes: bool
+        self, crew: _Crew, script: tuple[Choice, ...], seen: set[int], files: frozenset[str], opcodes: bool
     ) -> None:
         self.files, self.opcodes = files, opcodes
-        self.choices: list[int] = []
-        self.alternatives: list[tuple[int, ...]] = []
+        self.choices: list[Choice] = []
+        self.alternatives: list[tuple[Choice, ...]] = []
         self.failure: BaseException | None = None
         self.over = self._ended = self.deciding = False
         self.actors: list[Actor] = []
         self._crew = crew
-        self._script = script
+        self._script = list(reversed(script))
         self._seen = seen
         self._by_thread: dict[threading.Thread, Actor] = {}
         self._shared: list[Any] = []
         self._invariants: list[Callable[[], bool]] = []
         self._at_end: list[Callable[[], object]] = []
         self._closing: list[Callable[[], object]] = []
-        self._told: list[str] = []
+        self._told: list[tuple[str, str | int, bool]] = []
         self._finished = threading.Semaphore(0)
 
     # What a scenario says.
@@ -278,7 +280,10 @@ class World:
 
     def story(self) -> str:
         """The schedule so far."""
-        return " · ".join(self._told[-60:])
+        told = [
+            f"{name} from {_shown(label)}{' (timed out)' * late}" for name, label, late in self._told[-60:]
+        ]
+        return " · ".join(told)
 
     def me(self) -> Actor:
         return self._by_thread[threading.current_thread()]
@@ -296,12 +301,15 @@ class World:
             self.failure = error
         self.over = True
 
-    def point(self, label: str, frame: types.FrameType | None = None) -> None:
+    def point(self, label: str) -> None:
         """Here somebody else may go on."""
-        me = self.me()
+        self.stop_at(self.me(), label, sys._getframe(1))
+
+    def stop_at(self, me: Actor, label: str | int, frame: types.FrameType) -> None:
+        """*me*, which is at *label* in *frame*, lets somebody else go on, or goes on itself."""
         if self.over:
             raise _Abandoned
-        me.frame, me.label = frame or sys._getframe(1), label
+        me.frame, me.label = frame, label
         if self.opcodes:
             me.trail.append(hash(_freeze(self._shared)))
         chosen = self._choose(me)
@@ -316,7 +324,7 @@ class World:
         """Wait until *ready*; false if it timed out instead."""
         me = self.me()
         me.ready, me.impatient, me.timed_out = ready, may_time_out, False
-        self.point(label, sys._getframe(1))
+        self.stop_at(me, label, sys._getframe(1))
         me.ready, me.impatient = (lambda: True), False
         return not me.timed_out
 
@@ -340,6 +348,8 @@ class World:
 
     def _choose(self, me: Actor | None) -> Actor | None:
         """Who goes on; None if the run is over."""
+        if self._script:  # where all has been seen, states and promises
+            return self._let_go_on(me, self._script.pop())
         self.deciding = True  # what is asked now may be code under test
         try:
             return self._decide(me)
@@ -351,32 +361,34 @@ class World:
         possible.sort(key=lambda way: way[0] is not me)
         if not possible:
             if any(not actor.done for actor in self.actors):
-                waiting = ", ".join(f"{a.name} at {a.label}" for a in self.actors if not a.done)
+                waiting = ", ".join(f"{a.name} at {_shown(a.label)}" for a in self.actors if not a.done)
                 self.fail(AssertionError(f"nobody can go on: {waiting}"))
             return None
         for invariant in self._invariants:
             if not invariant():
                 self.fail(AssertionError(f"an invariant does not hold: {invariant}"))
                 return None
-        at = len(self.choices)
-        if at >= LONGEST_RUN:
+        if len(self.choices) >= LONGEST_RUN:
             self.fail(AssertionError("the run does not end"))
             return None
-        if at < len(self._script):
-            choice = self._script[at]
-        else:
-            state = hash(self._state(me))
-            if state in self._seen:
-                self.over = True
-                return None
-            self._seen.add(state)
-            choice = 0
-            so_far = tuple(self.choices)
-            self.alternatives += [(*so_far, other) for other in range(len(possible) - 1, 0, -1)]
+        state = hash(self._state(me))
+        if state in self._seen:
+            self.over = True
+            return None
+        self._seen.add(state)
+        first, *others = [(self.actors.index(actor), late) for actor, late in possible]
+        so_far = tuple(self.choices)
+        self.alternatives += [(*so_far, other) for other in reversed(others)]
+        return self._let_go_on(me, first)
+
+    def _let_go_on(self, me: Actor | None, choice: Choice) -> Actor:
         self.choices.append(choice)
-        actor, actor.timed_out = possible[choice][0], possible[choice][1]
-        if actor is not me or actor.timed_out:
-            self._told.append(f"{actor.name} from {actor.label}{' (timed out)' * actor.timed_out}")
+        index, late = choice
+        actor = self.actors[index]
+        assert not actor.done, "the scenario does not do the same each time"
+        actor.timed_out = late
+        if actor is not me or late:
+            self._told.append((actor.name, actor.label, late))
         return actor
 
     def _ways(self, actor: Actor) -> list[bool]:
@@ -532,11 +544,11 @@ def _locals(frame: types.FrameType, memo: dict[int, int]) -> Any:
 
 def _freeze(value: Any, memo: dict[int, int] | None = None) -> Any:  # noqa: C901
     """*value* as something hashable: equal for states that nothing can tell apart."""
-    memo = {} if memo is None else memo
-    if isinstance(value, _PLAIN):
+    if type(value) in _PLAIN:
         return value
+    memo = {} if memo is None else memo
     if isinstance(value, tuple):
-        return tuple(_freeze(item, memo) for item in value)
+        return tuple([_freeze(item, memo) for item in value])
     if isinstance(value, (type, types.ModuleType, World, Actor, types.FrameType, types.TracebackType)):
         return getattr(value, "__name__", type(value).__name__)
     if id(value) in memo:
@@ -554,14 +566,18 @@ def _freeze(value: Any, memo: dict[int, int] | None = None) -> Any:  # noqa: C90
     if isinstance(value, functools.partial):
         return _freeze((value.func, value.args), memo)
     if isinstance(value, (list, collections.deque)):
-        return type(value).__name__, tuple(_freeze(item, memo) for item in value)
+        return type(value).__name__, tuple([_freeze(item, memo) for item in value])
     if isinstance(value, dict):
-        return "dict", tuple((_freeze(k, memo), _freeze(v, memo)) for k, v in value.items())
+        return "dict", tuple([(_freeze(k, memo), _freeze(v, memo)) for k, v in value.items()])
     if isinstance(value, BaseException):
         return type(value).__name__
     if isinstance(value, Poller):
         return "poller"
-    return type(value).__name__, tuple((name, _freeze(found, memo)) for name, found in _attributes(value))
+    return type(value).__name__, tuple([(name, _freeze(found, memo)) for name, found in _attributes(value)])
+
+
+def _shown(label: str | int) -> str:
+    return f"line {label}" if isinstance(label, int) else label
 
 
 def _content(cell: types.CellType) -> Any:
