@@ -54,6 +54,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("lockstep")
 
 
+def pytest_collection_finish() -> None:
+    """Thousands of tests are no garbage: a collection during one of them need not look at the others."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def seeds(request: pytest.FixtureRequest) -> range:
     """The seeds a lockstep test runs."""
