@@ -380,6 +380,7 @@ def shown(report: Report) -> None:
     assert report.states > 50
 
 
+@pytest.mark.timeout(180)  # it computes all the time, and shares the machine with others
 @pytest.mark.parametrize("name", SMALL)
 def test_every_interleaving_keeps_every_promise(name: str) -> None:
     shown(explore(SMALL[name], QUEUES))
