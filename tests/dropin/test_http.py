@@ -271,6 +271,7 @@ def test_urlopen_and_http_client_build_their_own_contexts(
     server: HTTPServer, arrangement: Arrangement, ca_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", ca_file)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # an earlier test's, with a context of its own
     with injection(arrangement.client):
         with urllib.request.urlopen(server.url("small"), timeout=PATIENCE) as response:
             assert response.read() == SMALL
