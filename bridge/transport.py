@@ -15,8 +15,8 @@ the write would succeed at once.)  So such progress readies all others, and the 
 Reading stops a step early for three reasons: its budget is used up (fairness: the step asks for another
 turn), the application's credit is (the read stays ready and costs nothing until credit returns), or the
 record was short and nothing is left inside OpenSSL (poll is level-triggered: if there is more it says so,
-and one futile SSL_read a message is saved).  A write that wants to read overrides the credit, because only
-reading can move it on.
+and one futile SSL_read a message is saved).  A write that wants to read, or begins to, overrides the credit,
+because only reading can move it on.
 
 A session writes only through `self._chunk`, which does not change until OpenSSL took it.  Credit goes back
 when the kernel has it, which is later only if the engine is on its detour (see `engine`).
@@ -699,6 +699,7 @@ class Transport:
             if engine.on_detour and self.cause is None and self._write.want is None and engine.unflushed():
                 progress |= not self._write.ready
                 self._write.ready = True  # to bring out what a read or a shutdown had to say
+            progress |= self._read.ready and self._room() > 0  # if somebody has begun to wait for input
         if HandshakeTimeout in self._deadlines and not engine.renegotiating():
             del self._deadlines[HandshakeTimeout]
         self.again = (self._read.ready and self._read_left <= 0) or (
@@ -708,7 +709,7 @@ class Transport:
     def _read_some(self) -> bool:
         """Read what there is, and hand it over in one piece; also what came before an error or the end."""
         room = self._room()
-        if room <= 0 or self._read_left <= 0:
+        if room <= 0:
             return False
         received: list[bytes] = []
         try:
@@ -750,9 +751,10 @@ class Transport:
         self._input_was_consumed()
 
     def _room(self) -> int:
-        """How many bytes may be read now; a record more does no harm."""
+        """How many bytes may be read in this turn; a record more does no harm."""
         engine = self._engine
-        assert engine is not None
+        if engine is None or self._read_left <= 0:
+            return 0
         if engine.on_detour and engine.unflushed() > ANSWER_BYTES:
             return 0  # a peer that asks for answers and does not take them
         if self._discarding:
