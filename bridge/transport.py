@@ -247,6 +247,7 @@ class Transport:
         "mask",
         "name",
         "now",
+        "opening",
         "outbox",
         "quiet",
         "received",
@@ -276,6 +277,7 @@ class Transport:
         self.sock = plan.sock
         self.mask = NOTHING
         self.again = False
+        self.opening = True  # not open yet, and not over
         self.quiet = False  # nothing but reading is under way
         self.draining = False  # this side has said, or is about to say, close_notify
         self.deadline: float | None = None
@@ -1031,6 +1033,7 @@ class Transport:
         old = self.state
         assert new in TRANSITIONS[old], f"{old} cannot become {new}"
         self.state = new
+        self.opening = new is State.HANDSHAKING
         self.since = self.now
         if events.wanted():
             fields = {
