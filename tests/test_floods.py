@@ -45,7 +45,7 @@ from bridge.session import Session
 
 RECORDS = 1_000
 """In a flood: many times what one step may handle."""
-A_STEP = 5
+A_STEP = 6
 """Records without data that one step may handle."""
 AT_ONCE = 8
 """Handshakes that one step may let on."""
