@@ -100,6 +100,7 @@ class Acceptor:
             self.sock = None
             events.info("listener.closed", address=self._name)
 
+    opening = False
     moved = 0
 
     def evidence(self) -> None:

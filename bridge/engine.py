@@ -59,7 +59,7 @@ from typing import Any, TypeVar
 from cryptography import x509
 from OpenSSL import SSL
 
-from bridge.connection import OTHER_RECORDS, tls_unique
+from bridge.connection import tls_unique
 from bridge.context import Context, Record
 from bridge.errors import NotTLS, PeerReset, SessionEnded, TLSError, Truncated, fresh
 from bridge.limits import RECORD_BYTES
@@ -74,8 +74,8 @@ _KEYS = {(call, want): (call, want) for call in _CALLS for want in Want}
 _ESTABLISHED = b"SSL negotiation finished successfully"
 _TLS_CONTENT_TYPES = range(20, 25)  # RFC 8446, 5.1 and RFC 6520
 HEADER_BYTES = 5
-FEEDS = 2 * (OTHER_RECORDS + 1)
-"""How often one call is given something from the socket: a header, or what follows it."""
+FEEDS = 6
+"""How often one call is given a record, or as much of it as there is: what a server says at a time in TLS 1.3."""
 _HANDSHAKE_RECORD = b"\x16"
 _PLAIN_PROTOCOLS = {
     b"GET ": "HTTP",
@@ -369,7 +369,7 @@ class TLSEngine:
     def _detour(self) -> None:
         self._connection.over_memory()
         self.on_detour = True
-        # Of the record that is being fed: its header so far, and bytes to come; whether that is a guess.
+        # Of the record that is being fed: its header so far, and bytes to come after that; whether that is a guess.
         self._header, self._due, self._lost = b"", 0, False
 
     def _end_detour(self) -> None:
@@ -401,21 +401,27 @@ class TLSEngine:
         """Read no further than the record OpenSSL waits for, so that a poll goes on to speak of the next."""
         assert self._sock is not None
         try:
-            ciphertext = self._sock.recv(self._due or HEADER_BYTES - len(self._header))
+            ciphertext = self._sock.recv(self._due or self._record_ahead())
         except BlockingIOError:
             return False
         except OSError as error:
             raise self._failed(error) from error
-        if self._due:
-            self._due -= len(ciphertext)
-        else:
-            self._header += ciphertext
-            if len(self._header) == HEADER_BYTES:
-                size, self._header = _record_size(self._header), b""
-                self._due, self._lost = (RECORD_BYTES, True) if size is None else (size, self._lost)
+        self._due = max(0, self._due - len(ciphertext))
         self._fed = True
         self._into_memory(ciphertext)
         return True
+
+    def _record_ahead(self) -> int:
+        """How much there is to be read of the next record; of its header only, while that is not whole."""
+        assert self._sock is not None
+        begun = len(self._header)
+        self._header += self._sock.recv(HEADER_BYTES - begun, socket.MSG_PEEK)
+        ahead = len(self._header) - begun
+        if len(self._header) == HEADER_BYTES:
+            size, self._header = _record_size(self._header), b""
+            self._lost |= size is None
+            self._due = ahead = ahead + (RECORD_BYTES if size is None else size)
+        return ahead or HEADER_BYTES  # at the end of the stream there is nothing
 
     def _failed(self, error: OSError) -> SessionEnded:
         self._error = PeerReset(error.errno, f"the connection failed: {error.strerror}")

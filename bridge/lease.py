@@ -308,6 +308,11 @@ class Caretaker:
         self._lease.ring()
 
     @property
+    def opening(self) -> bool:
+        """As of the transport."""
+        return self._transport.opening
+
+    @property
     def moved(self) -> int:
         """How many bytes of plaintext the session has moved, in whoever's turns."""
         return self._transport.moved

@@ -15,8 +15,8 @@ the write would succeed at once.)  So such progress readies all others, and the 
 Reading stops a step early for three reasons: its budget is used up (fairness: the step asks for another
 turn), the application's credit is (the read stays ready and costs nothing until credit returns), or the
 record was short and nothing is left inside OpenSSL (poll is level-triggered: if there is more it says so,
-and one futile SSL_read a message is saved).  A write that wants to read overrides the credit, because only
-reading can move it on.
+and one futile SSL_read a message is saved).  A write that wants to read, or begins to, overrides the credit,
+because only reading can move it on.
 
 A session writes only through `self._chunk`, which does not change until OpenSSL took it.  Credit goes back
 when the kernel has it, which is later only if the engine is on its detour (see `engine`).
@@ -247,6 +247,7 @@ class Transport:
         "mask",
         "name",
         "now",
+        "opening",
         "outbox",
         "quiet",
         "received",
@@ -276,6 +277,7 @@ class Transport:
         self.sock = plan.sock
         self.mask = NOTHING
         self.again = False
+        self.opening = True  # not open yet, and not over
         self.quiet = False  # nothing but reading is under way
         self.draining = False  # this side has said, or is about to say, close_notify
         self.deadline: float | None = None
@@ -699,6 +701,7 @@ class Transport:
             if engine.on_detour and self.cause is None and self._write.want is None and engine.unflushed():
                 progress |= not self._write.ready
                 self._write.ready = True  # to bring out what a read or a shutdown had to say
+            progress |= self._read.ready and self._room() > 0  # if somebody has begun to wait for input
         if HandshakeTimeout in self._deadlines and not engine.renegotiating():
             del self._deadlines[HandshakeTimeout]
         self.again = (self._read.ready and self._read_left <= 0) or (
@@ -708,7 +711,7 @@ class Transport:
     def _read_some(self) -> bool:
         """Read what there is, and hand it over in one piece; also what came before an error or the end."""
         room = self._room()
-        if room <= 0 or self._read_left <= 0:
+        if room <= 0:
             return False
         received: list[bytes] = []
         try:
@@ -750,9 +753,10 @@ class Transport:
         self._input_was_consumed()
 
     def _room(self) -> int:
-        """How many bytes may be read now; a record more does no harm."""
+        """How many bytes may be read in this turn; a record more does no harm."""
         engine = self._engine
-        assert engine is not None
+        if engine is None or self._read_left <= 0:
+            return 0
         if engine.on_detour and engine.unflushed() > ANSWER_BYTES:
             return 0  # a peer that asks for answers and does not take them
         if self._discarding:
@@ -1029,6 +1033,7 @@ class Transport:
         old = self.state
         assert new in TRANSITIONS[old], f"{old} cannot become {new}"
         self.state = new
+        self.opening = new is State.HANDSHAKING
         self.since = self.now
         if events.wanted():
             fields = {

@@ -7,12 +7,18 @@ give each session concerned one turn, and hand everything the turns produced to 
 batch.  Sessions that stopped for want of budget have their turn again in the next step, after the others,
 and the worker does not sleep before that.
 
+A handshake costs as much as a hundred turns of a session that is open, and a crowd of them may come at once.  So they
+stand in line, first come, first served: a step lets a few of them on, after everybody else and what these have
+produced.  Who stands in line has left the poll set, which would only say again what is known; deadlines and commands
+reach it all the same.
+
 `step` never sleeps unless it is told to, so a test can drive workers and coordinator from one thread in
 any order; `run` is the thread.  Whatever one session's turn raises ends that session and nothing else.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import heapq
 import itertools
@@ -29,6 +35,8 @@ from bridge.queues import Mailbox, serving_all
 
 HAND_OVER = 64
 """Events a turn may gather before the coordinator gets the first of them."""
+HANDSHAKES = 8
+"""Turns of handshakes in one step: some milliseconds."""
 AGAIN = 4
 """What stands in place of a poll's mask for a turn that was cut short by its budget."""
 STALLED_TURNS = 100
@@ -45,6 +53,10 @@ class Pollable(Protocol):
     finished: bool
     retired: list[socket.socket]
     now: float
+
+    @property
+    def opening(self) -> bool:
+        """Whether it is not open yet, so that a turn may be costly."""
 
     @property
     def lock(self) -> contextlib.AbstractContextManager[Any]:
@@ -119,6 +131,7 @@ class Worker:
         self._poller.watch(self._doorbell, Want.READ, None)
         self._watched: dict[Pollable, _Watch] = {}
         self._runnable: dict[Any, int] = {}  # pollables, and what the poll says of each
+        self._line: collections.deque[tuple[Pollable, int]] = collections.deque()  # likewise, of handshakes
         self._timers: list[tuple[float, int, _Watch]] = []
         self._order = itertools.count()
         self.produced: list[Any] = []
@@ -168,6 +181,22 @@ class Worker:
             self._doorbell.silence()
         self._obey(runnable, now)
         self._fire_timers(runnable, now)
+        self._line_up(runnable)
+        done = bool(runnable or self._line)
+        self._take_turns(runnable, now)
+        if self._line:
+            first = min(HANDSHAKES, len(self._line))
+            self._take_turns(dict(self._line.popleft() for _ in range(first)), now)
+        if self._stopping:
+            self._shut_down()
+        return done
+
+    def _line_up(self, runnable: dict[Any, int]) -> None:
+        for pollable in [one for one, mask in runnable.items() if mask and one.opening]:
+            self._line.append((pollable, runnable.pop(pollable)))
+            self._look_away(self._watched[pollable])
+
+    def _take_turns(self, runnable: dict[Any, int], now: float) -> None:
         for pollable, mask in runnable.items():
             watch = self._watched.get(pollable)
             if watch is not None:
@@ -182,12 +211,9 @@ class Worker:
             if len(self.produced) >= HAND_OVER:
                 self._flush()
         self._flush()
-        if self._stopping:
-            self._shut_down()
-        return bool(runnable)
 
     def _look(self, timeout: float | None) -> list[tuple[Pollable | None, int]]:
-        if self._runnable or timeout == 0.0 or not self._mailbox.may_sleep():
+        if self._runnable or self._line or timeout == 0.0 or not self._mailbox.may_sleep():
             return self._poller.wait(0)
         while self._timers and self._timers[0][2].timer != self._timers[0][0]:
             heapq.heappop(self._timers)
@@ -249,10 +275,8 @@ class Worker:
         sock, mask = pollable.sock, pollable.mask
         if sock is None or pollable.finished:
             mask = NOTHING
-        if watch.mask != NOTHING and (watch.sock is not sock or mask == NOTHING):
-            assert watch.sock is not None
-            self._poller.forget(watch.sock)
-            watch.mask = NOTHING
+        if watch.sock is not sock or mask == NOTHING:
+            self._look_away(watch)
         if mask != watch.mask:
             assert sock is not None
             if watch.mask == NOTHING:
@@ -273,6 +297,12 @@ class Worker:
             heapq.heappush(self._timers, (watch.timer, next(self._order), watch))
         if pollable.again:
             self._runnable[pollable] = AGAIN
+
+    def _look_away(self, watch: _Watch) -> None:
+        if watch.mask != NOTHING:
+            assert watch.sock is not None
+            self._poller.forget(watch.sock)
+            watch.mask = NOTHING
 
     def _flush(self) -> None:
         if self.produced:

@@ -19,6 +19,7 @@ from conftest import KeyPair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from OpenSSL import SSL
+from records import records
 from rig import BLOCK, Lockstep, Raw, only, raw_context, shake, shrink
 
 import bridge
@@ -985,3 +986,19 @@ def test_on_the_detour_a_record_may_come_in_parts(
     assert client.read(10) == b"one"
     assert near.recv(1 << 16, socket.MSG_PEEK) == second, "which a poll goes on to speak of"
     assert client.read(10) == b"two"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_client_that_shakes_hands_gives_openssl_whole_records(
+    rig: Lockstep, version: str, contexts: dict[str, Pair]
+) -> None:
+    near, far = rig.large_pair()
+    client = TLSEngine(contexts[version][0], near, server_hostname="localhost")
+    server = TLSEngine(contexts[version][1], far)
+    assert client.handshake() is server.handshake() is Want.READ
+    flight = list(records(near.recv(ALL, socket.MSG_PEEK)))
+    before = client.wants["handshake", Want.READ]
+    client.handshake()
+    in_vain = client.wants["handshake", Want.READ] - before
+    assert in_vain <= 1 + len(flight), "before it has any, and after each"
+    shake(client, server)

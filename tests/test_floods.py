@@ -28,21 +28,27 @@ from records import ALERT, APPLICATION_DATA, HANDSHAKE, WARNING, message, record
 from rig import (
     PATIENCE,
     Lockstep,
+    Raw,
     engine_of,
     is_closed,
     is_open,
     only,
+    raw_context,
     received,
 )
 
 import bridge
 from bridge import transport
+from bridge.engine import TLSEngine
+from bridge.poll import Want
 from bridge.session import Session
 
 RECORDS = 1_000
 """In a flood: many times what one step may handle."""
-A_STEP = 5
+A_STEP = 6
 """Records without data that one step may handle."""
+AT_ONCE = 8
+"""Handshakes that one step may let on."""
 SHORT = 32
 """Records with next to no data that one step may handle, on the detour."""
 CLIENT_HELLO = message(
@@ -275,6 +281,50 @@ def test_requests_for_a_handshake_in_the_middle_of_a_first_one(
         assert 0 < before - unread(ours()) <= A_STEP * len(request)
     session.abort()
     rig.until(lambda: is_closed(session))
+
+
+HALF, HONEST = 200, 100
+"""A crowd: clients that say half of a hello and no more, and behind them those that mean it."""
+
+
+def test_a_session_does_not_wait_for_a_crowd_that_shakes_hands_and_all_of_the_crowd_have_their_turns(
+    rig: Lockstep, tls_version: str, server_cert: KeyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = bridge.server_context(server_cert.certfile, server_cert.keyfile, **only(tls_version))
+    host, client_context = rig.bridge(), raw_context(tls_version)
+
+    def client() -> tuple[Session, Raw]:
+        near, far = rig.large_pair()
+        session = host.adopt(near, context, wait=False)
+        rig.sessions.append(session)
+        return session, Raw(client_context, far, server_side=False)
+
+    session, guest = client()
+    rig.until(lambda: guest.handshake() is None and is_open(session))
+    assert guest.read() is Want.READ, "tickets"
+    for _ in range(HALF):
+        client()[1].sock.send(record(HANDSHAKE, bytes(64), size=128))
+    left = [client() for _ in range(HONEST)]
+    calls = 0
+    handshake = TLSEngine.handshake
+
+    def count(engine: TLSEngine) -> Want | None:
+        nonlocal calls
+        calls += 1
+        return handshake(engine)
+
+    monkeypatch.setattr(TLSEngine, "handshake", count)
+    worker, coordinator = host._workers[0], host._coordinator
+    steps = called = 0
+    while left := [one for one in left if one[1].handshake() is not None or not is_open(one[0])]:
+        guest.write(b"%d" % steps)
+        worker.step()
+        coordinator.step()
+        assert list(received(session)) == [b"%d" % steps], "in the very next step"
+        assert calls - called <= AT_ONCE
+        called, steps = calls, steps + 1
+    assert calls == HALF + 2 * HONEST and steps <= calls // AT_ONCE + 3
+    assert worker.step() is worker.step(0.01) is False, "and then the worker sleeps, whatever the others want"
 
 
 def test_a_late_swallow_of_a_failed_session_is_bounded(

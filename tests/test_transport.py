@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 from conftest import KeyPair
-from rig import Lockstep, is_closed, is_open, only, tcp_pair, wants
+from rig import Lockstep, Raw, engine_of, is_closed, is_open, only, raw_context, tcp_pair, wants
 
 import bridge
 from bridge import transport
+from bridge.limits import RECORD_BYTES
+from bridge.poll import Want
 
 Contexts = tuple[bridge.Context, bridge.Context]
 
@@ -149,3 +151,27 @@ def test_bytes_moved_are_those_of_both_ways(lockstep: Lockstep, contexts: Contex
     lockstep.until(lambda: not (client.inbox.empty() or server.inbox.empty()))
     lockstep.settle()
     assert client._channel.transport.moved == server._channel.transport.moved == 8
+
+
+def test_a_write_that_begins_to_wait_for_a_handshake_is_not_let_down_for_want_of_credit(
+    lockstep: Lockstep, ca_file: str, server_cert: KeyPair
+) -> None:
+    """Nobody takes the record that came right behind the request for a handshake; the answer lies behind it."""
+    near, far = lockstep.large_pair()
+    client = lockstep.session(
+        bridge.client_context(ca_file, **only("TLSv1.2")), near, limits=bridge.Limits(inbox_bytes=1)
+    )
+    server = Raw(raw_context("TLSv1.2", server_cert), far, server_side=True)
+    lockstep.until(lambda: server.handshake() is None and is_open(client))
+    server.call("renegotiate")
+    assert server.handshake() is None, "it has asked"
+    assert server.write(bytes(RECORD_BYTES)) == RECORD_BYTES
+    lockstep.settle()
+    assert client.inbox.full() and engine_of(client).mid_handshake()
+    assert wants(client) == {}, "it has the record, and no room for more"
+    client.send(b"said in the middle of it")
+    lockstep.settle()
+    assert wants(client) == {"read": "read", "write": "read"}
+    got: list[bytes | Want] = []
+    lockstep.actors.append(lambda: got.append(server.read()))
+    lockstep.until(lambda: b"said in the middle of it" in got)

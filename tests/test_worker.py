@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from bridge.errors import SessionAborted, SessionEnded
 from bridge.poll import NOTHING, Want
 from bridge.queues import check_may_wait
-from bridge.worker import AGAIN, HAND_OVER, STALLED_TURNS, Worker
+from bridge.worker import AGAIN, HAND_OVER, HANDSHAKES, STALLED_TURNS, Worker
 
 NO_TIME = 0.0
 
@@ -26,7 +26,7 @@ class Thing:
 
     def __init__(self, sock: socket.socket | None = None, mask: int = NOTHING) -> None:
         self.sock, self.mask = sock, mask
-        self.again = self.finished = False
+        self.again = self.finished = self.opening = False
         self.deadline: float | None = None
         self.retired: list[socket.socket] = []
         self.now = 0.0
@@ -163,6 +163,75 @@ def test_a_turn_in_which_nothing_has_changed_is_not_looked_at(
     thing.act = lambda: True
     worker.step()
     assert not worker.step() and worker._watched[thing].turns == 1
+
+
+# ── the line ──
+
+
+@pytest.fixture
+def crowd(worker: Worker) -> Iterator[list[Thing]]:
+    """One that is open, and behind it thrice as many as a step lets on; all have something to read."""
+    pairs = [socket.socketpair() for _ in range(1 + 3 * HANDSHAKES)]
+    things = [Thing(near, Want.READ) for near, _ in pairs]
+    given(worker, *things)
+    for thing, (_, far) in zip(things, pairs, strict=True):
+        thing.opening = thing is not things[0]
+        far.send(b"hello")
+    yield things
+    worker.stop()
+    worker.step()
+    for near, far in pairs:
+        near.close()
+        far.close()
+
+
+def test_those_who_shake_hands_stand_in_line_and_the_others_do_not(
+    worker: Worker, crowd: list[Thing], handed_over: list[list[Any]]
+) -> None:
+    for thing in crowd:
+        thing.act = lambda thing=thing: worker.produced.append(thing)  # type: ignore[misc]
+    guest, *line = crowd
+    for number in range(6):
+        assert worker.step(PATIENCE)
+        first = number % 3 * HANDSHAKES
+        assert handed_over == [[guest], line[first : first + HANDSHAKES]], (
+            "and what the others say does not wait"
+        )
+        handed_over.clear()
+
+
+def test_who_stands_in_line_is_not_asked_after_and_the_worker_does_not_sleep(
+    worker: Worker, crowd: list[Thing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[tuple[float | None, int]] = []
+    wait = worker._poller.wait
+
+    def count(timeout: float | None) -> Any:
+        ready = wait(0)
+        waits.append((timeout, len(ready)))
+        return ready
+
+    monkeypatch.setattr(worker._poller, "wait", count)
+    for thing in crowd:
+        thing.act = lambda thing=thing: setattr(thing, "mask", NOTHING)  # type: ignore[misc]
+    while worker.step(None):
+        pass
+    assert waits == [(None, len(crowd)), (0, 0), (0, 0), (None, 0)]
+    assert all(thing.turns == [Want.READ] for thing in crowd)
+
+
+def test_commands_and_deadlines_reach_those_in_line(worker: Worker, crowd: list[Thing]) -> None:
+    *_, gone, late = crowd
+    worker.step()
+    late.deadline = time.monotonic()
+    gone.finished = True
+    for thing in (gone, late):
+        worker.post(thing, "poke")
+        thing.mask = NOTHING
+    worker.step()
+    assert gone.turns == late.turns == [NOTHING] and worker.load() == len(crowd) - 1
+    worker.step()
+    assert gone.turns == [NOTHING] and late.turns == [NOTHING, NOTHING, Want.READ]
 
 
 # ── the poll set ──
