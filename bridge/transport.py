@@ -284,8 +284,7 @@ class Transport:
         # Where the session is.
         self.state = State.CONNECTING
         self.cause: SessionEnded | None = None
-        self.now = 0.0
-        self.since = 0.0
+        self.now = self.since = time.monotonic()
         self.shaken: tuple[str, float] | None = None  # the version of TLS, and how long its handshake took
         self._dialer: Dialer | None = None
         self._engine: TLSEngine | None = None
@@ -545,7 +544,6 @@ class Transport:
 
     def start(self) -> None:
         """The first command: the session has come to its worker."""
-        self.since = self.now
         if self.cause is not None:
             return
         if self.sock is None:

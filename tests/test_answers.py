@@ -12,7 +12,6 @@ import socket
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,6 +22,7 @@ from conftest import KeyPair
 from OpenSSL import SSL
 from rig import (
     PATIENCE,
+    Clock,
     Lockstep,
     begin_close,
     engine_of,
@@ -275,15 +275,6 @@ def test_after_ctrl_c_in_the_middle_of_an_answer_nothing_is_read_or_written_any_
 
 
 # ── deadlines ──
-
-
-class Clock(types.SimpleNamespace):
-    """Time that passes when the test says so."""
-
-    now = 1_000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from conftest import KeyPair
 from peers import PATIENCE, Background, Checker, Pattern, receive_exactly, stdlib_context
-from rig import only, shrink, tcp_pair
+from rig import Clock, Raw, only, raw_context, shrink, tcp_pair
 
 import bridge
 from bridge.lease import Lease
@@ -181,6 +181,68 @@ def test_lockstep_of_calls_that_never_wait(b: bridge.Bridge, contexts: Any, seed
             if not isinstance(data, Want):
                 checkers[side].feed(data)
     assert [checker.received for checker in checkers] == [total, total]
+
+
+@pytest.fixture
+def asking(b: bridge.Bridge, ca_file: str, server_cert: KeyPair) -> tuple[Stream, Raw]:
+    """A client's stream in TLS 1.2, and a server that has just asked it for a new handshake."""
+    near, far = tcp_pair()
+    far.setblocking(False)
+    context = bridge.client_context(ca_file, **only("TLSv1.2"))
+    client = b.stream(near, context, server_hostname="localhost")
+    server = Raw(raw_context("TLSv1.2", server_cert), far, server_side=True)
+    while isinstance(now(client.handshake), Want) | isinstance(server.handshake(), Want):
+        pass
+    assert now(client.read, 1) is Want.READ
+    assert server.connection.renegotiate() and server.handshake() is None
+    return client, server
+
+
+def test_data_that_comes_with_a_request_for_a_handshake_is_read_and_the_request_answered(
+    asking: tuple[Stream, Raw],
+) -> None:
+    client, server = asking
+    assert server.write(b"data") == 4
+    assert client.read(10, PATIENCE) == b"data"
+    assert server.sock.recv(1, socket.MSG_PEEK) == b"\x16", "before the next call"
+    while server.connection.renegotiate_pending():
+        assert server.read() is now(client.read, 1) is Want.READ
+    assert client.write(b"more") == 4 and server.read() == b"more"
+    server.sock.close()
+
+
+def test_a_close_notify_that_comes_with_a_request_for_a_handshake_is_a_clean_end_to_read_and_none_to_write(
+    asking: tuple[Stream, Raw],
+) -> None:
+    client, server = asking
+    server.call("shutdown")
+    assert client.read(10, PATIENCE) == b"" == client.read(10)
+    with pytest.raises(bridge.TLSError, match="in the middle of a renegotiation"):
+        client.write(b"more")
+    server.sock.close()
+
+
+def test_a_stream_is_idle_after_its_last_byte_and_not_before(
+    b: bridge.Bridge, contexts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = tcp_pair()
+    client = b.stream(near, contexts[0], server_hostname="localhost", timeouts=bridge.Timeouts(idle=10))
+    client, server = shaken(client, b.stream(far, contexts[1]))
+    clock = Clock()
+    for module in (bridge.lease, bridge.stream, bridge.transport):
+        monkeypatch.setattr(module, "time", clock)
+    for size in (1, 16_384, 30_000, 1):
+        clock.now += 6
+        server.write(bytes(size))
+        while size:
+            size -= len(client.read(size, PATIENCE))
+    clock.now += 6
+    client.write(b"x")
+    clock.now += 9
+    assert now(client.read, 1) is Want.READ
+    clock.now += 2
+    with pytest.raises(bridge.IdleTimeout):
+        client.read(1, 0)
 
 
 # ── several threads ──
