@@ -186,7 +186,7 @@ def test_lockstep_of_calls_that_never_wait(b: bridge.Bridge, contexts: Any, seed
 @pytest.fixture
 def asking(b: bridge.Bridge, ca_file: str, server_cert: KeyPair) -> tuple[Stream, Raw]:
     """A client's stream in TLS 1.2, and a server that has just asked it for a new handshake."""
-    near, far = tcp_pair()
+    near, far = socket.socketpair()
     far.setblocking(False)
     context = bridge.client_context(ca_file, **only("TLSv1.2"))
     client = b.stream(near, context, server_hostname="localhost")

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 from conftest import KeyPair
-from rig import Lockstep, is_closed, is_open, only, tcp_pair, wants
+from records import record
+from rig import Clock, Lockstep, Raw, is_closed, is_open, only, raw_context, tcp_pair, wants
 
 import bridge
 from bridge import transport
+from bridge.poll import Want
+from bridge.session import Session
 
 Contexts = tuple[bridge.Context, bridge.Context]
 
@@ -149,3 +152,116 @@ def test_bytes_moved_are_those_of_both_ways(lockstep: Lockstep, contexts: Contex
     lockstep.until(lambda: not (client.inbox.empty() or server.inbox.empty()))
     lockstep.settle()
     assert client._channel.transport.moved == server._channel.transport.moved == 8
+
+
+def test_not_a_record_is_read_while_there_is_no_room(lockstep: Lockstep, contexts: Contexts) -> None:
+    near, far = lockstep.large_pair()
+    client = lockstep.session(contexts[0], near, limits=bridge.Limits(inbox_bytes=1))
+    server = lockstep.session(contexts[1], far)
+    lockstep.until(lambda: is_open(client) and is_open(server))
+    for _ in range(3):
+        server.send(b"x")
+        lockstep.settle()
+    assert client._channel.transport.received == client.inbox.qsize() == 1
+    for count in (2, 3):
+        assert client.recv(0) == b"x"
+        lockstep.settle()
+        assert client._channel.transport.received == count
+
+
+def test_a_session_that_lingers_lets_its_worker_sleep(
+    lockstep: Lockstep, contexts: Contexts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = lockstep.tcp_pair()
+    server = lockstep.session(contexts[1], near)
+    lockstep.settle()
+    mine = server._channel.transport
+
+    def fall(*_: object) -> None:
+        monkeypatch.undo()
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(transport.Transport, "turn", fall)
+    server._channel.worker.post(mine, "wake")
+    for _ in range(5):
+        lockstep.round()
+    assert is_closed(server) and not lockstep.round() and not mine.finished
+    far.close()
+    lockstep.until(lambda: mine.finished)
+
+
+def test_a_deadline_has_come_when_its_very_moment_has(
+    lockstep: Lockstep, contexts: Contexts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    clock.now = 1_000.0
+    for module in (bridge.worker, transport):
+        monkeypatch.setattr(module, "time", clock)
+    near, _ = lockstep.tcp_pair()
+    server = lockstep.session(contexts[1], near, timeouts=bridge.Timeouts(handshake=8))
+    lockstep.settle()
+    clock.now = 1_007.0
+    lockstep.settle()
+    assert not is_closed(server)
+    clock.now = 1_008.0
+    for _ in range(3):
+        lockstep.round()
+    assert isinstance(server.end, bridge.HandshakeTimeout)
+
+
+@pytest.fixture
+def asking(lockstep: Lockstep, ca_file: str, server_cert: KeyPair) -> tuple[Session, Raw]:
+    """A client in TLS 1.2, and a server that has just asked it for a new handshake."""
+    near, far = lockstep.large_pair()
+    client = lockstep.session(bridge.client_context(ca_file, **only("TLSv1.2")), near)
+    server = Raw(raw_context("TLSv1.2", server_cert), far, server_side=True)
+    while server.handshake() is not None:
+        lockstep.round()
+    lockstep.settle()
+    assert is_open(client) and client._channel.transport.quiet
+    assert server.connection.renegotiate() and server.handshake() is None
+    return client, server
+
+
+def test_data_that_comes_with_a_request_for_a_handshake_is_read_and_the_request_answered(
+    lockstep: Lockstep, asking: tuple[Session, Raw]
+) -> None:
+    client, server = asking
+    assert server.write(b"data") == 4
+    lockstep.settle()
+    assert client.recv(0) == b"data" and server.sock.recv(1, socket.MSG_PEEK) == b"\x16"
+    while server.connection.renegotiate_pending():
+        assert server.read() is Want.READ
+        lockstep.settle()
+    client.send(b"more")
+    lockstep.settle()
+    assert server.read() == b"more"
+
+
+def test_a_close_notify_that_comes_with_a_request_for_a_handshake_is_a_clean_end_to_read_and_none_to_write(
+    lockstep: Lockstep, asking: tuple[Session, Raw]
+) -> None:
+    client, server = asking
+    server.call("shutdown")
+    lockstep.until(lambda: is_closed(client))
+    with pytest.raises(bridge.EndOfStream):
+        client.recv(0)
+    with pytest.raises(bridge.TLSError, match="in the middle of a renegotiation"):
+        client.send(b"more")
+
+
+def test_a_session_that_fails_with_what_it_reads_lingers_for_a_while_only(
+    lockstep: Lockstep, contexts: Contexts
+) -> None:
+    near, far = lockstep.tcp_pair()
+    timeouts = bridge.Timeouts(close_notify=0.05)
+    server = lockstep.session(contexts[1], near, timeouts=timeouts)
+    client = lockstep.session(contexts[0], far)
+    lockstep.until(lambda: is_open(client) and is_open(server))
+    lockstep.settle()
+    mine, theirs = server._channel.transport, client._channel.transport.sock
+    assert mine.quiet and theirs is not None
+    theirs.send(record(23, bytes(32)))
+    lockstep.until(lambda: is_closed(server))
+    assert isinstance(server.end, bridge.TLSError)
+    lockstep.until(lambda: mine.finished)
