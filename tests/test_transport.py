@@ -251,17 +251,16 @@ def test_a_close_notify_that_comes_with_a_request_for_a_handshake_is_a_clean_end
 
 
 def test_a_session_that_fails_with_what_it_reads_lingers_for_a_while_only(
-    lockstep: Lockstep, contexts: Contexts
+    lockstep: Lockstep, contexts: Contexts, tls_version: str
 ) -> None:
     near, far = lockstep.tcp_pair()
-    timeouts = bridge.Timeouts(close_notify=0.05)
-    server = lockstep.session(contexts[1], near, timeouts=timeouts)
-    client = lockstep.session(contexts[0], far)
-    lockstep.until(lambda: is_open(client) and is_open(server))
-    lockstep.settle()
-    mine, theirs = server._channel.transport, client._channel.transport.sock
-    assert mine.quiet and theirs is not None
-    theirs.send(record(23, bytes(32)))
-    lockstep.until(lambda: is_closed(server))
-    assert isinstance(server.end, bridge.TLSError)
+    server = lockstep.session(contexts[1], near, timeouts=bridge.Timeouts(close_notify=0.05, handshake=None))
+    client = Raw(raw_context(tls_version), far, server_side=False)
+    while client.handshake() is not None:
+        lockstep.round()
+    lockstep.until(lambda: is_open(server))
+    mine = server._channel.transport
+    assert mine.quiet
+    far.send(record(23, bytes(32)))
     lockstep.until(lambda: mine.finished)
+    assert isinstance(server.end, bridge.TLSError)
