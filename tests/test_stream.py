@@ -236,7 +236,8 @@ def test_a_stream_is_idle_after_its_last_byte_and_not_before(
         server.write(bytes(size))
         while size:
             size -= len(client.read(size, PATIENCE))
-    clock.now += 6
+        clock.now += 6
+        assert now(client.read, 1) is Want.READ
     client.write(b"x")
     clock.now += 9
     assert now(client.read, 1) is Want.READ
