@@ -548,7 +548,7 @@ class Transport:
             return
         if self.sock is None:
             self._set_deadline(ConnectTimeout, self._plan.timeouts.connect)
-            self._dialer = Dialer(self._plan.addresses, self._deadlines.get(ConnectTimeout))
+            self._dialer = Dialer(self._plan.addresses, self._deadlines.get(ConnectTimeout), self.retired)
         else:
             self._begin_handshake()
 
@@ -623,8 +623,6 @@ class Transport:
             connected = self._dialer.dial(self.now)
         finally:
             self.sock = self._dialer.sock
-            self.retired += self._dialer.retired
-            self._dialer.retired.clear()
         if isinstance(connected, Want):
             self._handshake.wait_for(connected)
         else:
@@ -665,8 +663,6 @@ class Transport:
         info = self._engine.established(plan.server_hostname, _peername(self.sock), self.sock)
         self._handshake.rest()
         self._exchanging = True
-        self._deadlines = {}
-        self._read.wait_for(READ)
         self._read.ready = True
         self._write.ready = bool(self._chunks)
         self.answerable = True
@@ -970,7 +966,7 @@ class Transport:
         if self.sock is not None and self.sock.family != getattr(socket, "AF_UNIX", None):
             try:
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            except OSError:
+            except OSError:  # not on Linux
                 pass
 
     # Bookkeeping.

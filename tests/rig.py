@@ -187,6 +187,12 @@ class Lockstep:
         self.sessions.append(made)  # or it would be closed for having been forgotten
         return made
 
+    def connect(self, address: Any, context: Any, **options: Any) -> Session:
+        """A client's session to *address*, likewise."""
+        made = self.bridge().connect(address, context, server_hostname="localhost", wait=False, **options)
+        self.sessions.append(made)
+        return made
+
     def round(self) -> bool:
         """A step of everybody.  Whether a bridge did anything."""
         moved = False

@@ -24,11 +24,13 @@ from rig import (
     PATIENCE,
     Clock,
     Lockstep,
+    Raw,
     begin_close,
     engine_of,
     is_closed,
     is_open,
     only,
+    raw_context,
     received,
     shrink,
     wants,
@@ -42,6 +44,8 @@ from bridge.session import Session
 
 LARGE = b"x" * 16_000
 """One record, and more than the smallest socket buffers take."""
+ALLOW_CLIENT_RENEGOTIATION = 0x100
+"""SSL_OP_ALLOW_CLIENT_RENEGOTIATION (SSL_CTX_set_options(3)), which pyOpenSSL does not name."""
 Pair = tuple[Session, Session]
 
 
@@ -269,6 +273,7 @@ def test_after_ctrl_c_in_the_middle_of_an_answer_nothing_is_read_or_written_any_
         while not is_closed(client):
             rig.bridges[0]._workers[0].step()
             rig.bridges[0]._coordinator.step()
+    assert not calls
     ending = client._channel.closed.peek()
     assert ending is not None and isinstance(ending.cause, bridge.SessionAborted)
     assert ending.report.unsent == len(b"by another thread") + 4
@@ -416,6 +421,29 @@ def test_an_answer_in_the_middle_of_a_renegotiation_waits_for_its_end(
     assert server.recv(0) == b"!"
     rig.until(client.outbox.empty)
     asked(rig, client, server)
+
+
+def test_an_answer_to_a_peer_that_has_begun_a_renegotiation_waits_for_its_end(
+    rig: Lockstep, server_cert: KeyPair
+) -> None:
+    """Our own contexts refuse such a peer; one that the application made need not."""
+    near, far = rig.large_pair()
+    context = raw_context("TLSv1.2", server_cert)
+    context.set_options(ALLOW_CLIENT_RENEGOTIATION)
+    server = rig.session(context, near, server_side=True, codec=framed, server_hostname=None)
+    client = Raw(raw_context("TLSv1.2"), far, server_side=False)
+    while client.handshake() is not None:
+        rig.round()
+    assert client.write(b"\0\0\0\1?") == 5
+    assert client.connection.renegotiate() and client.handshake() is Want.READ
+    rig.until(lambda: not server.inbox.empty() and engine_of(server).mid_handshake())
+    assert server._channel.transport.quiet
+    server.send(b"!")
+    assert server.outbox.qsize() == 5 and wants(server)["write"] == "read"
+    while client.connection.renegotiate_pending():
+        client.handshake()
+        rig.settle()
+    assert client.read_all() == b"\0\0\0\1!" and server.outbox.empty()
 
 
 # ── credit ──
