@@ -291,8 +291,8 @@ class Transport:
         self._exchanging = False  # the handshake is done, and the end has not come
         self._deadlines: dict[type[DeadlineExceeded], float] = {}
         self._idle = plan.timeouts.idle
-        self.answerable = False
-        """Something was read since the last `write_at_once`, which might be an answer to it."""
+        self.answerable = True
+        """Something was read since the last `write_at_once`, which might be an answer to it; or nothing was written."""
         # What is to be done.
         self._handshake = _Operation()
         self._read = _Operation()
@@ -664,8 +664,6 @@ class Transport:
         self._handshake.rest()
         self._exchanging = True
         self._read.ready = True
-        self._write.ready = bool(self._chunks)
-        self.answerable = True
         self._touch()
         self.shaken = info.version, self.now - self.since
         self._move(State.OPEN, "handshake done")
@@ -701,12 +699,9 @@ class Transport:
 
     def _read_some(self) -> bool:
         """Read what there is, and hand it over in one piece; also what came before an error or the end."""
-        room = self._room()
-        if room <= 0 or self._read_left <= 0:
-            return False
         received: list[bytes] = []
         try:
-            self._read_into(received, room)
+            self._read_into(received, self._room())
         finally:
             if received:
                 data = received[0] if len(received) == 1 else b"".join(received)
