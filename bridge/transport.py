@@ -958,7 +958,7 @@ class Transport:
             self._release()
 
     def _reset_on_close(self) -> None:
-        if self.sock is not None and self.sock.family != getattr(socket, "AF_UNIX", None):
+        if self.sock is not None:
             try:
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             except OSError:  # not on Linux

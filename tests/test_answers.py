@@ -101,6 +101,22 @@ def pair(rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context]) -> Pair
     return opened(rig, contexts, *rig.small_pair())
 
 
+# ── on the way ──
+
+
+def test_the_answer_to_a_large_message_is_written_at_once_too(
+    rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context]
+) -> None:
+    client, server = opened(rig, contexts, *rig.large_pair())
+    for size in (1, 40_000):
+        server.send(bytes(size))
+        rig.until(lambda: not client.inbox.empty())
+        assert len(client.recv(0)) == size
+        rig.settle()
+        client.send(b"!")
+        assert client.outbox.empty()
+
+
 # ── order ──
 
 

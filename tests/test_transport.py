@@ -345,6 +345,38 @@ def test_a_close_in_the_middle_of_the_handshake_is_bounded_beyond_it(
     assert is_open(server)
 
 
+def test_what_was_to_leave_within_its_time_has_no_more_to_do_with_the_peer_s_answer(
+    lockstep: Lockstep, contexts: Contexts, clock: Clock
+) -> None:
+    near, far = lockstep.large_pair()
+    timeouts = bridge.Timeouts(flush=5, close_notify=None)
+    client, server = (
+        lockstep.session(contexts[0], near, timeouts=timeouts),
+        lockstep.session(contexts[1], far),
+    )
+    lockstep.until(lambda: is_open(client) and is_open(server))
+    begin_close(client)
+    lockstep.settle()
+    clock.now += 6
+    lockstep.settle()
+    assert not is_closed(client)
+    begin_close(server)
+    lockstep.until(lambda: is_closed(client))
+    assert isinstance(client.end, bridge.SessionClosed)
+
+
+def test_small_messages_are_not_held_back(
+    lockstep: Lockstep, contexts: Contexts, listener: socket.socket
+) -> None:
+    client = lockstep.connect(listener.getsockname(), contexts[0])
+    lockstep.until(lambda: client.state == "handshaking")
+    server = lockstep.session(contexts[1], listener.accept()[0])
+    lockstep.until(lambda: is_open(client) and is_open(server))
+    for session in (client, server):
+        sock = session._channel.transport.sock
+        assert sock is not None and sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 # ── commands ──
 
 
