@@ -20,6 +20,8 @@ PATIENCE = 20.0
 VERSIONS = {"TLSv1.2": SSL.TLS1_2_VERSION, "TLSv1.3": SSL.TLS1_3_VERSION}
 MOVING_WRITE_BUFFER = 2
 """SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER (SSL_CTX_set_mode(3)), which pyOpenSSL sets by itself since version 25.2."""
+ALLOW_CLIENT_RENEGOTIATION = 0x100
+"""SSL_OP_ALLOW_CLIENT_RENEGOTIATION (SSL_CTX_set_options(3)), which pyOpenSSL does not name."""
 BLOCK = 16_000
 """Bytes that fill one record, and do not fit the smallest buffers of a socket pair."""
 

@@ -21,6 +21,7 @@ import pytest
 from conftest import KeyPair
 from OpenSSL import SSL
 from rig import (
+    ALLOW_CLIENT_RENEGOTIATION,
     PATIENCE,
     Clock,
     Lockstep,
@@ -44,8 +45,6 @@ from bridge.session import Session
 
 LARGE = b"x" * 16_000
 """One record, and more than the smallest socket buffers take."""
-ALLOW_CLIENT_RENEGOTIATION = 0x100
-"""SSL_OP_ALLOW_CLIENT_RENEGOTIATION (SSL_CTX_set_options(3)), which pyOpenSSL does not name."""
 Pair = tuple[Session, Session]
 
 

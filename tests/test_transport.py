@@ -13,6 +13,7 @@ from conftest import KeyPair
 from OpenSSL import SSL
 from records import record
 from rig import (
+    ALLOW_CLIENT_RENEGOTIATION,
     Clock,
     Lockstep,
     Raw,
@@ -365,6 +366,27 @@ def test_what_was_to_leave_within_its_time_has_no_more_to_do_with_the_peer_s_ans
     assert isinstance(client.end, bridge.SessionClosed)
 
 
+@pytest.mark.parametrize("half_closed", [False, True])
+def test_who_is_idle_parts_with_one_close_notify(
+    lockstep: Lockstep, contexts: Contexts, clock: Clock, half_closed: bool
+) -> None:
+    near, far = lockstep.large_pair()
+    client = lockstep.session(contexts[0], near, timeouts=bridge.Timeouts(idle=5))
+    server = lockstep.session(contexts[1], far)
+    lockstep.until(lambda: is_open(client) and is_open(server))
+    if half_closed:
+        client.send_eof()
+    lockstep.settle()
+    clock.now += 5
+    lockstep.until(lambda: is_closed(client))
+    ending = client._channel.closed.peek()
+    assert ending is not None and isinstance(ending.cause, bridge.IdleTimeout)
+    assert ending.report and not ending.report.close_notify_received
+    lockstep.settle()
+    with pytest.raises(bridge.EndOfStream):
+        server.recv(0)
+
+
 def test_small_messages_are_not_held_back(
     lockstep: Lockstep, contexts: Contexts, listener: socket.socket
 ) -> None:
@@ -416,6 +438,29 @@ def test_a_command_is_obeyed_in_a_turn_to_which_data_has_come_too(
     server._channel.worker.step()
     assert mine.received == 4 and theirs is not None
     assert theirs.recv(1, socket.MSG_PEEK) == bytes([kind])
+
+
+def test_a_client_may_ask_for_a_new_handshake_where_the_server_lets_it(
+    lockstep: Lockstep, ca_file: str, server_cert: KeyPair
+) -> None:
+    near, far = lockstep.large_pair()
+    client = lockstep.session(bridge.client_context(ca_file, **only("TLSv1.2")), near)
+    context = raw_context("TLSv1.2", server_cert)
+    context.set_options(ALLOW_CLIENT_RENEGOTIATION)
+    server = Raw(context, far, server_side=True)
+    while server.handshake() is not None:
+        lockstep.round()
+    lockstep.settle()
+    mine, before = client._channel.transport, server.connection.get_finished()
+    client.renegotiate()
+    lockstep.settle()
+    assert mine.deadline is not None and wants(client)["handshake"] == "read"
+    client.send(b"data")
+    while (data := server.read()) is Want.READ:
+        lockstep.settle()
+    lockstep.settle()
+    assert data == b"data" and server.connection.get_finished() != before
+    assert mine.quiet and mine.deadline is None and wants(client) == {"read": "read"}
 
 
 def test_a_renegotiation_of_what_the_peer_has_closed_is_none(
