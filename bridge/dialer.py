@@ -15,16 +15,20 @@ Address = tuple[int, int, int, str, Any]
 
 
 class Dialer:
-    """Tries *addresses* in turn until *until* (monotonic; None: as long as the kernel does)."""
+    """Tries *addresses* in turn until *until* (monotonic; None: as long as the kernel does).
 
-    def __init__(self, addresses: tuple[Address, ...], until: float | None) -> None:
+    Sockets that came to nothing go to *retired*; the owner closes them once they have left the poll set.
+    """
+
+    def __init__(
+        self, addresses: tuple[Address, ...], until: float | None, retired: list[socket.socket]
+    ) -> None:
         self._addresses = list(addresses)
         self._until = until
         self.sock: socket.socket | None = None
         self.deadline: float | None = None
         """When the address being tried has used up its share."""
-        self.retired: list[socket.socket] = []
-        """Sockets that came to nothing; the owner closes them once they have left the poll set."""
+        self._retired = retired
 
     def dial(self, now: float) -> socket.socket | Want:
         """The connected socket, or Want.WRITE while one is being tried; ConnectFailed when none is left."""
@@ -59,7 +63,7 @@ class Dialer:
     def _give_up(self, error: OSError) -> None:
         address = self._addresses.pop(0)[4]
         if self.sock is not None:
-            self.retired.append(self.sock)
+            self._retired.append(self.sock)
             self.sock = None
         if not self._addresses:
             raise ConnectFailed(f"cannot connect to {show_address(address)}: {error.strerror}") from error

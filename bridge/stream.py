@@ -18,7 +18,6 @@ from bridge import forks
 from bridge.engine import SessionInfo
 from bridge.errors import (
     BridgeError,
-    EndOfStream,
     OperationTimeout,
     SessionAborted,
     SessionClosed,
@@ -332,8 +331,6 @@ class Stream:
         if received.parts or self._eof or self._deaf:
             return bool(received.parts)
         assert self._ending is not None
-        if isinstance(self._ending.cause, EndOfStream):
-            return False
         raise fresh(self._ending.cause)
 
     def _readable(self) -> bool:
@@ -342,7 +339,7 @@ class Stream:
     @_leased
     def pending(self) -> int:
         """Decrypted bytes that `read` would give without waiting and that no poll announces.  Does not wait."""
-        return self._received.used + self._transport.pending()
+        return self._received.used
 
     def write(self, data: bytes | bytearray | memoryview, timeout: float | None = None) -> int:
         """Hand *data* to the kernel, encrypted; returns how many bytes, which is all of them unless *timeout* is 0.

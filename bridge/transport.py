@@ -286,16 +286,15 @@ class Transport:
         # Where the session is.
         self.state = State.CONNECTING
         self.cause: SessionEnded | None = None
-        self.now = 0.0
-        self.since = 0.0
+        self.now = self.since = time.monotonic()
         self.shaken: tuple[str, float] | None = None  # the version of TLS, and how long its handshake took
         self._dialer: Dialer | None = None
         self._engine: TLSEngine | None = None
         self._exchanging = False  # the handshake is done, and the end has not come
         self._deadlines: dict[type[DeadlineExceeded], float] = {}
         self._idle = plan.timeouts.idle
-        self.answerable = False
-        """Something was read since the last `write_at_once`, which might be an answer to it."""
+        self.answerable = True
+        """Something was read since the last `write_at_once`, which might be an answer to it; or nothing was written."""
         # What is to be done.
         self._handshake = _Operation()
         self._read = _Operation()
@@ -547,12 +546,11 @@ class Transport:
 
     def start(self) -> None:
         """The first command: the session has come to its worker."""
-        self.since = self.now
         if self.cause is not None:
             return
         if self.sock is None:
             self._set_deadline(ConnectTimeout, self._plan.timeouts.connect)
-            self._dialer = Dialer(self._plan.addresses, self._deadlines.get(ConnectTimeout))
+            self._dialer = Dialer(self._plan.addresses, self._deadlines.get(ConnectTimeout), self.retired)
         else:
             self._begin_handshake()
 
@@ -627,8 +625,6 @@ class Transport:
             connected = self._dialer.dial(self.now)
         finally:
             self.sock = self._dialer.sock
-            self.retired += self._dialer.retired
-            self._dialer.retired.clear()
         if isinstance(connected, Want):
             self._handshake.wait_for(connected)
         else:
@@ -669,11 +665,7 @@ class Transport:
         info = self._engine.established(plan.server_hostname, _peername(self.sock), self.sock)
         self._handshake.rest()
         self._exchanging = True
-        self._deadlines = {}
-        self._read.wait_for(READ)
         self._read.ready = True
-        self._write.ready = bool(self._chunks)
-        self.answerable = True
         self._touch()
         self.shaken = info.version, self.now - self.since
         self._move(State.OPEN, "handshake done")
@@ -710,12 +702,9 @@ class Transport:
 
     def _read_some(self) -> bool:
         """Read what there is, and hand it over in one piece; also what came before an error or the end."""
-        room = self._room()
-        if room <= 0:
-            return False
         received: list[bytes] = []
         try:
-            self._read_into(received, room)
+            self._read_into(received, self._room())
         finally:
             if received:
                 data = received[0] if len(received) == 1 else b"".join(received)
@@ -973,10 +962,10 @@ class Transport:
             self._release()
 
     def _reset_on_close(self) -> None:
-        if self.sock is not None and self.sock.family != getattr(socket, "AF_UNIX", None):
+        if self.sock is not None:
             try:
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            except OSError:
+            except OSError:  # not on Linux
                 pass
 
     # Bookkeeping.

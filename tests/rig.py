@@ -20,6 +20,8 @@ PATIENCE = 20.0
 VERSIONS = {"TLSv1.2": SSL.TLS1_2_VERSION, "TLSv1.3": SSL.TLS1_3_VERSION}
 MOVING_WRITE_BUFFER = 2
 """SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER (SSL_CTX_set_mode(3)), which pyOpenSSL sets by itself since version 25.2."""
+ALLOW_CLIENT_RENEGOTIATION = 0x100
+"""SSL_OP_ALLOW_CLIENT_RENEGOTIATION (SSL_CTX_set_options(3)), which pyOpenSSL does not name."""
 BLOCK = 16_000
 """Bytes that fill one record, and do not fit the smallest buffers of a socket pair."""
 
@@ -27,6 +29,16 @@ BLOCK = 16_000
 def only(version: str) -> dict[str, Any]:
     """The arguments of a context that speaks *version* and no other."""
     return {"minimum_version": version, "maximum_version": version}
+
+
+class Clock:
+    """Time that passes when the test says so; to stand in the place of the module `time`."""
+
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+
+    def monotonic(self) -> float:
+        return self.now
 
 
 # ── sockets ──
@@ -175,6 +187,12 @@ class Lockstep:
         options.setdefault("server_hostname", name)
         made = self.bridge(limits=limits).adopt(sock, context, wait=False, **options)
         self.sessions.append(made)  # or it would be closed for having been forgotten
+        return made
+
+    def connect(self, address: Any, context: Any, **options: Any) -> Session:
+        """A client's session to *address*, likewise."""
+        made = self.bridge().connect(address, context, server_hostname="localhost", wait=False, **options)
+        self.sessions.append(made)
         return made
 
     def round(self) -> bool:

@@ -12,7 +12,6 @@ import socket
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,13 +21,17 @@ import pytest
 from conftest import KeyPair
 from OpenSSL import SSL
 from rig import (
+    ALLOW_CLIENT_RENEGOTIATION,
     PATIENCE,
+    Clock,
     Lockstep,
+    Raw,
     begin_close,
     engine_of,
     is_closed,
     is_open,
     only,
+    raw_context,
     received,
     shrink,
     wants,
@@ -95,6 +98,22 @@ def half_answered(rig: Lockstep, client: Session, server: Session) -> None:
 @pytest.fixture
 def pair(rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context]) -> Pair:
     return opened(rig, contexts, *rig.small_pair())
+
+
+# ── on the way ──
+
+
+def test_the_answer_to_a_large_message_is_written_at_once_too(
+    rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context]
+) -> None:
+    client, server = opened(rig, contexts, *rig.large_pair())
+    for size in (1, 40_000):
+        server.send(bytes(size))
+        rig.until(lambda: not client.inbox.empty())
+        assert len(client.recv(0)) == size
+        rig.settle()
+        client.send(b"!")
+        assert client.outbox.empty()
 
 
 # ── order ──
@@ -269,21 +288,13 @@ def test_after_ctrl_c_in_the_middle_of_an_answer_nothing_is_read_or_written_any_
         while not is_closed(client):
             rig.bridges[0]._workers[0].step()
             rig.bridges[0]._coordinator.step()
+    assert not calls
     ending = client._channel.closed.peek()
     assert ending is not None and isinstance(ending.cause, bridge.SessionAborted)
     assert ending.report.unsent == len(b"by another thread") + 4
 
 
 # ── deadlines ──
-
-
-class Clock(types.SimpleNamespace):
-    """Time that passes when the test says so."""
-
-    now = 1_000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -425,6 +436,29 @@ def test_an_answer_in_the_middle_of_a_renegotiation_waits_for_its_end(
     assert server.recv(0) == b"!"
     rig.until(client.outbox.empty)
     asked(rig, client, server)
+
+
+def test_an_answer_to_a_peer_that_has_begun_a_renegotiation_waits_for_its_end(
+    rig: Lockstep, server_cert: KeyPair
+) -> None:
+    """Our own contexts refuse such a peer; one that the application made need not."""
+    near, far = rig.large_pair()
+    context = raw_context("TLSv1.2", server_cert)
+    context.set_options(ALLOW_CLIENT_RENEGOTIATION)
+    server = rig.session(context, near, server_side=True, codec=framed, server_hostname=None)
+    client = Raw(raw_context("TLSv1.2"), far, server_side=False)
+    while client.handshake() is not None:
+        rig.round()
+    assert client.write(b"\0\0\0\1?") == 5
+    assert client.connection.renegotiate() and client.handshake() is Want.READ
+    rig.until(lambda: not server.inbox.empty() and engine_of(server).mid_handshake())
+    assert server._channel.transport.quiet
+    server.send(b"!")
+    assert server.outbox.qsize() == 5 and wants(server)["write"] == "read"
+    while client.connection.renegotiate_pending():
+        client.handshake()
+        rig.settle()
+    assert client.read_all() == b"\0\0\0\1!" and server.outbox.empty()
 
 
 # ── credit ──

@@ -162,17 +162,19 @@ def test_a_dialer_gives_each_address_its_share_of_the_time(blackhole: Any) -> No
     with socket.create_server(("127.0.0.1", 0)) as listener:
         tcp = (socket.AF_INET, socket.SOCK_STREAM, 0, "")
         unheard_of = (9_999, socket.SOCK_STREAM, 0, "", ("nowhere", 1))
-        dialer = Dialer(((*tcp, blackhole), unheard_of, (*tcp, listener.getsockname())), 30.0)
+        retired: list[socket.socket] = []
+        addresses = ((*tcp, blackhole), unheard_of, (*tcp, listener.getsockname()))
+        dialer = Dialer(addresses, 30.0, retired)
         assert dialer.dial(0.0) is Want.WRITE and dialer.deadline == 10.0
         tried = dialer.sock
         assert dialer.dial(9.9) is Want.WRITE and dialer.sock is tried
         while isinstance(connected := dialer.dial(10.0), Want):
             assert dialer.sock is not tried and dialer.deadline == 30.0
-        assert dialer.retired == [tried] and connected.getpeername() == listener.getsockname()
+        assert retired == [tried] and connected.getpeername() == listener.getsockname()
         connected.close()
-        for sock in dialer.retired:
+        for sock in retired:
             sock.close()
-    dialer = Dialer((unheard_of,), None)
+    dialer = Dialer((unheard_of,), None, [])
     with pytest.raises(bridge.ConnectFailed, match="cannot connect to nowhere:1"):
         dialer.dial(0.0)
 

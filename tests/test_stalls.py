@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import threading
 import time
@@ -217,3 +216,16 @@ def test_a_snapshot_shows_how_long_each_want_has_waited_and_the_bytes_of_each_se
         lockstep.settle()
         (again,) = lockstep.bridges[0].snapshot().sessions
         assert again.ages["read"] < 100, "it was tried again"
+
+
+def test_a_snapshot_shows_how_long_a_session_has_waited_for_its_first_turn(contexts: Any) -> None:
+    client_context, server_context = contexts
+    with Lockstep() as lockstep:
+        begin = time.monotonic()
+        near, far = lockstep.large_pair()
+        client, server = lockstep.session(client_context, near), lockstep.session(server_context, far)
+        for one in lockstep.bridges:
+            (seen,) = one.snapshot().sessions
+            assert seen.state == "connecting" and 0 <= seen.seconds <= time.monotonic() - begin
+            assert not seen.wants and not (seen.sent or seen.received)
+        lockstep.until(lambda: is_open(client) and is_open(server))

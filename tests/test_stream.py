@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 from conftest import KeyPair
+from OpenSSL import SSL
 from peers import PATIENCE, Background, Checker, Pattern, receive_exactly, stdlib_context
-from rig import only, shrink, tcp_pair
+from rig import Clock, Raw, only, raw_context, shrink, tcp_pair
 
 import bridge
 from bridge.lease import Lease
@@ -181,6 +182,117 @@ def test_lockstep_of_calls_that_never_wait(b: bridge.Bridge, contexts: Any, seed
             if not isinstance(data, Want):
                 checkers[side].feed(data)
     assert [checker.received for checker in checkers] == [total, total]
+
+
+@pytest.fixture
+def asking(b: bridge.Bridge, ca_file: str, server_cert: KeyPair) -> tuple[Stream, Raw]:
+    """A client's stream in TLS 1.2, and a server that has just asked it for a new handshake."""
+    near, far = socket.socketpair()
+    far.setblocking(False)
+    context = bridge.client_context(ca_file, **only("TLSv1.2"))
+    client = b.stream(near, context, server_hostname="localhost")
+    server = Raw(raw_context("TLSv1.2", server_cert), far, server_side=True)
+    while isinstance(now(client.handshake), Want) | isinstance(server.handshake(), Want):
+        pass
+    assert now(client.read, 1) is Want.READ
+    assert server.connection.renegotiate() and server.handshake() is None
+    return client, server
+
+
+def test_data_that_comes_with_a_request_for_a_handshake_is_read_and_the_request_answered(
+    asking: tuple[Stream, Raw],
+) -> None:
+    client, server = asking
+    assert server.write(b"data") == 4
+    assert client.read(10, PATIENCE) == b"data"
+    assert server.sock.recv(1, socket.MSG_PEEK) == b"\x16", "before the next call"
+    while server.connection.renegotiate_pending():
+        assert server.read() is now(client.read, 1) is Want.READ
+    assert client.write(b"more") == 4 and server.read() == b"more"
+    server.sock.close()
+
+
+def test_a_close_notify_that_comes_with_a_request_for_a_handshake_is_a_clean_end_to_read_and_none_to_write(
+    asking: tuple[Stream, Raw],
+) -> None:
+    client, server = asking
+    server.call("shutdown")
+    assert client.read(10, PATIENCE) == b"" == client.read(10)
+    with pytest.raises(bridge.TLSError, match="in the middle of a renegotiation"):
+        client.write(b"more")
+    server.sock.close()
+
+
+def test_a_byte_that_waits_for_the_end_of_a_handshake_is_sent_though_nobody_calls_again(
+    asking: tuple[Stream, Raw],
+) -> None:
+    client, server = asking
+    assert now(client.read, 1) is Want.READ
+    assert client.write(b"x", 0) == 1
+    deadline = time.monotonic() + PATIENCE
+    while (data := server.read()) is Want.READ:
+        assert time.monotonic() < deadline
+    assert data == b"x"
+    server.sock.close()
+
+
+def test_a_write_to_a_peer_that_has_reset_the_connection_says_so(b: bridge.Bridge, contexts: Any) -> None:
+    client, server = shaken(*streams(b, contexts, *tcp_pair()))
+    server.abort()
+    with pytest.raises(bridge.PeerReset):
+        client.write(b"x")
+    client.close()
+    ending = client.gone.wait(PATIENCE, "gone")
+    assert isinstance(ending.cause, bridge.PeerReset) and ending.report.unsent == 1
+
+
+def test_send_eof_is_that_of_tls_and_then_that_of_tcp(
+    b: bridge.Bridge, contexts: Any, tls_version: str
+) -> None:
+    near, far = tcp_pair()
+    far.setblocking(False)
+    server, client = b.stream(near, contexts[1]), Raw(raw_context(tls_version), far, server_side=False)
+    while isinstance(now(server.handshake), Want) | isinstance(client.handshake(), Want):
+        pass
+    server.send_eof()
+    far.setblocking(True)
+    with pytest.raises(SSL.ZeroReturnError):
+        client.connection.recv(1)
+    assert far.recv(1) == b""
+    far.close()
+
+
+def test_send_eof_of_what_is_not_open_is_nothing(b: bridge.Bridge, contexts: Any) -> None:
+    client, server = streams(b, contexts, *tcp_pair())
+    client.send_eof()
+    shaken(client, server)
+    assert client.write(b"x") == 1, "it was not open yet"
+    client.abort()
+    client.send_eof()
+
+
+def test_a_stream_is_idle_after_its_last_byte_and_not_before(
+    b: bridge.Bridge, contexts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = tcp_pair()
+    client = b.stream(near, contexts[0], server_hostname="localhost", timeouts=bridge.Timeouts(idle=10))
+    client, server = shaken(client, b.stream(far, contexts[1]))
+    clock = Clock()
+    for module in (bridge.lease, bridge.stream, bridge.transport):
+        monkeypatch.setattr(module, "time", clock)
+    for size in (1, 16_384, 30_000, 1):
+        clock.now += 6
+        server.write(bytes(size))
+        while size:
+            size -= len(client.read(size, PATIENCE))
+        clock.now += 6
+        assert now(client.read, 1) is Want.READ
+    client.write(b"x")
+    clock.now += 9
+    assert now(client.read, 1) is Want.READ
+    clock.now += 2
+    with pytest.raises(bridge.IdleTimeout):
+        client.read(1, 0)
 
 
 # ── several threads ──
@@ -630,14 +742,21 @@ def test_closing_the_bridge_closes_its_streams(contexts: Any, background: Backgr
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_child_of_fork_is_refused_and_its_close_does_not_touch_the_session(pair: Pair) -> None:
+def test_a_child_of_fork_is_refused_and_its_close_does_not_touch_the_session(
+    b: bridge.Bridge, contexts: Any, pair: Pair
+) -> None:
     client, server = pair
+    gone = shaken(*streams(b, contexts, *tcp_pair()))[0]
+    gone.abort()
+    finished(gone)
     child = os.fork()
     if child == 0:
         try:
             with pytest.raises(bridge.ForkedError):
                 client.write(b"x")
             client.close()
+            client.forget()
+            gone.forget()
             os._exit(0)
         finally:
             os._exit(1)

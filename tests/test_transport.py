@@ -8,13 +8,31 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import structlog
 from conftest import KeyPair
-from rig import Lockstep, Raw, engine_of, is_closed, is_open, only, raw_context, tcp_pair, wants
+from OpenSSL import SSL
+from records import record
+from rig import (
+    ALLOW_CLIENT_RENEGOTIATION,
+    Clock,
+    Lockstep,
+    Raw,
+    begin_close,
+    engine_of,
+    is_closed,
+    is_open,
+    only,
+    raw_context,
+    tcp_pair,
+    wants,
+)
+from structlog.testing import capture_logs
 
 import bridge
 from bridge import transport
 from bridge.limits import RECORD_BYTES
 from bridge.poll import Want
+from bridge.session import Session
 
 Contexts = tuple[bridge.Context, bridge.Context]
 
@@ -175,3 +193,360 @@ def test_a_write_that_begins_to_wait_for_a_handshake_is_not_let_down_for_want_of
     got: list[bytes | Want] = []
     lockstep.actors.append(lambda: got.append(server.read()))
     lockstep.until(lambda: b"said in the middle of it" in got)
+
+
+def test_not_a_record_is_read_while_there_is_no_room(lockstep: Lockstep, contexts: Contexts) -> None:
+    near, far = lockstep.large_pair()
+    client = lockstep.session(contexts[0], near, limits=bridge.Limits(inbox_bytes=1))
+    server = lockstep.session(contexts[1], far)
+    lockstep.until(lambda: is_open(client) and is_open(server))
+    for _ in range(3):
+        server.send(b"x")
+        lockstep.settle()
+    assert client._channel.transport.received == client.inbox.qsize() == 1
+    for count in (2, 3):
+        assert client.recv(0) == b"x"
+        lockstep.settle()
+        assert client._channel.transport.received == count
+
+
+def test_a_session_that_lingers_lets_its_worker_sleep(
+    lockstep: Lockstep, contexts: Contexts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = lockstep.tcp_pair()
+    server = lockstep.session(contexts[1], near)
+    lockstep.settle()
+    mine = server._channel.transport
+
+    def fall(*_: object) -> None:
+        monkeypatch.undo()
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(transport.Transport, "turn", fall)
+    server._channel.worker.post(mine, "wake")
+    for _ in range(5):
+        lockstep.round()
+    assert is_closed(server) and not lockstep.round() and not mine.finished
+    far.close()
+    lockstep.until(lambda: mine.finished)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    made.now = 1_000.0
+    for module in (bridge.worker, transport):
+        monkeypatch.setattr(module, "time", made)
+    return made
+
+
+def test_a_deadline_has_come_when_its_very_moment_has(
+    lockstep: Lockstep, contexts: Contexts, clock: Clock
+) -> None:
+    near, _ = lockstep.tcp_pair()
+    server = lockstep.session(contexts[1], near, timeouts=bridge.Timeouts(handshake=8))
+    lockstep.settle()
+    clock.now = 1_007.0
+    lockstep.settle()
+    assert not is_closed(server)
+    clock.now = 1_008.0
+    for _ in range(3):
+        lockstep.round()
+    assert isinstance(server.end, bridge.HandshakeTimeout)
+
+
+@pytest.fixture
+def asking(lockstep: Lockstep, ca_file: str, server_cert: KeyPair) -> tuple[Session, Raw]:
+    """A client in TLS 1.2, and a server that has just asked it for a new handshake."""
+    near, far = lockstep.large_pair()
+    client = lockstep.session(bridge.client_context(ca_file, **only("TLSv1.2")), near)
+    server = Raw(raw_context("TLSv1.2", server_cert), far, server_side=True)
+    while server.handshake() is not None:
+        lockstep.round()
+    lockstep.settle()
+    assert is_open(client) and client._channel.transport.quiet
+    assert server.connection.renegotiate() and server.handshake() is None
+    return client, server
+
+
+def test_data_that_comes_with_a_request_for_a_handshake_is_read_and_the_request_answered(
+    lockstep: Lockstep, asking: tuple[Session, Raw]
+) -> None:
+    client, server = asking
+    assert server.write(b"data") == 4
+    lockstep.settle()
+    assert client.recv(0) == b"data" and server.sock.recv(1, socket.MSG_PEEK) == b"\x16"
+    while server.connection.renegotiate_pending():
+        assert server.read() is Want.READ
+        lockstep.settle()
+    client.send(b"more")
+    lockstep.settle()
+    assert server.read() == b"more"
+
+
+def test_a_close_notify_that_comes_with_a_request_for_a_handshake_is_a_clean_end_to_read_and_none_to_write(
+    lockstep: Lockstep, asking: tuple[Session, Raw]
+) -> None:
+    client, server = asking
+    server.call("shutdown")
+    lockstep.until(lambda: is_closed(client))
+    with pytest.raises(bridge.EndOfStream):
+        client.recv(0)
+    with pytest.raises(bridge.TLSError, match="in the middle of a renegotiation"):
+        client.send(b"more")
+
+
+def test_a_session_that_fails_with_what_it_reads_lingers_for_a_while_only(
+    lockstep: Lockstep, contexts: Contexts, tls_version: str
+) -> None:
+    near, far = lockstep.tcp_pair()
+    server = lockstep.session(contexts[1], near, timeouts=bridge.Timeouts(close_notify=0.05, handshake=None))
+    client = Raw(raw_context(tls_version), far, server_side=False)
+    while client.handshake() is not None:
+        lockstep.round()
+    lockstep.until(lambda: is_open(server))
+    mine = server._channel.transport
+    assert mine.quiet
+    far.send(record(23, bytes(32)))
+    lockstep.until(lambda: mine.finished)
+    assert isinstance(server.end, bridge.TLSError)
+
+
+# ── deadlines ──
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as made:
+        yield made
+
+
+def test_the_time_for_a_connection_ends_with_it(
+    lockstep: Lockstep, contexts: Contexts, clock: Clock, listener: socket.socket
+) -> None:
+    timeouts = bridge.Timeouts(connect=5, handshake=10)
+    client = lockstep.connect(listener.getsockname(), contexts[0], timeouts=timeouts)
+    lockstep.until(lambda: client.state == "handshaking")
+    with listener.accept()[0]:
+        clock.now += 6
+        lockstep.settle()
+        assert not is_closed(client)
+        clock.now += 4
+        lockstep.until(lambda: is_closed(client))
+    assert isinstance(client.end, bridge.HandshakeTimeout)
+
+
+def test_an_open_session_lets_its_worker_sleep_when_the_time_for_its_connection_has_passed(
+    lockstep: Lockstep, contexts: Contexts, clock: Clock, listener: socket.socket
+) -> None:
+    timeouts = bridge.Timeouts(connect=5, handshake=5)
+    client = lockstep.connect(listener.getsockname(), contexts[0], timeouts=timeouts)
+    lockstep.until(lambda: client.state == "handshaking")
+    server = lockstep.session(contexts[1], listener.accept()[0])
+    lockstep.until(lambda: is_open(client) and is_open(server))
+    clock.now += 6
+    for _ in range(5):
+        lockstep.round()
+    assert not (lockstep.round() or is_closed(client))
+
+
+def test_a_close_in_the_middle_of_the_handshake_is_bounded_beyond_it(
+    lockstep: Lockstep, contexts: Contexts, clock: Clock
+) -> None:
+    near, far = lockstep.small_pair()
+    client = lockstep.session(contexts[0], near, timeouts=bridge.Timeouts(flush=10, write_stall=None))
+    server = lockstep.session(contexts[1], far, limits=bridge.Limits(inbox_bytes=1))
+    client.send(bytes(200_000))
+    begin_close(client)
+    lockstep.until(lambda: client.state == "draining")
+    lockstep.settle()
+    clock.now += 9
+    lockstep.settle()
+    assert not is_closed(client) and client.outbox.qsize() > 0
+    clock.now += 1
+    for _ in range(3):
+        lockstep.round()
+    ending = client._channel.closed.peek()
+    assert ending is not None and isinstance(ending.cause, bridge.CloseTimeout)
+    assert is_open(server)
+
+
+def test_what_was_to_leave_within_its_time_has_no_more_to_do_with_the_peer_s_answer(
+    lockstep: Lockstep, contexts: Contexts, clock: Clock
+) -> None:
+    near, far = lockstep.large_pair()
+    timeouts = bridge.Timeouts(flush=5, close_notify=None)
+    client, server = (
+        lockstep.session(contexts[0], near, timeouts=timeouts),
+        lockstep.session(contexts[1], far),
+    )
+    lockstep.until(lambda: is_open(client) and is_open(server))
+    begin_close(client)
+    lockstep.settle()
+    clock.now += 6
+    lockstep.settle()
+    assert not is_closed(client)
+    begin_close(server)
+    lockstep.until(lambda: is_closed(client))
+    assert isinstance(client.end, bridge.SessionClosed)
+
+
+@pytest.mark.parametrize("half_closed", [False, True])
+def test_who_is_idle_parts_with_one_close_notify(
+    lockstep: Lockstep, contexts: Contexts, clock: Clock, half_closed: bool
+) -> None:
+    near, far = lockstep.large_pair()
+    client = lockstep.session(contexts[0], near, timeouts=bridge.Timeouts(idle=5))
+    server = lockstep.session(contexts[1], far)
+    lockstep.until(lambda: is_open(client) and is_open(server))
+    if half_closed:
+        client.send_eof()
+    lockstep.settle()
+    clock.now += 5
+    lockstep.until(lambda: is_closed(client))
+    ending = client._channel.closed.peek()
+    assert ending is not None and isinstance(ending.cause, bridge.IdleTimeout)
+    assert ending.report and not ending.report.close_notify_received
+    lockstep.settle()
+    with pytest.raises(bridge.EndOfStream):
+        server.recv(0)
+
+
+def test_small_messages_are_not_held_back(
+    lockstep: Lockstep, contexts: Contexts, listener: socket.socket
+) -> None:
+    client = lockstep.connect(listener.getsockname(), contexts[0])
+    lockstep.until(lambda: client.state == "handshaking")
+    server = lockstep.session(contexts[1], listener.accept()[0])
+    lockstep.until(lambda: is_open(client) and is_open(server))
+    for session in (client, server):
+        sock = session._channel.transport.sock
+        assert sock is not None and sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+# ── commands ──
+
+
+@pytest.fixture
+def renegotiable(lockstep: Lockstep, ca_file: str, server_cert: KeyPair) -> tuple[Session, Session]:
+    """Client and server in TLS 1.2, for which nothing is under way."""
+    version = only("TLSv1.2")
+    identity = server_cert.certfile, server_cert.keyfile
+    near, far = lockstep.large_pair()
+    client = lockstep.session(bridge.client_context(ca_file, **version), near)
+    server = lockstep.session(bridge.server_context(*identity, renegotiation=True, **version), far)
+    lockstep.until(lambda: is_open(client) and is_open(server))
+    lockstep.settle()
+    assert client._channel.transport.quiet and server._channel.transport.quiet
+    return client, server
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [
+        (21, ("close", None)),
+        (21, ("send_eof",)),
+        (21, ("unwrap", None)),
+        (22, ("renegotiate",)),
+        (23, ("send", [b"x"])),
+    ],
+    ids=str,
+)
+def test_a_command_is_obeyed_in_a_turn_to_which_data_has_come_too(
+    lockstep: Lockstep, renegotiable: tuple[Session, Session], kind: int, command: tuple[Any, ...]
+) -> None:
+    client, server = renegotiable
+    server._channel.outbox.hold(1)
+    client.send(b"data")
+    mine, theirs = server._channel.transport, client._channel.transport.sock
+    server._channel.worker.post(mine, *command)
+    server._channel.worker.step()
+    assert mine.received == 4 and theirs is not None
+    assert theirs.recv(1, socket.MSG_PEEK) == bytes([kind])
+
+
+def test_a_client_may_ask_for_a_new_handshake_where_the_server_lets_it(
+    lockstep: Lockstep, ca_file: str, server_cert: KeyPair
+) -> None:
+    near, far = lockstep.large_pair()
+    client = lockstep.session(bridge.client_context(ca_file, **only("TLSv1.2")), near)
+    context = raw_context("TLSv1.2", server_cert)
+    context.set_options(ALLOW_CLIENT_RENEGOTIATION)
+    server = Raw(context, far, server_side=True)
+    while server.handshake() is not None:
+        lockstep.round()
+    lockstep.settle()
+    mine, before = client._channel.transport, server.connection.get_finished()
+    client.renegotiate()
+    lockstep.settle()
+    assert mine.deadline is not None and wants(client)["handshake"] == "read"
+    client.send(b"data")
+    while (data := server.read()) is Want.READ:
+        lockstep.settle()
+    lockstep.settle()
+    assert data == b"data" and server.connection.get_finished() != before
+    assert mine.quiet and mine.deadline is None and wants(client) == {"read": "read"}
+
+
+def test_a_renegotiation_of_what_the_peer_has_closed_is_none(
+    lockstep: Lockstep, renegotiable: tuple[Session, Session]
+) -> None:
+    client, server = renegotiable
+    client.send_eof()
+    lockstep.until(lambda: server.state == "peer_closed")
+    server.renegotiate()
+    lockstep.settle()
+    server.send(b"still here")
+    lockstep.until(lambda: not client.inbox.empty())
+    assert client.recv(0) == b"still here"
+
+
+def test_what_comes_after_close_is_read_but_nobody_is_troubled_with_it(
+    lockstep: Lockstep, contexts: Contexts
+) -> None:
+    near, far = lockstep.large_pair()
+    options = {"timeouts": bridge.Timeouts(close_notify=None), "limits": bridge.Limits(inbox_bytes=1)}
+    client, server = lockstep.session(contexts[0], near, **options), lockstep.session(contexts[1], far)
+    lockstep.until(lambda: is_open(client) and is_open(server))
+    begin_close(client)
+    lockstep.settle()
+    for _ in range(3):
+        server.send(bytes(1_000))
+        lockstep.settle()
+    (seen,) = lockstep.bridges[0].snapshot().sessions
+    assert seen.received == 3_000 and seen.inbox_bytes == 0
+    begin_close(server)
+    lockstep.until(lambda: is_closed(client))
+    assert isinstance(client.end, bridge.SessionClosed)
+
+
+def test_send_eof_is_that_of_tls_and_not_of_tcp(
+    lockstep: Lockstep, contexts: Contexts, tls_version: str
+) -> None:
+    near, far = lockstep.large_pair()
+    session = lockstep.session(contexts[1], near)
+    peer = Raw(raw_context(tls_version), far, server_side=False)
+    while isinstance(peer.handshake(), Want):
+        lockstep.round()
+    lockstep.until(lambda: is_open(session))
+    session.send_eof()
+    lockstep.settle()
+    with pytest.raises(SSL.ZeroReturnError):
+        peer.read()
+    with pytest.raises(BlockingIOError):
+        far.recv(1)
+
+
+def test_the_doctor_tells_what_is_left_inside(
+    lockstep: Lockstep, renegotiable: tuple[Session, Session]
+) -> None:
+    client, server = renegotiable
+    client.send(b"data")
+    lockstep.bridges[0]._coordinator.step()
+    lockstep.bridges[0]._workers[0].step()
+    assert engine_of(server).peek(1) == b"d"
+    with capture_logs() as logs:
+        server._channel.transport.stalled(100, "w")
+    structlog.reset_defaults()
+    (stalled,) = [entry for entry in logs if entry["event"] == "session.stalled"]
+    assert stalled["inside"] == 4
