@@ -154,8 +154,8 @@ class Worker:
         if watch is None or watch.mask != READ or not self._poller.lends:
             return False
         assert watch.sock is not None
+        watch.mask = LENT  # first: if the rest is interrupted, `take_back` sees to it
         self._poller.change(watch.sock, LENT, pollable)
-        watch.mask = LENT
         return True
 
     def take_back(self, pollable: Pollable) -> None:
