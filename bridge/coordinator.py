@@ -17,7 +17,19 @@ from bridge.codecs import Codec
 from bridge.engine import SessionInfo
 from bridge.errors import CodecError, EndOfStream, SessionAborted, SessionClosed, SessionEnded, fresh
 from bridge.limits import RECORD_BYTES
-from bridge.queues import Gate, Inbox, Latch, Mailbox, Outbox, ReadCredit, serving_all
+from bridge.poll import READ, my_sleeper
+from bridge.queues import (
+    Gate,
+    Inbox,
+    Latch,
+    Mailbox,
+    Outbox,
+    ReadCredit,
+    SessionInbox,
+    check_may_wait,
+    serve_all,
+    serving_all,
+)
 from bridge.transport import Ending, Told, Transport, interrupted
 from bridge.worker import Command, Worker
 
@@ -77,6 +89,8 @@ class Channel:
         self.on_closed: Callable[[Channel, Ending], None] = _ignore
         self.opened: Latch[SessionInfo | SessionEnded] = Latch()
         self.closed: Latch[Ending] = Latch()
+        if isinstance(inbox, SessionInbox):
+            inbox.attend = self.attend
         self.end: SessionEnded | None = None
         """How receiving ended: the first cause."""
         self.ended = False
@@ -137,6 +151,62 @@ class Channel:
             raise
         return True
 
+    def attend(self, inbox: SessionInbox, timeout: float | None) -> bool:
+        """Sleep beside the socket itself, at most *timeout* seconds, and read what comes; False if that may not be.
+
+        It may be if the session is quiet, gets short messages, and nobody else waits for them.  Any thread that is
+        about to wait for a message; the message, if there is one, is in the inbox then.  Whatever else there is to be
+        seen to is left to the worker.
+        """
+        check_may_wait()
+        transport, worker = self.transport, self.worker
+        lock: Any = transport.lock
+        if not (transport.brief and transport.mask == READ) or lock._is_owned():
+            return False
+        try:
+            bed = my_sleeper()
+        except OSError:  # out of descriptors for another bell
+            return False
+        try:
+            bed.asleep = True  # from here on a signal handler takes another bed
+            with lock:
+                serve_all(True)
+                lent = transport.quiet and self.credit.settled() and inbox.lie_down(bed)
+                if lent and not worker.lend(transport):
+                    lent = inbox.get_up(bed, in_vain=True) and False
+                serve_all(False)
+            if lent:
+                ready = bed.sleep(transport.sock, READ, timeout)
+                with lock:
+                    serve_all(True)
+                    if inbox.get_up(bed) and ready and transport.quiet and self.credit.settled():
+                        self._receive(transport)
+                    worker.take_back(transport)
+                    serve_all(False)
+            bed.asleep = False
+            return lent
+        except BaseException:  # Ctrl-C, mostly out of the sleep
+            with lock:
+                inbox.get_up(bed, in_vain=True)
+                worker.take_back(transport)
+            bed.asleep = False
+            serve_all(False)
+            while lock._is_owned():
+                lock.release()
+            raise
+
+    def _receive(self, transport: Transport) -> None:
+        try:
+            data = transport.take_at_once()
+            if data:
+                self.coordinator.hand_in(self, data)
+        except BaseException:  # Ctrl-C, and what was read may be lost
+            transport.freeze()
+            self.worker.post(transport, "end", interrupted())
+            raise
+        if transport.mask != READ:
+            self.worker.post(transport, "wake")
+
 
 def _ignore(*_: Any) -> None:
     pass
@@ -150,7 +220,7 @@ class Coordinator:
 
     def __init__(self) -> None:
         self._gate = Gate()
-        self._lock = threading.Lock()  # whose the rest is for a turn: our thread's, or a worker's that helps
+        self._lock = threading.Lock()  # whose the rest is for a turn: our thread's, or that of one who helps
         self._mailbox: Mailbox[Word] = Mailbox(self._gate.ring)
         self._outgoing: dict[Worker, list[Command]] = {}
         self._stopping = False
@@ -192,6 +262,14 @@ class Coordinator:
                 self._lock.release()
         else:
             self._mailbox.put(*words)
+
+    def hand_in(self, channel: Channel, data: bytes) -> None:
+        """What a receiver has read of its own session: handled here and now.  With the session's lock.
+
+        Waits for whoever is handling a batch, and handles nobody else's words: it may be interrupted in the middle.
+        """
+        with self._lock:
+            self._handle([(channel, Told.DATA, data)])
 
     def stop(self) -> None:
         """Leave `run`, after what is queued."""

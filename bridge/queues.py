@@ -28,7 +28,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from bridge import forks
 from bridge.errors import (
@@ -55,6 +55,13 @@ def time_left(deadline: float | None) -> float | None:
     return None if deadline is None else min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
 
 
+class Bed(Protocol):
+    """What a thread sleeps in."""
+
+    def ring(self) -> None:
+        """Wake the sleeper, now or at its next sleep.  Any thread; never waits."""
+
+
 class Gate:
     """A bed for a thread that has no sockets to poll."""
 
@@ -79,14 +86,19 @@ class Gate:
 _mine = threading.local()
 
 
+def serve_all(serves: bool) -> None:
+    """From now on the calling thread serves all sessions, and must not wait for one of them; or no longer."""
+    _mine.serves_all = serves
+
+
 @contextlib.contextmanager
 def serving_all() -> Iterator[None]:
-    """Meanwhile the calling thread serves all sessions, and must not wait for one of them."""
-    _mine.serves_all = True
+    """`serve_all`, meanwhile."""
+    serve_all(True)
     try:
         yield
     finally:
-        _mine.serves_all = False
+        serve_all(False)
 
 
 def check_may_wait() -> None:
@@ -515,6 +527,10 @@ class ReadCredit:
 
     # Called by any thread.
 
+    def settled(self) -> bool:
+        """Whether all that was read has been decoded, so that what is read next may be decoded next."""
+        return self._read == self._decoded
+
     def held(self) -> int:
         """What is read and not taken, in bytes."""
         return -self._decoded + self._read + self._used  # in this order it is never less than nothing
@@ -590,7 +606,7 @@ class Inbox:
         self._behind: dict[object, collections.deque[Entry] | None] = {}
         self._waiting = 0  # how many those are
         self._lock = threading.Lock()
-        self._sleepers: collections.deque[Gate] = collections.deque()  # first come, first woken
+        self._sleepers: collections.deque[Bed] = collections.deque()  # first come, first woken
         self._over: Exception | None = None
         self._feeders = 0
         self._handler = threading.local()
@@ -764,9 +780,16 @@ class Inbox:
 class SessionInbox(Inbox):
     """One session's own inbox: `get` returns just the message, and raises the cause after the end."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend: Callable[[SessionInbox, float | None], bool] | None = None
+        """What brings messages in on the thread of a receiver that would wait for them; false if it may not."""
+
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """The next message.  Any thread.  ReceiveTimeout, or how the session ended."""
         resume = None
+        if block and not self._entries:
+            timeout = self._fetch(timeout)
         with self._lock:
             if not self._entries:
                 self._wait(timeout if block else 0.0)
@@ -779,16 +802,43 @@ class SessionInbox(Inbox):
 
     def peek(self, timeout: float | None = None) -> Any:
         """As `get`, and the message stays the next one."""
+        timeout = self._fetch(timeout)
         with self._lock:
             if not self._entries:
                 self._wait(timeout)
             self._wake(1)  # this wake-up takes nothing: pass it on
             return self._entries[0][1]
 
+    def _fetch(self, timeout: float | None) -> float | None:
+        """Bring a message in, if that is possible within *timeout* seconds.  What is left of these."""
+        deadline = deadline_after(timeout)
+        while not self._entries and timeout != 0.0 and (attend := self.attend) and attend(self, timeout):
+            timeout = time_left(deadline)
+        return timeout
+
+    def lie_down(self, bed: Bed) -> bool:
+        """From now on whatever comes rings *bed*; False if something is here, or somebody else waits for it."""
+        with self._lock:
+            if self._entries or self._sleepers or self._over is not None:
+                return False
+            self._sleepers.append(bed)
+            return True
+
+    def get_up(self, bed: Bed, in_vain: bool = False) -> bool:
+        """No longer.  Whether nothing has come; if so *in_vain*, it is for the next sleeper."""
+        with self._lock:
+            if bed in self._sleepers:
+                self._sleepers.remove(bed)
+                return True
+            if in_vain:
+                self._wake(1)
+            return False
+
     def _deliver(self, session: Any, messages: list[Any], *charge: Any) -> None:
         super()._deliver(None, messages, *charge)  # one session needs no turns, and its receivers take none
 
     def _end(self, session: Any, why: SessionEnded, opened: bool, done: Callable[[], None]) -> None:
+        self.attend = None
         self._finish(why)
 
 

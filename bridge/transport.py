@@ -68,14 +68,13 @@ from bridge.errors import (
     forget_frames,
 )
 from bridge.limits import RECORD_BYTES, Timeouts
-from bridge.poll import NOTHING, Want
+from bridge.poll import NOTHING, READ, Want
 from bridge.states import TRANSITIONS, State
 from bridge.totals import Account, account
 
 if TYPE_CHECKING:
     from OpenSSL import SSL
 
-READ: Final = Want.READ
 READ_BUDGET = 16 * RECORD_BYTES
 """Bytes a session may read in one step before the others have their turn."""
 LEAST_READ = READ_BUDGET // 32
@@ -238,6 +237,7 @@ class Transport:
         "_write_left",
         "again",
         "answerable",
+        "brief",
         "cause",
         "credit",
         "deadline",
@@ -295,6 +295,8 @@ class Transport:
         self._idle = plan.timeouts.idle
         self.answerable = True
         """Something was read since the last `write_at_once`, which might be an answer to it; or nothing was written."""
+        self.brief = False
+        """What was read last was one short record, so `take_at_once` may be worth while."""
         # What is to be done.
         self._handshake = _Operation()
         self._read = _Operation()
@@ -390,10 +392,40 @@ class Transport:
         self.credit.spend(size)
         self.answerable = True
         self._tell(Told.DATA, data)
-        if size < RECORD_BYTES and not engine.on_detour:
-            return True
-        self._read.ready = True
-        return False
+        self.brief = size < RECORD_BYTES and not engine.on_detour
+        self._read.ready = not self.brief
+        return self.brief
+
+    def take_at_once(self) -> bytes:
+        """For a receiver: the next record, if it is there.  Whatever else there is to be said is the owner's to say.
+
+        If the read is ready after that, it is for the owner's next turn to go on.
+        """
+        engine, read, data = self._engine, self._read, b""
+        assert engine is not None
+        try:
+            answer = engine.read(RECORD_BYTES)
+        except SessionEnded:  # which the engine raises again
+            read.ready = True
+            self._settle()
+            return data
+        read.since = time.monotonic()
+        if type(answer) is bytes:
+            data = answer
+            self.brief = 0 < len(data) < RECORD_BYTES and not engine.on_detour
+            read.ready = not self.brief  # or the peer's close_notify, which the engine says again
+            if data:
+                self.received += len(data)
+                self.credit.spend(len(data))
+                self.answerable = True
+                if self._idle is not None:
+                    self.now = read.since
+                    self._touch()
+        elif answer is not READ or engine.on_detour:
+            read.ready = True
+        if read.ready:
+            self._settle()
+        return data
 
     def read_at_once(self) -> bytes:
         """The next record if it is there and plain data; ``b""`` if it was anything else, which has been dealt with."""
@@ -713,6 +745,7 @@ class Transport:
                     self.credit.spend(len(data))
                     self._touch()
                     self.answerable = True
+                    self.brief = len(data) < RECORD_BYTES
                     self._tell(Told.DATA, data)
         if self._peer_closed:
             self._on_peer_closed()

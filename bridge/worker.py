@@ -30,7 +30,7 @@ from typing import Any, Protocol
 
 from bridge import events
 from bridge.errors import SessionAborted, SessionEnded
-from bridge.poll import NOTHING, Doorbell, Poller, Want
+from bridge.poll import LENT, NOTHING, READ, Doorbell, Poller, Want
 from bridge.queues import Mailbox, serving_all
 
 HAND_OVER = 64
@@ -155,6 +155,29 @@ class Worker:
     def load(self) -> int:
         """How many pollables it owns."""
         return len(self._watched)
+
+    # Any thread that holds the pollable's lock.
+
+    def lend(self, pollable: Pollable) -> bool:
+        """Leave it to the caller to sleep beside the socket until there is something to read; whether it may.
+
+        No promise: after a turn of the worker's own, which may have something else to wait for, both wait.
+        """
+        watch = self._watched.get(pollable)
+        if watch is None or watch.mask != READ or not self._poller.lends:
+            return False
+        assert watch.sock is not None
+        watch.mask = LENT  # first: if the rest is interrupted, `take_back` sees to it
+        self._poller.change(watch.sock, LENT, pollable)
+        return True
+
+    def take_back(self, pollable: Pollable) -> None:
+        """Sleep beside it again, if it is still lent."""
+        watch = self._watched.get(pollable)
+        if watch is not None and watch.mask == LENT:
+            assert watch.sock is not None
+            self._poller.change(watch.sock, READ, pollable)
+            watch.mask = READ
 
     # Its own thread.
 

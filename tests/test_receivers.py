@@ -1,0 +1,399 @@
+"""The short way of a message: a receiver that has to wait sleeps beside the socket itself, and reads what comes.
+
+Mostly in lockstep, where no worker has a thread: what is received then came the short way, or was read in the order
+in which it would hurt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from conftest import KeyPair
+from peers import Background
+from rig import PATIENCE, Lockstep, begin_close, is_closed, is_open, only, received
+from test_interrupts import KINDS, Interrupt, Moment
+
+import bridge
+from bridge import codecs, coordinator, poll, queues
+from bridge.poll import LENT, Want
+from bridge.session import Session
+
+SOON = 0.05
+"""Seconds that are given to what must not come."""
+linux = pytest.mark.skipif(not poll.Poller.lends, reason="where there is no epoll, workers lend nothing")
+pytestmark = linux
+Pair = tuple[Session, Session]
+
+
+def framed() -> codecs.LengthPrefixed:
+    return codecs.LengthPrefixed(4)
+
+
+@pytest.fixture
+def contexts(ca_file: str, server_cert: KeyPair, tls_version: str) -> tuple[bridge.Context, bridge.Context]:
+    """Client's and server's, for each version in turn."""
+    return (
+        bridge.client_context(ca_file, **only(tls_version)),
+        bridge.server_context(server_cert.certfile, server_cert.keyfile, **only(tls_version)),
+    )
+
+
+@pytest.fixture
+def rig() -> Iterator[Lockstep]:
+    with Lockstep() as made:
+        yield made
+
+
+def opened(rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context], *sockets: Any) -> Pair:
+    """A client's session and a server's, which has got short messages so far."""
+    client, server = (
+        rig.session(context, sock, codec=framed) for context, sock in zip(contexts, sockets, strict=True)
+    )
+    rig.until(lambda: is_open(client) and is_open(server))
+    client.send(b"0")
+    rig.until(lambda: not server.inbox.empty())
+    assert server.recv(0) == b"0"
+    rig.settle()
+    return client, server
+
+
+@pytest.fixture
+def pair(rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context]) -> Pair:
+    return opened(rig, contexts, *rig.tcp_pair())
+
+
+def leave(rig: Lockstep, session: Session) -> None:
+    """What *session* has to say is on its way; only its own bridge has a turn."""
+    mine = next(one for one in rig.bridges if one._coordinator is session._coordinator)
+    for _ in range(5):
+        mine._coordinator.step()
+        mine._workers[0].step()
+
+
+def mask_of(session: Session) -> int:
+    """What its worker has in the poll set for it."""
+    return session._channel.worker._watched[session._channel.transport].mask
+
+
+def test_a_receiver_that_waits_needs_no_worker(rig: Lockstep, pair: Pair) -> None:
+    client, server = pair
+    for number in range(5):
+        client.send(b"%d" % number)
+        leave(rig, client)
+        assert server.recv(PATIENCE) == b"%d" % number
+
+
+def test_so_do_peek_and_the_inbox(rig: Lockstep, pair: Pair) -> None:
+    client, server = pair
+    client.send(b"a")
+    leave(rig, client)
+    assert server.peek(PATIENCE) == b"a" == server.inbox.get(timeout=PATIENCE)
+
+
+def test_what_came_with_a_message_is_there_for_the_next_receivers(rig: Lockstep, pair: Pair) -> None:
+    client, server = pair
+    for number in range(4):
+        client.send(b"%d" % number)  # merged into one record
+    leave(rig, client)
+    assert [server.recv(PATIENCE) for _ in range(4)] == [b"0", b"1", b"2", b"3"]
+
+
+def test_after_that_the_worker_reads_again(rig: Lockstep, pair: Pair) -> None:
+    client, server = pair
+    client.send(b"1")
+    leave(rig, client)
+    assert server.recv(PATIENCE) == b"1" and mask_of(server) == Want.READ
+    client.send(b"2")
+    rig.until(lambda: server.inbox.qsize() == 1)
+    assert server.recv(0) == b"2"
+
+
+def test_also_if_nothing_came_in_time(rig: Lockstep, pair: Pair) -> None:
+    client, server = pair
+    with pytest.raises(bridge.ReceiveTimeout):
+        server.recv(SOON)
+    assert mask_of(server) == Want.READ
+    client.send(b"1")
+    rig.until(lambda: server.inbox.qsize() == 1)
+
+
+def test_a_message_that_comes_in_pieces_is_waited_for(rig: Lockstep, pair: Pair) -> None:
+    client, server = pair
+    wire = framed().encode(b"in pieces")
+    client._channel.outbox.put(wire[:6], None)
+    leave(rig, client)
+    with pytest.raises(bridge.ReceiveTimeout):
+        server.recv(SOON)
+    client._channel.outbox.put(wire[6:], None)
+    leave(rig, client)
+    assert server.recv(PATIENCE) == b"in pieces"
+
+
+def test_nothing_overtakes_what_a_worker_has_read_and_not_yet_handed_over(rig: Lockstep, pair: Pair) -> None:
+    client, server = pair
+    transport, worker = server._channel.transport, server._channel.worker
+    client.send(b"1")
+    leave(rig, client)
+    with transport.lock:
+        assert not transport.turn(Want.READ, time.monotonic()) and worker.produced
+    client.send(b"2")
+    leave(rig, client)
+    with pytest.raises(bridge.ReceiveTimeout):
+        server.recv(SOON)
+    rig.until(lambda: server.inbox.qsize() == 2)
+    assert list(received(server)) == [b"1", b"2"]
+
+
+def test_nor_what_it_reads_while_the_receiver_sleeps(
+    rig: Lockstep, pair: Pair, background: Background
+) -> None:
+    """A poll of the worker's that ended before the socket was lent: then both have been woken."""
+    client, server = pair
+    transport, worker = server._channel.transport, server._channel.worker
+    receiver = asleep_beside(server, background)
+    with transport.lock:
+        client.send(b"1")
+        leave(rig, client)
+        assert not transport.turn(Want.READ, time.monotonic()) and worker.produced
+        client.send(b"2")
+        leave(rig, client)
+    while mask_of(server) == LENT:  # until the receiver has looked, and gone to sleep as others do
+        pass
+    assert not receiver.done()
+    worker.step()
+    assert receiver.result(PATIENCE) == b"1"
+    rig.until(lambda: server.inbox.qsize() == 1)
+    assert server.recv(0) == b"2"
+
+
+def asleep_beside(session: Session, background: Background) -> Any:
+    """A thread that waits for a message of *session*, beside its socket."""
+    receiver = background.run(session.recv, PATIENCE)
+    deadline = time.monotonic() + PATIENCE
+    while mask_of(session) != LENT or not session._own_inbox()._sleepers:
+        assert time.monotonic() < deadline and not receiver.done()
+    return receiver
+
+
+def test_a_second_receiver_sleeps_as_ever_and_both_are_served(
+    rig: Lockstep, pair: Pair, background: Background
+) -> None:
+    client, server = pair
+    first = asleep_beside(server, background)
+    second = background.run(server.recv, PATIENCE)
+    while len(server._own_inbox()._sleepers) < 2:
+        assert not second.done()
+    client.send(b"1")
+    leave(rig, client)
+    while not (first.done() or second.done()):
+        pass
+    client.send(b"2")
+    rig.until(lambda: first.done() and second.done())
+    assert {first.result(), second.result()} == {b"1", b"2"}
+
+
+def test_what_another_way_brings_wakes_the_receiver(
+    rig: Lockstep, pair: Pair, background: Background
+) -> None:
+    _, server = pair
+    receiver = asleep_beside(server, background)
+    server._own_inbox()._deliver(server, [b"from elsewhere"], None, 0, 0)
+    assert receiver.result(PATIENCE) == b"from elsewhere"
+
+
+@pytest.mark.parametrize("end", ["close", "abort"])
+def test_the_end_wakes_the_receiver(rig: Lockstep, pair: Pair, background: Background, end: str) -> None:
+    _, server = pair
+    receiver = asleep_beside(server, background)
+    begin_close(server) if end == "close" else server.abort()
+    rig.until(receiver.done)
+    with pytest.raises(bridge.SessionClosed if end == "close" else bridge.SessionAborted):
+        receiver.result()
+
+
+@pytest.mark.parametrize("end", ["close", "abort"])
+def test_the_peers_end_is_for_the_worker_to_tell(rig: Lockstep, pair: Pair, end: str) -> None:
+    client, server = pair
+    begin_close(client) if end == "close" else client.abort()
+    leave(rig, client)
+    with pytest.raises(bridge.ReceiveTimeout):
+        server.recv(SOON)
+    rig.until(lambda: server.end is not None)
+    with pytest.raises(bridge.EndOfStream if end == "close" else bridge.PeerReset):
+        server.recv(SOON)
+
+
+def test_a_hang_up_while_the_socket_is_lent_is_told_once(
+    rig: Lockstep, pair: Pair, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A poll reports it for an empty mask too, and would for ever."""
+    client, server = pair
+    worker, transport = server._channel.worker, server._channel.transport
+    monkeypatch.setattr(coordinator.Channel, "_receive", lambda *_: None)  # the receiver is slow
+    with transport.lock:
+        assert worker.lend(transport)
+    client.abort()
+    leave(rig, client)
+    told = [bool(worker._poller.wait(0)) for _ in range(5)]
+    assert sum(told) == 1
+    with transport.lock:
+        worker.take_back(transport)
+    rig.until(lambda: isinstance(server.end, bridge.PeerReset))
+
+
+def test_large_messages_are_left_to_the_worker(rig: Lockstep, contexts: Any) -> None:
+    client, server = opened(rig, contexts, *rig.large_pair())
+    large = bytes(range(256)) * 400
+    client.send(large)
+    rig.until(lambda: server.inbox.qsize() == 1)
+    assert server.recv(0) == large
+    client.send(b"1")
+    leave(rig, client)
+    with pytest.raises(bridge.ReceiveTimeout):
+        server.recv(SOON)
+    rig.until(lambda: server.inbox.qsize() == 1)
+    assert server.recv(0) == b"1"
+    client.send(b"2")
+    leave(rig, client)
+    assert server.recv(PATIENCE) == b"2", "short ones again"
+
+
+def test_a_large_message_while_the_receiver_sleeps(rig: Lockstep, pair: Pair, background: Background) -> None:
+    client, server = pair
+    receiver = asleep_beside(server, background)
+    large = bytes(range(256)) * 400
+    client.send(large)
+    rig.until(receiver.done)
+    assert receiver.result() == large
+
+
+def test_whoever_has_no_descriptor_left_for_a_bed_sleeps_without(
+    rig: Lockstep, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted() -> Any:
+        raise OSError(24, "Too many open files")
+
+    client, server = pair
+    monkeypatch.setattr(coordinator, "my_sleeper", exhausted)
+    with pytest.raises(bridge.ReceiveTimeout):
+        server.recv(SOON)
+    client.send(b"1")
+    rig.until(lambda: server.inbox.qsize() == 1)
+    assert server.recv(PATIENCE) == b"1"
+
+
+def test_a_receiver_heeds_the_idle_timeout(ca_file: str, server_cert: KeyPair) -> None:
+    near, far = socket.socketpair()
+    timeouts = bridge.Timeouts(idle=0.2)
+    with bridge.Bridge(timeouts=timeouts) as b, bridge.Bridge() as other:
+        server = b.adopt(far, bridge.server_context(server_cert.certfile, server_cert.keyfile), wait=False)
+        client = other.adopt(
+            near, bridge.client_context(ca_file), server_hostname="localhost", timeout=PATIENCE
+        )
+        client.send(b"1")
+        assert server.recv(PATIENCE) == b"1"
+        with pytest.raises(bridge.IdleTimeout):
+            server.recv(PATIENCE)
+        client.abort()
+
+
+def test_a_signal_handler_may_receive_from_another_session(
+    rig: Lockstep, contexts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poll, "_bed", poll._Bed())  # for the two that are used here
+    client, server = opened(rig, contexts, *rig.tcp_pair())
+    other_client, other_server = opened(rig, contexts, *rig.tcp_pair())
+    other_client.send(b"other")
+    leave(rig, other_client)
+    seen = []
+
+    def handle(*_: object) -> None:
+        seen.append(other_server.recv(PATIENCE))
+        client.send(b"1")
+        leave(rig, client)
+
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, SOON)
+        assert server.recv(PATIENCE) == b"1"
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert seen == [b"other"]
+
+
+def test_a_codec_may_not_receive_what_it_is_decoding_for(ca_file: str, server_cert: KeyPair) -> None:
+    """Which is as wrong on the thread of a receiver as on that of a worker."""
+    sessions: list[Session] = []
+
+    class Curious(codecs.Raw):
+        def decode(self, data: bytes) -> list[bytes]:
+            if data == b"2":
+                sessions[0].recv(PATIENCE)
+            return [data]
+
+    near, far = socket.socketpair()
+    with Lockstep() as rig:
+        client = rig.session(bridge.client_context(ca_file), near)
+        server = rig.session(
+            bridge.server_context(server_cert.certfile, server_cert.keyfile), far, codec=Curious
+        )
+        sessions.append(server)
+        for message in (b"1", b"2"):
+            client.send(message)
+            rig.until(lambda: is_open(server) and client.outbox.empty())
+            if message == b"1":
+                rig.until(lambda: server.inbox.qsize() == 1)
+                assert server.recv(0) == b"1"
+                rig.settle()
+        leave(rig, client)
+        with pytest.raises(bridge.CodecError, match="a codec may not wait"):
+            server.recv(PATIENCE)
+        sessions.clear()
+
+
+def until_received(rig: Lockstep, session: Session, last: bytes) -> list[bytes]:
+    """What comes until *last*, or the end."""
+    found: list[bytes] = []
+
+    def over() -> bool:
+        found.extend(received(session) if session.end is None else ())
+        return is_closed(session) or last in found
+
+    rig.until(over)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_receiver_loses_nothing_or_its_session(contexts: Any, kind: str) -> None:
+    """And leaves nothing locked, and the socket to its worker."""
+    for number in itertools.count():
+        with Lockstep() as rig:
+            client, server = opened(rig, contexts, *rig.tcp_pair())
+            client.send(b"1")
+            leave(rig, client)
+            taken = []
+            with Moment(kind, number) as moment, contextlib.suppress(Interrupt):
+                taken.append(server.recv(PATIENCE))
+            transport = server._channel.transport
+            assert not transport.lock._is_owned(), moment.where  # type: ignore[attr-defined]
+            assert not server._coordinator._lock.locked(), moment.where
+            assert not server._own_inbox()._lock.locked() and not server._own_inbox()._sleepers, moment.where
+            queues.check_may_wait()
+            client.send(b"2")
+            left = until_received(rig, server, b"2")
+            if is_closed(server):
+                assert isinstance(server.end, bridge.SessionAborted), moment.where
+                assert moment.where
+            else:
+                popped = moment.where.startswith(("queues.py", "session.py"))  # as with any queue
+                assert taken + left == [b"1", b"2"] or (popped and left == [b"2"]), moment.where
+        if not moment.where:
+            assert number or kind != "call"
+            return
