@@ -2,7 +2,8 @@
 
 The parser lives here and nowhere else: whatever woke a worker, and whichever OpenSSL call happened to
 produce plaintext, the bytes come here, in order, and meet their session's codec.  Which thread that is, the
-coordinator's or that of a worker which found it idle, makes no difference: a lock lets one in at a time.  Nothing
+coordinator's or that of a worker which found it idle, or of a receiver that has read its message itself, makes no
+difference: a lock lets one in at a time.  Nothing
 here waits: inboxes take what they are given, because reading stops long before they could grow (see `queues`).
 """
 

@@ -16,7 +16,7 @@ other.  Only the first put after that rings, so a busy thread is never rung at a
 
 The locks here are held for a few assignments, never while waiting, never while calling out, and never two at
 a time, except the byte counter of the whole bridge inside an outbox or an inbox.  (Two others are held for a
-turn, a session's and the coordinator's: those who help only try them, and only the owner waits for its helper.)
+turn, a session's and the coordinator's, in this order by a receiver that reads for itself; others only try them.)
 A mailbox's lock is reentrant because a finalizer may put a word at any moment, also in the middle of another
 put by the same thread.
 """

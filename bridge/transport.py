@@ -28,8 +28,9 @@ plain reads.  `abort` does none of that.
 
 Which thread: everything here belongs to the session's owner, which holds `lock` for each turn and command.
 Others reach it by its worker's mailbox, with one exception: while the session is `quiet` (open, and nothing but
-reading under way) a sender may take the lock for one `write_at_once`.  It tells nobody anything and ends
-nothing, for that is the owner's; what it could not finish is left as any write is, and a word wakes the worker.
+reading under way) a sender may take the lock for one `write_at_once`, and a receiver for one `take_at_once`.  They
+tell nobody anything and end nothing, for that is the owner's; what they could not finish is left as any write or read
+is, and a word wakes the worker.
 A quiet session's owner takes short turns likewise: one read, and neither wants nor deadlines to look at again.
 Hence whatever starts something else, a command or a deadline, must end the quiet, or find the long turn.
 """

@@ -21,7 +21,7 @@ from rig import PATIENCE, Lockstep, begin_close, is_closed, is_open, only, recei
 from test_interrupts import KINDS, Interrupt, Moment
 
 import bridge
-from bridge import codecs, coordinator, poll, queues
+from bridge import codecs, coordinator, poll, queues, worker
 from bridge.poll import LENT, Want
 from bridge.session import Session
 
@@ -397,3 +397,15 @@ def test_an_interrupted_receiver_loses_nothing_or_its_session(contexts: Any, kin
         if not moment.where:
             assert number or kind != "call"
             return
+
+
+def test_where_workers_lend_nothing_they_read(contexts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "Poller", poll.SelectorPoller)  # as on other systems
+    with Lockstep() as rig:
+        client, server = opened(rig, contexts, *rig.tcp_pair())
+        client.send(b"1")
+        leave(rig, client)
+        with pytest.raises(bridge.ReceiveTimeout):
+            server.recv(SOON)
+        rig.until(lambda: server.inbox.qsize() == 1)
+        assert server.recv(PATIENCE) == b"1"
