@@ -68,6 +68,8 @@ TESTS = {
     "transport": [
         "test_transport.py",
         "test_engine.py",
+        "test_answers.py",
+        "test_facts.py",
         "test_lockstep.py",
         "test_stream.py",
         "test_flow_control.py",
