@@ -127,30 +127,27 @@ class Channel:
                 return False
             with lock:
                 lock.release()  # but not the one of the ``with``
-                return self._answer(transport, data)
+                if not (transport.quiet and self.outbox.idle()):
+                    return False
+                transport.answerable = False
+                left = size
+                try:
+                    left -= transport.write_at_once(data)
+                    if left:
+                        self.outbox.hold(left)
+                        self.worker.post(transport, "wake")
+                except SessionEnded as error:
+                    self.outbox.hold(left)
+                    self.worker.post(transport, "end", error)
+                except BaseException:  # Ctrl-C
+                    transport.freeze()
+                    self.worker.post(transport, "end", interrupted())
+                    raise
+                return True
         except BaseException:
             while lock._is_owned():
                 lock.release()
             raise
-
-    def _answer(self, transport: Transport, data: bytes) -> bool:
-        if not (transport.quiet and self.outbox.idle()):
-            return False
-        transport.answerable = False
-        left = len(data)
-        try:
-            left -= transport.write_at_once(data)
-            if left:
-                self.outbox.hold(left)
-                self.worker.post(transport, "wake")
-        except SessionEnded as error:
-            self.outbox.hold(left)
-            self.worker.post(transport, "end", error)
-        except BaseException:  # Ctrl-C
-            transport.freeze()
-            self.worker.post(transport, "end", interrupted())
-            raise
-        return True
 
     def attend(self, inbox: SessionInbox, timeout: float | None) -> bool:
         """Sleep beside the socket itself, at most *timeout* seconds, and read what comes; False if that may not be.

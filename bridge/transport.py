@@ -342,11 +342,32 @@ class Transport:
         False after the short way: there is nothing new to wait for.
         """
         on_time = self.deadline is None or now < self.deadline
-        if not (self.quiet and ready == self.mask == READ and on_time and self.credit.room() > 0):
-            if ready:
-                self.on_ready(ready)
-        elif self._read_shortly(now):
-            return False
+        if self.quiet and ready == self.mask == READ and on_time and self.credit.room() > 0:
+            engine = self._engine
+            assert engine is not None
+            self.now = now
+            try:
+                data = engine.read(RECORD_BYTES)
+                if data and type(data) is bytes:
+                    if self._idle is not None:
+                        self._touch()
+                    size = len(data)
+                    self._read.since = now
+                    self.received += size
+                    self.credit.spend(size)
+                    self.answerable = True
+                    self._tell(Told.DATA, data)
+                    if size < RECORD_BYTES and not engine.on_detour:
+                        self.brief = True
+                        return False
+                    self.brief = False
+                    self._read.ready = True
+                else:
+                    self._read_no_data(data)
+            except SessionEnded as error:
+                self.end(error)
+        elif ready:
+            self.on_ready(ready)
         self.step(now)
         return True
 
@@ -371,31 +392,6 @@ class Transport:
         self._settle()
 
     # The shortest turns there are, for an owner that wants one thing only of a session that is `quiet`.
-
-    def _read_shortly(self, now: float) -> bool:
-        """One short record of plain data, and nothing else to be said about it; or what a step has to go on from."""
-        engine = self._engine
-        assert engine is not None
-        self.now = now
-        try:
-            data = engine.read(RECORD_BYTES)
-        except SessionEnded as error:
-            self.end(error)
-            return False
-        if not data or type(data) is not bytes:
-            self._read_no_data(data)
-            return False
-        if self._idle is not None:
-            self._touch()
-        size = len(data)
-        self._read.since = now
-        self.received += size
-        self.credit.spend(size)
-        self.answerable = True
-        self._tell(Told.DATA, data)
-        self.brief = size < RECORD_BYTES and not engine.on_detour
-        self._read.ready = not self.brief
-        return self.brief
 
     def take_at_once(self) -> bytes:
         """For a receiver: the next record, if it is there.  Whatever else there is to be said is the owner's to say.

@@ -224,10 +224,14 @@ class Worker:
             watch = self._watched.get(pollable)
             if watch is not None:
                 with pollable.lock:
-                    if mask and watch.turns >= STALLED_TURNS:
-                        changed = self._take_watched_turn(pollable, watch, mask, now)
-                    else:
-                        changed = self._take_turn(pollable, mask, now)
+                    try:
+                        if mask and watch.turns >= STALLED_TURNS:
+                            changed = self._take_watched_turn(pollable, watch, mask, now)
+                        else:
+                            changed = pollable.turn(mask, now)
+                    except Exception as error:
+                        changed = True
+                        fail(pollable, error, self.name)
                     if changed:
                         watch.turns += mask != NOTHING
                         self._attend(pollable, watch)
@@ -268,20 +272,13 @@ class Worker:
                 watch.timer = math.inf
                 runnable.setdefault(watch.pollable, NOTHING)
 
-    def _take_turn(self, pollable: Pollable, ready: int, now: float) -> bool:
-        try:
-            return pollable.turn(ready, now)
-        except Exception as error:
-            fail(pollable, error, self.name)
-            return True
-
     def _take_watched_turn(self, pollable: Pollable, watch: _Watch, ready: int, now: float) -> bool:
         """A turn of what has had many, to see whether they move anything: a session that spins is a bug, and ends.
 
         A turn may well move no plaintext, for a record may come byte by byte; then its ciphertext has moved.
         """
         before = None if pollable.moved != watch.moved else pollable.evidence()
-        changed = self._take_turn(pollable, ready, now)
+        changed = pollable.turn(ready, now)
         if before is None or pollable.moved != watch.moved:
             watch.moved, watch.turns, watch.evidence = pollable.moved, 0, None
             return changed
