@@ -6,24 +6,24 @@ Who may touch what::
     Bridge, Session, Stream, queues  call, any thread    ·               ·
     SSL.Context                      build, freeze       ·               read
     coordinator's mailbox            put                 take            put (a batch per turn)
-    channels, codecs' decode         ·                   OWN             a batch, if idle
+    channels, codecs' decode         what it has read    OWN             a batch, if idle
     codecs' encode                   call, any thread    ·               ·
     session inbox (messages)         get                 put             ·
     send credit (outbox)             take                take bytes      give back
     read credit                      give back           charge          take
     worker's mailbox + doorbell      put, ring           put, ring       take, clear
     a Stream's lease                 take, for a turn    ·               take, for a turn
-    SSL.Connection, socket, poller   a write, if idle    ·               OWN (create … close)
+    SSL.Connection, socket, poller   one call, if quiet  ·               OWN (create … close)
     state, deadlines                 look                ·               OWN
     SessionInfo (peer, ALPN, …)      read (frozen)       pass on         make once
 
 The last column is the session's owner: the worker it was given to, and for a `Stream` whoever holds its lease, a
 calling thread or its worker, for the length of a turn; never two (see `bridge.lease`).
 
-Two owners lend what is theirs to whoever is there, for one turn and under a lock, because a hand-over to a thread that
+Owners lend what is theirs to whoever is there, for one turn and under a lock, because a hand-over to a thread that
 sleeps costs more than the work: a worker handles what it has read itself if the coordinator has nothing to do
-(`Coordinator.hand_over`), and a thread that sends an answer writes it itself if its session is at rest
-(`Channel.answer`).
+(`Coordinator.hand_over`), a thread that sends an answer writes it itself if its session is at rest
+(`Channel.answer`), and one that waits for a message then reads it itself (`Channel.attend`).
 
 Three rules: everything mutable has one owner, and what crosses is frozen and goes through a queue; only
 application threads wait for room; no correctness rests on the GIL.

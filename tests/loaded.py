@@ -29,10 +29,19 @@ def echo(inbox: bridge.Inbox) -> None:
             session.send(message)
 
 
+def resident() -> int:
+    """Bytes of memory, without garbage and what is free; 0 where that cannot be told."""
+    gc.collect()
+    if sys.platform != "linux":
+        return 0
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+    return int((PROC / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def held(b: bridge.Bridge) -> dict[str, Any]:
     """What this process holds now, and what its handshakes have come to since it began."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    kib = resident() >> 10
     totals = b.totals()
     return {
         "sessions": len(b.snapshot().sessions),
@@ -40,7 +49,7 @@ def held(b: bridge.Bridge) -> dict[str, Any]:
         "endings": totals.endings,
         "threads": len(list((PROC / "task").iterdir())),
         "descriptors": len(list((PROC / "fd").iterdir())),
-        "kib": int((PROC / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 10,
+        "kib": kib,
     }
 
 

@@ -5,12 +5,13 @@ another, send messages of 0 bytes to 64 MiB, take them back from an echo, compar
 cut short by another thread.  Meanwhile the listener's certificate is swapped, and children are
 forked that must find every handle refused.  At rest points, with every session gone, threads, descriptors and memory
 are counted; after the first few they may not grow.  Exit status 1 and the reason if anything is wrong.
+
+Memory is measured as `loaded` does it: what is resident once all that is free has gone back to the system.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import hashlib
 import os
 import random
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import trustme
+from loaded import resident
 
 import bridge
 
@@ -33,6 +35,8 @@ WARM_UP = 3
 """Rest points before memory is taken for settled: allocators keep their peaks."""
 GROWTH = 0.10
 """Of the memory at rest, over what it was when settled."""
+SLACK = 8 << 20
+"""And so many bytes, for what threads that are busy elsewhere have just freed."""
 
 
 def codec() -> bridge.codecs.LengthPrefixed:
@@ -197,14 +201,13 @@ class Soak:
             seen = one.snapshot()
             if not self.faults and (seen.inbox_bytes or seen.outbox_bytes):
                 self.faults.append(f"bytes that nobody has: {seen}")
-        gc.collect()
-        return {"threads": threading.active_count(), "fds": _descriptors(), "rss": _resident()}
+        return {"threads": threading.active_count(), "fds": _descriptors(), "rss": resident()}
 
     def compare(self, settled: dict[str, int], found: dict[str, int]) -> None:
         for name in ("threads", "fds"):
             if found[name] > settled[name]:
                 self.faults.append(f"{name} have grown from {settled[name]} to {found[name]}")
-        if found["rss"] > settled["rss"] * (1 + GROWTH) + (32 << 20):
+        if found["rss"] > settled["rss"] * (1 + GROWTH) + SLACK:
             self.faults.append(f"memory has grown from {settled['rss'] >> 20} to {found['rss'] >> 20} MiB")
 
 
@@ -213,17 +216,14 @@ def _descriptors() -> int:
     return len(list(path.iterdir())) if path.is_dir() else 0
 
 
-def _resident() -> int:
-    path = Path("/proc/self/statm")
-    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.is_file() else 0
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--leak", action="store_true", help="leak on purpose, to see that it is noticed")
     options = parser.parse_args()
+    if os.environ.get("PYTHONMALLOC") != "malloc" and hasattr(os, "execve"):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "PYTHONMALLOC": "malloc"})
     soak = Soak(options.seed, options.leak)
     soak.run(options.minutes)
     for fault in soak.faults:
