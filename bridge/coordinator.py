@@ -37,6 +37,9 @@ from bridge.worker import Command, Worker
 MESSAGE_BYTES = 64
 """What a message costs at least, however few its bytes are, so that a million empty lines are not free."""
 
+BATCH_SECONDS = 0.005
+"""How long a receiver waits for the end of another's batch."""
+
 
 class Ask:
     """What the application asks of a session by way of the coordinator."""
@@ -167,20 +170,20 @@ class Channel:
             return False
         try:
             bed.asleep = True  # from here on a signal handler takes another bed
+            serve_all(True)  # and as long as it has the lock: it must not wait for whoever waits for that
             with lock:
-                serve_all(True)
                 lent = transport.quiet and self.credit.settled() and inbox.lie_down(bed)
                 if lent and not worker.lend(transport):
                     lent = inbox.get_up(bed, in_vain=True) and False
-                serve_all(False)
+            serve_all(False)
             if lent:
                 ready = bed.sleep(transport.sock, READ, timeout)
+                serve_all(True)
                 with lock:
-                    serve_all(True)
                     if inbox.get_up(bed) and ready and transport.quiet and self.credit.settled():
                         self._receive(transport)
                     worker.take_back(transport)
-                    serve_all(False)
+                serve_all(False)
             bed.asleep = False
             return lent
         except BaseException:  # Ctrl-C, mostly out of the sleep
@@ -188,9 +191,9 @@ class Channel:
                 inbox.get_up(bed, in_vain=True)
                 worker.take_back(transport)
             bed.asleep = False
-            serve_all(False)
             while lock._is_owned():
                 lock.release()
+            serve_all(False)
             raise
 
     def _receive(self, transport: Transport) -> None:
@@ -218,7 +221,7 @@ class Coordinator:
 
     def __init__(self) -> None:
         self._gate = Gate()
-        self._lock = threading.Lock()  # whose the rest is for a turn: our thread's, or that of one who helps
+        self._lock = threading.RLock()  # whose the rest is for a turn: our thread's, or that of one who helps
         self._mailbox: Mailbox[Word] = Mailbox(self._gate.ring)
         self._outgoing: dict[Worker, list[Command]] = {}
         self._stopping = False
@@ -262,12 +265,24 @@ class Coordinator:
             self._mailbox.put(*words)
 
     def hand_in(self, channel: Channel, data: bytes) -> None:
-        """What a receiver has read of its own session: handled here and now.  With the session's lock.
+        """What a receiver has read of its own session: handled here and now, or queued.  With the session's lock.
 
-        Waits for whoever is handling a batch, and handles nobody else's words: it may be interrupted in the middle.
+        Waits for whoever is handling a batch, but not for a codec that takes its time: its own is up some day.
+        Handles nobody else's words: it may be interrupted in the middle.
         """
-        with self._lock:
-            self._handle([(channel, Told.DATA, data)])
+        lock: Any = self._lock
+        word = channel, Told.DATA, data
+        try:
+            if not lock.acquire(timeout=BATCH_SECONDS):
+                self._mailbox.put(word)
+                return
+            with lock:
+                lock.release()  # but not the one of the ``with``
+                self._handle([word])
+        except BaseException:
+            while lock._is_owned():
+                lock.release()
+            raise
 
     def stop(self) -> None:
         """Leave `run`, after what is queued."""

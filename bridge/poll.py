@@ -232,6 +232,8 @@ class Sleeper:
         if watched != fd or mask_watched != mask:
             poll = self._watch(fd, mask)
         found = poll.poll(None if timeout is None else math.ceil(min(timeout, LONGEST_SLEEP) * 1000))
+        if self.born != forks.current:  # a signal handler has forked, and this is the child
+            forks.check(self.born)
         ready = NOTHING
         for number, event in found:
             if number != fd:
@@ -252,7 +254,8 @@ class Sleeper:
         return poll
 
     def __del__(self) -> None:
-        self._doorbell.close()
+        if hasattr(self, "_doorbell"):  # there was a descriptor for it
+            self._doorbell.close()
 
 
 class _Bed(threading.local):

@@ -679,8 +679,9 @@ class Inbox:
         """After what is waiting, `get` raises ShutDown in every thread (as `queue.Queue.shutdown`)."""
         self._finish(ShutDown("the inbox was shut down"))
 
-    def _wait(self, timeout: float | None) -> None:
-        deadline = deadline_after(timeout)
+    def _wait(self, timeout: float | None, deadline: float | None = None) -> None:
+        """With the lock, for a message; at most *timeout* seconds, or what *deadline* has left of them."""
+        deadline = deadline or deadline_after(timeout)
         while not self._entries:
             if self._over is not None and not self._waiting:
                 raise fresh(self._over)
@@ -788,11 +789,12 @@ class SessionInbox(Inbox):
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """The next message.  Any thread.  ReceiveTimeout, or how the session ended."""
         resume = None
+        deadline = None
         if block and not self._entries:
-            timeout = self._fetch(timeout)
+            deadline = self._fetch(timeout)
         with self._lock:
             if not self._entries:
-                self._wait(timeout if block else 0.0)
+                self._wait(timeout if block else 0.0, deadline)
             _, message, credit, cost, _ = self._entries.popleft()
             if credit is not None and credit._charge(0, -cost):
                 resume = credit._resume
@@ -802,19 +804,19 @@ class SessionInbox(Inbox):
 
     def peek(self, timeout: float | None = None) -> Any:
         """As `get`, and the message stays the next one."""
-        timeout = self._fetch(timeout)
+        deadline = self._fetch(timeout)
         with self._lock:
             if not self._entries:
-                self._wait(timeout)
+                self._wait(timeout, deadline)
             self._wake(1)  # this wake-up takes nothing: pass it on
             return self._entries[0][1]
 
     def _fetch(self, timeout: float | None) -> float | None:
-        """Bring a message in, if that is possible within *timeout* seconds.  What is left of these."""
+        """Bring a message in, if that is possible within *timeout* seconds.  When these are over."""
         deadline = deadline_after(timeout)
         while not self._entries and timeout != 0.0 and (attend := self.attend) and attend(self, timeout):
             timeout = time_left(deadline)
-        return timeout
+        return deadline
 
     def lie_down(self, bed: Bed) -> bool:
         """From now on whatever comes rings *bed*; False if something is here, or somebody else waits for it."""

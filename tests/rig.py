@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +13,7 @@ from conftest import KeyPair
 from OpenSSL import SSL
 
 import bridge
+from bridge.coordinator import Coordinator
 from bridge.engine import TLSEngine
 from bridge.poll import Want
 from bridge.session import Session
@@ -233,6 +236,18 @@ class Lockstep:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def busy(coordinator: Coordinator) -> Iterator[None]:
+    """Meanwhile *coordinator* is at work, as others see it."""
+    free, taken = coordinator._lock, threading.Lock()
+    taken.acquire()
+    coordinator._lock = taken  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        coordinator._lock = free
 
 
 def is_open(session: Session) -> bool:

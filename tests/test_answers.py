@@ -27,6 +27,7 @@ from rig import (
     Lockstep,
     Raw,
     begin_close,
+    busy,
     engine_of,
     is_closed,
     is_open,
@@ -402,7 +403,7 @@ def test_a_busy_coordinator_gets_what_was_read_in_order(rig: Lockstep, pair: Pai
         rig.bridges[1]._coordinator.step()
         rig.bridges[1]._workers[0].step()
         if number % 3:
-            with one._coordinator._lock:
+            with busy(one._coordinator):
                 one._workers[0].step()
         else:
             one._workers[0].step()

@@ -101,7 +101,7 @@ THREADING = {
     "tracing": {"Lock", "current_thread"},  # one trace at a time
     "poll": {"local"},  # a bed for each thread
     "transport": {"RLock"},  # of whose a session is for a turn
-    "coordinator": {"Lock"},  # of whose the codecs are for a turn
+    "coordinator": {"RLock"},  # of whose the codecs are for a turn
     "lease": {"RLock"},  # who holds it owns the transport
     "stream": {"RLock", "TIMEOUT_MAX"},  # of writers: one whole write after the other
     "bridge": {"Event", "Thread", "current_thread"},

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import structlog
 from peers import PATIENCE
+from rig import busy
 from structlog.testing import capture_logs
 
 import bridge
@@ -335,7 +336,7 @@ def test_a_worker_s_batch_is_handled_at_once_after_what_is_queued(rig: Rig) -> N
 
 
 def test_a_batch_that_finds_the_coordinator_at_work_is_queued(rig: Rig) -> None:
-    with rig.coordinator._lock:
+    with busy(rig.coordinator):
         rig.says(Told.DATA, b"x")
         assert rig.inbox.empty()
     assert rig.coordinator.step() and rig.taken() == [b"x"]

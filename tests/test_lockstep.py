@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from rig import busy
 
 import bridge
 from bridge import codecs
@@ -143,8 +144,8 @@ class Side:
     def system(self) -> bool:
         """One step of one thread that does not exist."""
         actor = self.rng.choice((self.bridge._workers[0], self.bridge._coordinator))
-        busy = actor is not self.bridge._coordinator and self.rng.random() < 0.4
-        with self.bridge._coordinator._lock if busy else contextlib.nullcontext():
+        at_work = actor is not self.bridge._coordinator and self.rng.random() < 0.4
+        with busy(self.bridge._coordinator) if at_work else contextlib.nullcontext():
             return actor.step()
 
     def is_open(self) -> bool:

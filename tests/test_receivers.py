@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import signal
 import socket
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
 from conftest import KeyPair
 from peers import Background
-from rig import PATIENCE, Lockstep, begin_close, is_closed, is_open, only, received
+from rig import PATIENCE, Lockstep, begin_close, busy, is_closed, is_open, only, received
 from test_interrupts import KINDS, Interrupt, Moment
 
 import bridge
@@ -122,6 +124,26 @@ def test_also_if_nothing_came_in_time(rig: Lockstep, pair: Pair) -> None:
     assert mask_of(server) == Want.READ
     client.send(b"1")
     rig.until(lambda: server.inbox.qsize() == 1)
+
+
+def test_who_gets_nothing_is_told_how_long_it_has_waited(pair: Pair) -> None:
+    _, server = pair
+    for receive in (server.recv, server.peek, lambda timeout: server.inbox.get(timeout=timeout)):
+        with pytest.raises(bridge.ReceiveTimeout, match=f"within {SOON:g} seconds"):
+            receive(SOON)
+
+
+def test_a_codec_that_takes_its_time_keeps_no_other_receiver(rig: Lockstep, pair: Pair) -> None:
+    """Nor lets what is received afterwards overtake what was received meanwhile."""
+    client, server = pair
+    client.send(b"1")
+    leave(rig, client)
+    with busy(server._coordinator), pytest.raises(bridge.ReceiveTimeout):
+        server.recv(SOON)
+    client.send(b"2")
+    leave(rig, client)
+    rig.until(lambda: server.inbox.qsize() == 2)
+    assert list(received(server)) == [b"1", b"2"]
 
 
 def test_a_message_that_comes_in_pieces_is_waited_for(rig: Lockstep, pair: Pair) -> None:
@@ -275,15 +297,15 @@ def test_a_large_message_while_the_receiver_sleeps(rig: Lockstep, pair: Pair, ba
 
 
 def test_whoever_has_no_descriptor_left_for_a_bed_sleeps_without(
-    rig: Lockstep, pair: Pair, monkeypatch: pytest.MonkeyPatch
+    rig: Lockstep, pair: Pair, background: Background, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted() -> Any:
         raise OSError(24, "Too many open files")
 
     client, server = pair
-    monkeypatch.setattr(coordinator, "my_sleeper", exhausted)
+    monkeypatch.setattr(poll, "Doorbell", exhausted)
     with pytest.raises(bridge.ReceiveTimeout):
-        server.recv(SOON)
+        background.run(server.recv, SOON).result(PATIENCE)  # a thread that has no bed yet
     client.send(b"1")
     rig.until(lambda: server.inbox.qsize() == 1)
     assert server.recv(PATIENCE) == b"1"
@@ -326,6 +348,47 @@ def test_a_signal_handler_may_receive_from_another_session(
     finally:
         signal.signal(signal.SIGALRM, before)
     assert seen == [b"other"]
+
+
+def test_a_signal_handler_may_not_wait_while_the_session_is_in_its_thread_s_hands(
+    rig: Lockstep, pair: Pair
+) -> None:
+    """At no moment: what it waits for may wait for this thread."""
+    client, server = pair
+    lock: Any = server._channel.transport.lock
+    held = []
+
+    class Look(Moment):
+        def _pass(self, frame: FrameType, event: str) -> None:
+            if lock._is_owned():
+                held.append(getattr(queues._mine, "serves_all", False) or (frame.f_lineno, event))
+
+    for number in range(3):
+        client.send(b"%d" % number)
+        leave(rig, client)
+        with Look("call", 0):
+            server.recv(PATIENCE)
+    assert set(held) == {True}
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_signal_handler_that_forks_leaves_the_session_to_the_parent(pair: Pair) -> None:
+    _, server = pair
+    children = []
+    before = signal.signal(signal.SIGALRM, lambda *_: children.append(os.fork()))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, SOON)
+        with pytest.raises(bridge.ReceiveTimeout):
+            server.recv(4 * SOON)
+    except BaseException as error:
+        if children == [0]:
+            os._exit(not isinstance(error, bridge.ForkedError))
+        raise
+    finally:
+        if children == [0]:
+            os._exit(2)
+        signal.signal(signal.SIGALRM, before)
+    assert os.waitpid(children[0], 0)[1] == 0
 
 
 def test_a_codec_may_not_receive_what_it_is_decoding_for(ca_file: str, server_cert: KeyPair) -> None:
@@ -383,7 +446,7 @@ def test_an_interrupted_receiver_loses_nothing_or_its_session(contexts: Any, kin
                 taken.append(server.recv(PATIENCE))
             transport = server._channel.transport
             assert not transport.lock._is_owned(), moment.where  # type: ignore[attr-defined]
-            assert not server._coordinator._lock.locked(), moment.where
+            assert not server._coordinator._lock._is_owned(), moment.where  # type: ignore[attr-defined]
             assert not server._own_inbox()._lock.locked() and not server._own_inbox()._sleepers, moment.where
             queues.check_may_wait()
             client.send(b"2")
