@@ -101,9 +101,14 @@ def serving_all() -> Iterator[None]:
         serve_all(False)
 
 
+def serves_all() -> bool:
+    """Whether it does now."""
+    return getattr(_mine, "serves_all", False)
+
+
 def check_may_wait() -> None:
     """ConfigurationError on a thread that serves all sessions: it has come here through somebody's codec."""
-    if getattr(_mine, "serves_all", False):
+    if serves_all():
         raise ConfigurationError(
             "a codec may not wait: while it runs, its thread serves no other session, so what it waits for might"
             " never come; yield the message, and do this on a thread of your own that receives it"
