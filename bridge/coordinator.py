@@ -182,10 +182,10 @@ class Channel:
                     lent = False
             serve_all(False)
             if lent:
-                ready = bed.sleep(transport.sock, READ, timeout)
+                bed.sleep(transport.sock, READ, timeout)
                 serve_all(True)
                 with lock:
-                    if inbox.get_up(bed) and ready and transport.quiet and self.credit.settled():
+                    if inbox.get_up(bed) and transport.quiet and self.credit.settled():
                         self._receive(transport)
                     worker.take_back(transport)
                 serve_all(False)

@@ -61,6 +61,7 @@ TESTS = {
     ],
     "coordinator": [
         "test_coordinator.py",
+        "test_answers.py",
         "test_lifecycle.py",
         "test_queue_api.py",
         "test_flow_control.py",

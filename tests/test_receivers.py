@@ -208,6 +208,18 @@ def test_what_another_way_brings_wakes_the_receiver(
     assert receiver.result(PATIENCE) == b"from elsewhere"
 
 
+def test_what_is_here_is_taken_before_more_is_read(rig: Lockstep, pair: Pair, background: Background) -> None:
+    """Or a session might read what there is no room for."""
+    client, server = pair
+    receiver = asleep_beside(server, background)
+    with server._channel.transport.lock:
+        client.send(b"1")
+        leave(rig, client)
+        server._own_inbox()._deliver(server, [b"from elsewhere"], None, 0, 0)
+    assert receiver.result(PATIENCE) == b"from elsewhere"
+    assert server.inbox.empty()
+
+
 @pytest.mark.parametrize("end", ["close", "abort"])
 def test_the_end_wakes_the_receiver(rig: Lockstep, pair: Pair, background: Background, end: str) -> None:
     _, server = pair
@@ -283,6 +295,33 @@ def test_nobody_reads_on_after_an_answer_that_was_interrupted(
     rig.until(receiver.done)
     with pytest.raises(bridge.SessionAborted, match="interrupted"):
         receiver.result()
+
+
+def test_nor_answers_after_a_receiver_was_interrupted(
+    rig: Lockstep, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise Interrupt
+
+    client, server = pair
+    client.send(b"1")
+    leave(rig, client)
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        patch.setattr(bridge.connection.Connection, "recv", interrupted)
+        server.recv(PATIENCE)
+    monkeypatch.setattr(bridge.connection.Connection, "send", None)
+    server.send(b"answer")
+    rig.until(lambda: is_closed(server))
+    assert isinstance(server.end, bridge.SessionAborted) and "interrupted" in str(server.end)
+
+
+def test_whoever_does_not_wait_does_not_sleep_beside_the_socket(rig: Lockstep, pair: Pair) -> None:
+    client, server = pair
+    client.send(b"1")
+    leave(rig, client)
+    for look in (lambda: server.recv(0), lambda: server.peek(0), server._own_inbox().get_nowait):
+        with pytest.raises(bridge.ReceiveTimeout):
+            look()
 
 
 def test_large_messages_are_left_to_the_worker(rig: Lockstep, contexts: Any) -> None:
