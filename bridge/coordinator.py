@@ -28,8 +28,8 @@ from bridge.queues import (
     ReadCredit,
     SessionInbox,
     check_may_wait,
-    serve_all,
     serving_all,
+    this_thread,
 )
 from bridge.transport import Ending, Told, Transport, interrupted
 from bridge.worker import Command, Worker
@@ -125,32 +125,40 @@ class Channel:
         lock: Any = transport.lock
         if not (size >= RECORD_BYTES or (size and transport.answerable)) or lock._is_owned():
             return False
+        before = this_thread.serves_all
         try:
-            if not lock.acquire(False):
-                return False
-            with lock:
-                lock.release()  # but not the one of the ``with``
-                if not (transport.quiet and self.outbox.idle()):
-                    return False
-                transport.answerable = False
-                left = size
-                try:
-                    left -= transport.write_at_once(data)
-                    if left:
-                        self.outbox.hold(left)
-                        self.worker.post(transport, "wake")
-                except SessionEnded as error:
-                    self.outbox.hold(left)
-                    self.worker.post(transport, "end", error)
-                except BaseException:  # Ctrl-C
-                    transport.freeze()
-                    self.worker.post(transport, "end", interrupted())
-                    raise
-                return True
+            this_thread.serves_all = (
+                True  # a signal handler that waits would hold up the worker, which waits for the lock
+            )
+            taken = lock.acquire(False) and self._answer(transport, data, size)
+            this_thread.serves_all = before
+            return taken
         except BaseException:
+            this_thread.serves_all = before
             while lock._is_owned():
                 lock.release()
             raise
+
+    def _answer(self, transport: Transport, data: bytes, size: int) -> bool:
+        with transport.lock:
+            transport.lock.release()  # but not the one of the ``with``
+            if not (transport.quiet and self.outbox.idle()):
+                return False
+            transport.answerable = False
+            left = size
+            try:
+                left -= transport.write_at_once(data)
+                if left:
+                    self.outbox.hold(left)
+                    self.worker.post(transport, "wake")
+            except SessionEnded as error:
+                self.outbox.hold(left)
+                self.worker.post(transport, "end", error)
+            except BaseException:  # Ctrl-C
+                transport.freeze()
+                self.worker.post(transport, "end", interrupted())
+                raise
+            return True
 
     def attend(self, inbox: SessionInbox, timeout: float | None) -> bool:
         """Sleep beside the socket itself, at most *timeout* seconds, and read what comes; False if that may not be.
@@ -162,7 +170,7 @@ class Channel:
         check_may_wait()
         transport, worker = self.transport, self.worker
         lock: Any = transport.lock
-        if not (transport.brief and transport.mask == READ) or lock._is_owned():
+        if not transport.brief:
             return False
         try:
             bed = my_sleeper()
@@ -170,20 +178,23 @@ class Channel:
             return False
         try:
             bed.asleep = True  # from here on a signal handler takes another bed
-            serve_all(True)  # and as long as it has the lock: it must not wait for whoever waits for that
+            this_thread.serves_all = (
+                True  # and as long as it has the lock: it must not wait for whoever waits for that
+            )
             with lock:
                 lent = transport.quiet and self.credit.settled() and inbox.lie_down(bed)
                 if lent and not worker.lend(transport):
-                    lent = inbox.get_up(bed, in_vain=True) and False
-            serve_all(False)
+                    inbox.get_up(bed)
+                    lent = False
+            this_thread.serves_all = False
             if lent:
-                ready = bed.sleep(transport.sock, READ, timeout)
-                serve_all(True)
+                bed.sleep(transport.sock, READ, timeout)
+                this_thread.serves_all = True
                 with lock:
-                    if inbox.get_up(bed) and ready and transport.quiet and self.credit.settled():
+                    if inbox.get_up(bed) and transport.quiet and self.credit.settled():
                         self._receive(transport)
                     worker.take_back(transport)
-                serve_all(False)
+                this_thread.serves_all = False
             bed.asleep = False
             return lent
         except BaseException:  # Ctrl-C, mostly out of the sleep
@@ -193,7 +204,7 @@ class Channel:
             bed.asleep = False
             while lock._is_owned():
                 lock.release()
-            serve_all(False)
+            this_thread.serves_all = False
             raise
 
     def _receive(self, transport: Transport) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import enum
 import io
-import math
 import os
 import select
 import selectors
@@ -59,7 +58,7 @@ class _Select:
     def register(self, fd: int, mask: int) -> None:
         self._masks[fd] = mask
 
-    def poll(self, milliseconds: int | None) -> list[tuple[int, int]]:
+    def poll(self, milliseconds: float | None) -> list[tuple[int, int]]:
         readers, writers = (
             [fd for fd, mask in self._masks.items() if mask & bit] for bit in (READABLE, WRITABLE)
         )
@@ -142,7 +141,7 @@ class EpollPoller(Generic[T]):
 
     def wait(self, timeout: float | None) -> list[tuple[T, int]]:
         """As `SelectorPoller.wait`."""
-        at_most = -1 if timeout is None else math.ceil(min(timeout, LONGEST_SLEEP) * 1000) / 1000
+        at_most = timeout if timeout is None else min(timeout, LONGEST_SLEEP)
         ready = []
         for fd, event in self._epoll.poll(at_most):
             entry = told, mask = self._told[fd]
@@ -231,7 +230,7 @@ class Sleeper:
         watched, mask_watched, poll = self._watched
         if watched != fd or mask_watched != mask:
             poll = self._watch(fd, mask)
-        found = poll.poll(None if timeout is None else math.ceil(min(timeout, LONGEST_SLEEP) * 1000))
+        found = poll.poll(None if timeout is None else min(timeout, LONGEST_SLEEP) * 1000)
         if self.born != forks.current:  # a signal handler has forked, and this is the child
             forks.check(self.born)
         ready = NOTHING

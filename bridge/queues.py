@@ -83,27 +83,29 @@ class Gate:
         self._lock.acquire(timeout=-1 if timeout is None else timeout)
 
 
-_mine = threading.local()
+class _ThisThread(threading.local):
+    """What is noted of each thread."""
+
+    serves_all = False
+    """It serves all sessions just now, and must not wait for one of them."""
 
 
-def serve_all(serves: bool) -> None:
-    """From now on the calling thread serves all sessions, and must not wait for one of them; or no longer."""
-    _mine.serves_all = serves
+this_thread = _ThisThread()
 
 
 @contextlib.contextmanager
 def serving_all() -> Iterator[None]:
-    """`serve_all`, meanwhile."""
-    serve_all(True)
+    """Meanwhile `this_thread.serves_all`."""
+    this_thread.serves_all = True
     try:
         yield
     finally:
-        serve_all(False)
+        this_thread.serves_all = False
 
 
 def check_may_wait() -> None:
     """ConfigurationError on a thread that serves all sessions: it has come here through somebody's codec."""
-    if getattr(_mine, "serves_all", False):
+    if this_thread.serves_all:
         raise ConfigurationError(
             "a codec may not wait: while it runs, its thread serves no other session, so what it waits for might"
             " never come; yield the message, and do this on a thread of your own that receives it"

@@ -45,6 +45,7 @@ TESTS = {
         "test_flow_control.py",
         "test_threads.py",
         "test_lockstep.py",
+        "test_receivers.py",
         *BOTH,
     ],
     "engine": ["test_engine.py", "test_lockstep.py", "test_stream.py", *BOTH],
@@ -54,15 +55,19 @@ TESTS = {
         "test_stalls.py",
         "test_lockstep.py",
         "test_protocol_model.py",
+        "test_receivers.py",
+        "test_floods.py",
         *BOTH,
     ],
     "coordinator": [
         "test_coordinator.py",
+        "test_answers.py",
         "test_lifecycle.py",
         "test_queue_api.py",
         "test_flow_control.py",
         "test_lockstep.py",
         "test_protocol_model.py",
+        "test_receivers.py",
         *BOTH,
     ],
     "transport": [
@@ -75,8 +80,10 @@ TESTS = {
         "test_flow_control.py",
         "test_stalls.py",
         "test_connect.py",
+        "test_receivers.py",
         *BOTH,
     ],
+    "poll": ["test_poll.py", "test_receivers.py", "test_worker.py"],
 }
 """Those that exercise each module."""
 LIBRARIES = ["OpenSSL.SSL", "cryptography.x509", "hypothesis", "service_identity", "structlog", "trustme"]
@@ -102,24 +109,25 @@ SWAPS: dict[type, type] = {
 }
 
 Lines = set[int]
+Names = frozenset[str]
 
 
 # ── mutants ──
 
 
-def mutants(source: str) -> Iterator[tuple[int, str, Lines, str]]:
+def mutants(source: str, within: Names) -> Iterator[tuple[int, str, Lines, str]]:
     """``(line, what, lines that reach it, mutated source)`` for each change there is."""
     tree = ast.parse(source)
-    for index, (node, reach) in enumerate(_nodes(tree)):
+    for index, (node, reach) in enumerate(_nodes(tree, within)):
         for what in _changes(node):
             changed = copy.deepcopy(tree)
-            if _apply([n for n, _ in _nodes(changed)][index], what):
+            if _apply([n for n, _ in _nodes(changed, within)][index], what):
                 mutated = ast.unparse(ast.fix_missing_locations(changed))
                 yield getattr(node, "lineno", 0), what, reach, mutated
 
 
-def _nodes(tree: ast.AST) -> list[tuple[ast.AST, Lines]]:
-    """Those of all functions, and which lines a test passes that comes to each."""
+def _nodes(tree: ast.AST, within: Names) -> list[tuple[ast.AST, Lines]]:
+    """Those of the functions of these names, if there are any, and which lines a test passes that comes to each."""
     found: list[tuple[ast.AST, Lines]] = []
 
     def visit(node: ast.AST, reach: Lines) -> None:
@@ -128,6 +136,8 @@ def _nodes(tree: ast.AST) -> list[tuple[ast.AST, Lines]]:
             visit(child, _lines(child) if isinstance(child, ast.stmt) else reach)
 
     for function in _functions(tree):
+        if within and function.name not in within:
+            continue
         visit(function, set(range(function.body[0].lineno, (function.end_lineno or 0) + 1)))
     return found
 
@@ -340,7 +350,9 @@ def main() -> int:
     parser.add_argument("modules", nargs="*", default=list(TESTS))
     parser.add_argument("--sample", type=int, default=0, help="so many of each module, at random; 0: all")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--within", metavar="NAME,NAME", help="only functions of these names")
     options = parser.parse_args()
+    within = frozenset(options.within.split(",") if options.within else ())
     for library in LIBRARIES:
         importlib.import_module(library)
     with tempfile.TemporaryDirectory() as directory:
@@ -350,16 +362,16 @@ def main() -> int:
         for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "tox.ini"):
             shutil.copy(ROOT / name, tree / name)
         for module in options.modules:
-            try_out(Laboratory(tree, module), module, options.sample, options.seed)
+            try_out(Laboratory(tree, module), module, within, options.sample, options.seed)
     return 0
 
 
-def try_out(laboratory: Laboratory, module: str, sample: int, seed: int) -> None:
+def try_out(laboratory: Laboratory, module: str, within: Names, sample: int, seed: int) -> None:
     """Try mutants of *module*, and print what became of them."""
     original = laboratory.path.read_text(encoding="utf-8")
     everywhere = set(range(original.count("\n") + 2))
     assert not laboratory.killed(original, everywhere), "without a mutant, and yet it is killed"
-    found = list(mutants(original))
+    found = list(mutants(original, within))
     chosen = random.Random(seed).sample(found, min(sample or len(found), len(found)))
     alive = 0
     for line, what, reach, source in sorted(chosen, key=lambda one: one[:2]):

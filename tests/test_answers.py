@@ -41,7 +41,7 @@ from rig import (
 import bridge
 from bridge import codecs
 from bridge.poll import Want
-from bridge.queues import Inbox, Outbox, ReadCredit, SessionInbox, Tally
+from bridge.queues import Inbox, Outbox, ReadCredit, SessionInbox, Tally, check_may_wait
 from bridge.session import Session
 
 LARGE = b"x" * 16_000
@@ -167,6 +167,27 @@ def test_what_is_sent_in_the_middle_of_an_answer_comes_after_it(
     rig.until(lambda: server.inbox.qsize() == 2)
     assert list(received(server)) == [LARGE, b"inner"]
     assert client.outbox.empty()
+
+
+def test_nobody_waits_in_the_middle_of_an_answer(
+    rig: Lockstep, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a signal handler might: the worker would wait for the session's lock, and the handler for the worker."""
+    client, server = pair
+    asked(rig, client, server)
+    original = bridge.connection.Connection.send
+
+    def interrupted(connection: SSL.Connection, data: bytes) -> int:
+        with pytest.raises(bridge.ConfigurationError):
+            client.recv(0.05)
+        return original(connection, data)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(bridge.connection.Connection, "send", interrupted)
+    client.send(b"answer")
+    monkeypatch.undo()
+    check_may_wait()  # as ever after that
+    rig.until(lambda: server.inbox.qsize() == 1)
+    assert server.recv(0) == b"answer"
 
 
 def test_a_codec_may_answer_on_whichever_thread_decodes(

@@ -230,6 +230,18 @@ def test_what_another_way_brings_wakes_the_receiver(
     assert receiver.result(PATIENCE) == b"from elsewhere"
 
 
+def test_what_is_here_is_taken_before_more_is_read(rig: Lockstep, pair: Pair, background: Background) -> None:
+    """Or a session might read what there is no room for."""
+    client, server = pair
+    receiver = asleep_beside(server, background)
+    with server._channel.transport.lock:
+        client.send(b"1")
+        leave(rig, client)
+        server._own_inbox()._deliver(server, [b"from elsewhere"], None, 0, 0)
+    assert receiver.result(PATIENCE) == b"from elsewhere"
+    assert server.inbox.empty()
+
+
 @pytest.mark.parametrize("end", ["close", "abort"])
 def test_the_end_wakes_the_receiver(rig: Lockstep, pair: Pair, background: Background, end: str) -> None:
     _, server = pair
@@ -270,6 +282,70 @@ def test_a_hang_up_while_the_socket_is_lent_is_told_once(
     rig.until(lambda: isinstance(server.end, bridge.PeerReset))
 
 
+def test_nobody_sleeps_beside_a_session_that_has_more_to_do_than_to_read(
+    rig: Lockstep, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, server = pair
+    answer = framed().encode(b"answer")
+    with server._channel.transport.lock:
+        server._channel.outbox.hold(len(answer))
+        server._channel.transport.send([answer])
+    client.send(b"1")
+    leave(rig, client)
+    monkeypatch.setattr(worker.Worker, "lend", None)
+    with pytest.raises(bridge.ReceiveTimeout):
+        server.recv(SOON)
+    rig.until(lambda: server.inbox.qsize() == client.inbox.qsize() == 1)
+    assert server.recv(0) == b"1" and client.recv(0) == b"answer"
+
+
+def test_nobody_reads_on_after_an_answer_that_was_interrupted(
+    rig: Lockstep, pair: Pair, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise Interrupt
+
+    client, server = pair
+    receiver = asleep_beside(server, background)
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        patch.setattr(bridge.connection.Connection, "send", interrupted)
+        server.send(b"answer")
+    client.send(b"1")
+    leave(rig, client)
+    while mask_of(server) == LENT:  # until the receiver has looked
+        pass
+    rig.until(receiver.done)
+    with pytest.raises(bridge.SessionAborted, match="interrupted"):
+        receiver.result()
+
+
+def test_nor_answers_after_a_receiver_was_interrupted(
+    rig: Lockstep, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise Interrupt
+
+    client, server = pair
+    client.send(b"1")
+    leave(rig, client)
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        patch.setattr(bridge.connection.Connection, "recv", interrupted)
+        server.recv(PATIENCE)
+    monkeypatch.setattr(bridge.connection.Connection, "send", None)
+    server.send(b"answer")
+    rig.until(lambda: is_closed(server))
+    assert isinstance(server.end, bridge.SessionAborted) and "interrupted" in str(server.end)
+
+
+def test_whoever_does_not_wait_does_not_sleep_beside_the_socket(rig: Lockstep, pair: Pair) -> None:
+    client, server = pair
+    client.send(b"1")
+    leave(rig, client)
+    for look in (lambda: server.recv(0), lambda: server.peek(0), server._own_inbox().get_nowait):
+        with pytest.raises(bridge.ReceiveTimeout):
+            look()
+
+
 def test_large_messages_are_left_to_the_worker(rig: Lockstep, contexts: Any) -> None:
     client, server = opened(rig, contexts, *rig.large_pair())
     large = bytes(range(256)) * 400
@@ -299,7 +375,10 @@ def test_a_large_message_while_the_receiver_sleeps(rig: Lockstep, pair: Pair, ba
 def test_whoever_has_no_descriptor_left_for_a_bed_sleeps_without(
     rig: Lockstep, pair: Pair, background: Background, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tries = []
+
     def exhausted() -> Any:
+        tries.append(1)
         raise OSError(24, "Too many open files")
 
     client, server = pair
@@ -309,6 +388,7 @@ def test_whoever_has_no_descriptor_left_for_a_bed_sleeps_without(
     client.send(b"1")
     rig.until(lambda: server.inbox.qsize() == 1)
     assert server.recv(PATIENCE) == b"1"
+    assert len(tries) == 1
 
 
 def test_a_receiver_heeds_the_idle_timeout(ca_file: str, server_cert: KeyPair) -> None:
@@ -326,6 +406,18 @@ def test_a_receiver_heeds_the_idle_timeout(ca_file: str, server_cert: KeyPair) -
         client.abort()
 
 
+@contextlib.contextmanager
+def interrupting(handle: Any) -> Iterator[None]:
+    """A signal comes soon, and *handle* is its handler."""
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, SOON)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_a_signal_handler_may_receive_from_another_session(
     rig: Lockstep, contexts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,12 +433,8 @@ def test_a_signal_handler_may_receive_from_another_session(
         client.send(b"1")
         leave(rig, client)
 
-    before = signal.signal(signal.SIGALRM, handle)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, SOON)
+    with interrupting(handle):
         assert server.recv(PATIENCE) == b"1"
-    finally:
-        signal.signal(signal.SIGALRM, before)
     assert seen == [b"other"]
 
 
@@ -361,7 +449,7 @@ def test_a_signal_handler_may_not_wait_while_the_session_is_in_its_thread_s_hand
     class Look(Moment):
         def _pass(self, frame: FrameType, event: str) -> None:
             if lock._is_owned():
-                held.append(getattr(queues._mine, "serves_all", False) or (frame.f_lineno, event))
+                held.append(queues.this_thread.serves_all or (frame.f_lineno, event))
 
     for number in range(3):
         client.send(b"%d" % number)
@@ -389,6 +477,60 @@ def test_a_signal_handler_that_forks_leaves_the_session_to_the_parent(pair: Pair
             os._exit(2)
         signal.signal(signal.SIGALRM, before)
     assert os.waitpid(children[0], 0)[1] == 0
+
+
+def test_and_what_rings_for_the_one_it_interrupts_is_heard(
+    rig: Lockstep, contexts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poll, "_bed", poll._Bed())
+    _, server = opened(rig, contexts, *rig.tcp_pair())
+    _, other_server = opened(rig, contexts, *rig.tcp_pair())
+
+    def handle(*_: object) -> None:
+        server._own_inbox()._deliver(server, [b"from elsewhere"], None, 0, 0)
+        with pytest.raises(bridge.ReceiveTimeout):
+            other_server.recv(SOON)
+
+    with interrupting(handle):
+        assert server.recv(PATIENCE) == b"from elsewhere"
+
+
+def test_whoever_is_interrupted_passes_on_what_it_was_woken_for(
+    rig: Lockstep, pair: Pair, background: Background
+) -> None:
+    _, server = pair
+    inbox, second = server._own_inbox(), []
+
+    def handle(*_: object) -> None:
+        second.append(background.run(server.recv, PATIENCE))
+        while len(inbox._sleepers) < 2:
+            assert not second[0].done()
+        inbox._deliver(server, [b"1"], None, 0, 0)
+        raise Interrupt
+
+    with interrupting(handle), pytest.raises(Interrupt):
+        server.recv(PATIENCE)
+    assert second[0].result(PATIENCE) == b"1"
+
+
+@pytest.mark.parametrize("moment", ["lend", "take_back"])
+def test_a_signal_handler_may_not_wait_while_it_holds_up_the_worker(
+    rig: Lockstep, pair: Pair, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Which waits for the session's lock: what the handler waits for might never come."""
+    client, server = pair
+    call, told = getattr(worker.Worker, moment), []
+
+    def interrupted(*arguments: Any) -> Any:
+        with pytest.raises(bridge.ConfigurationError):
+            client.recv(SOON)
+        told.append(moment)
+        return call(*arguments)
+
+    monkeypatch.setattr(worker.Worker, moment, interrupted)
+    with pytest.raises(bridge.ReceiveTimeout):
+        server.recv(SOON)
+    assert told
 
 
 def test_a_codec_may_not_receive_what_it_is_decoding_for(ca_file: str, server_cert: KeyPair) -> None:
@@ -462,7 +604,9 @@ def test_an_interrupted_receiver_loses_nothing_or_its_session(contexts: Any, kin
             return
 
 
-def test_where_workers_lend_nothing_they_read(contexts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_workers_lend_nothing_they_read(
+    contexts: Any, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(worker, "Poller", poll.SelectorPoller)  # as on other systems
     with Lockstep() as rig:
         client, server = opened(rig, contexts, *rig.tcp_pair())
@@ -472,3 +616,9 @@ def test_where_workers_lend_nothing_they_read(contexts: Any, monkeypatch: pytest
             server.recv(SOON)
         rig.until(lambda: server.inbox.qsize() == 1)
         assert server.recv(PATIENCE) == b"1"
+        receiver = background.run(server.recv, PATIENCE)
+        while not server._own_inbox()._sleepers:
+            assert not receiver.done()
+        client.send(b"2")
+        rig.until(receiver.done)
+        assert receiver.result() == b"2"
