@@ -675,5 +675,5 @@ def _peername(sock: socket.socket | None) -> Any:
 @atexit.register
 def _close_forgotten() -> None:
     for forgotten in list(_live):
-        if forgotten._born == forks.generation():
+        if not forks.abandoned(forgotten._born):
             forgotten.close(EXIT_SECONDS)

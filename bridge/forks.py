@@ -8,6 +8,7 @@ from bridge.errors import ForkedError
 
 current = 0
 """The number of this process in its line of forks."""
+_process = os.getpid()
 
 
 def generation() -> int:
@@ -23,9 +24,18 @@ def check(born: int) -> None:
         )
 
 
+def abandoned(born: int) -> bool:
+    """Whether the process has forked since *born* was noted: for finalizers, which must take no lock then.
+
+    Also in the middle of fork(): the child drops what the threads had that it does not have, before it counts `current`.
+    """
+    return born != current or os.getpid() != _process
+
+
 def _in_child() -> None:
-    global current
+    global current, _process
     current += 1
+    _process = os.getpid()
 
 
 if hasattr(os, "register_at_fork"):

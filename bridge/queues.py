@@ -583,7 +583,9 @@ class _Turn:
             with self._inbox._lock:
                 self._inbox._release(self)
 
-    __del__ = end
+    def __del__(self) -> None:
+        if not forks.abandoned(self._inbox._born):
+            self.end()
 
 
 class Inbox:

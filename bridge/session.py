@@ -162,10 +162,10 @@ class Session:
     def __del__(self) -> None:
         # May run in any thread, at any moment: no lock that is not reentrant, and nothing that waits.
         try:
-            channel, abandoned = self._channel, self._born == forks.generation()
+            channel, abandoned = self._channel, forks.abandoned(self._born)
         except AttributeError:
             return
-        if not abandoned:
+        if abandoned:
             return
         if not channel.ended and not channel.outbox.closed:
             warnings.warn(

@@ -516,10 +516,10 @@ class Stream:
 
     def forget(self) -> None:
         """`close`, for a finalizer: it may run in the middle of a call of this very session.  Never waits."""
-        if self._born == forks.generation():
-            self._lease.forget()
-        else:
+        if forks.abandoned(self._born):
             self._abandon()
+        else:
+            self._lease.forget()
 
     @_leased
     def abort(self) -> None:

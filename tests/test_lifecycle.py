@@ -785,6 +785,52 @@ b.close()
     assert served.result(PATIENCE) == (b"from the parent", "clean")
 
 
+@needs_fork
+def test_what_a_child_drops_of_the_parents_handlers_waits_for_no_lock(
+    program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor
+) -> None:
+    """In the middle of fork(), when nobody has told the child yet, and a lock may be held that nobody will let go."""
+    served = pool.submit(server.serve, b"welcome")
+    running = program(
+        FORK
+        + """
+import time
+ready, leave = threading.Event(), threading.Event()
+
+
+def handle():
+    shared.put(("somebody", "a message"))
+    shared.get()
+    ready.set()
+    leave.wait()
+
+
+thread = threading.Thread(target=handle, daemon=True)
+thread.start()
+ready.wait(30)
+with shared._lock:
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+deadline = time.monotonic() + 20
+while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < deadline:
+    leave.wait(0.01)
+if not ended[0]:
+    os.kill(pid, 9)
+print("child:", os.waitstatus_to_exitcode(ended[1]) if ended[0] else "stuck", flush=True)
+leave.set()
+thread.join()
+print("parent:", session.recv(30))
+session.send(b"from the parent")
+b.close()
+"""
+    )
+    assert running.line() == "child: 0"
+    status, out, err = running.end()
+    assert (status, out) == (0, "parent: b'welcome'"), err
+    assert served.result(PATIENCE) == (b"from the parent", "clean")
+
+
 # ── the story in the log ──
 
 
