@@ -242,6 +242,16 @@ def test_the_peers_end_is_for_the_worker_to_tell(rig: Lockstep, pair: Pair, end:
         server.recv(SOON)
 
 
+def test_so_is_what_breaks_the_session(rig: Lockstep, pair: Pair) -> None:
+    """And of which nothing is left in the kernel for a poll to speak of."""
+    client, server = pair
+    client._channel.transport.sock.send(b"junk!")  # type: ignore[union-attr]
+    with pytest.raises(bridge.ReceiveTimeout):
+        server.recv(SOON)
+    leave(rig, server)
+    assert isinstance(server.end, bridge.TLSError)
+
+
 def test_a_hang_up_while_the_socket_is_lent_is_told_once(
     rig: Lockstep, pair: Pair, background: Background, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +298,7 @@ def test_nobody_reads_on_after_an_answer_that_was_interrupted(
     with monkeypatch.context() as patch, pytest.raises(Interrupt):
         patch.setattr(bridge.connection.Connection, "send", interrupted)
         server.send(b"answer")
+    queues.check_may_wait()
     client.send(b"1")
     leave(rig, client)
     while mask_of(server) == LENT:  # until the receiver has looked
@@ -330,6 +341,7 @@ def test_large_messages_are_left_to_the_worker(rig: Lockstep, contexts: Any) -> 
     client.send(large)
     rig.until(lambda: server.inbox.qsize() == 1)
     assert server.recv(0) == large
+    assert not server._channel.attend(server._own_inbox(), PATIENCE), "nor does a receiver spin"
     client.send(b"1")
     leave(rig, client)
     with pytest.raises(bridge.ReceiveTimeout):
