@@ -84,10 +84,12 @@ def mask_of(session: Session) -> int:
 
 def test_a_receiver_that_waits_needs_no_worker(rig: Lockstep, pair: Pair) -> None:
     client, server = pair
+    before = server._channel.transport.received
     for number in range(5):
         client.send(b"%d" % number)
         leave(rig, client)
         assert server.recv(PATIENCE) == b"%d" % number
+    assert server._channel.transport.received == before + 5 * len(framed().encode(b"0"))
 
 
 def test_so_do_peek_and_the_inbox(rig: Lockstep, pair: Pair) -> None:
@@ -230,15 +232,15 @@ def test_the_end_wakes_the_receiver(rig: Lockstep, pair: Pair, background: Backg
         receiver.result()
 
 
-@pytest.mark.parametrize("end", ["close", "abort"])
+@pytest.mark.parametrize("end", ["send_eof", "abort"])
 def test_the_peers_end_is_for_the_worker_to_tell(rig: Lockstep, pair: Pair, end: str) -> None:
     client, server = pair
-    begin_close(client) if end == "close" else client.abort()
+    client.send_eof() if end == "send_eof" else client.abort()
     leave(rig, client)
     with pytest.raises(bridge.ReceiveTimeout):
         server.recv(SOON)
-    rig.until(lambda: server.end is not None)
-    with pytest.raises(bridge.EndOfStream if end == "close" else bridge.PeerReset):
+    leave(rig, server)
+    with pytest.raises(bridge.EndOfStream if end == "send_eof" else bridge.PeerReset):
         server.recv(SOON)
 
 
