@@ -86,10 +86,12 @@ def mask_of(session: Session) -> int:
 
 def test_a_receiver_that_waits_needs_no_worker(rig: Lockstep, pair: Pair) -> None:
     client, server = pair
+    before = server._channel.transport.received
     for number in range(5):
         client.send(b"%d" % number)
         leave(rig, client)
         assert server.recv(PATIENCE) == b"%d" % number
+    assert server._channel.transport.received == before + 5 * len(framed().encode(b"0"))
 
 
 def test_so_do_peek_and_the_inbox(rig: Lockstep, pair: Pair) -> None:
@@ -252,16 +254,26 @@ def test_the_end_wakes_the_receiver(rig: Lockstep, pair: Pair, background: Backg
         receiver.result()
 
 
-@pytest.mark.parametrize("end", ["close", "abort"])
+@pytest.mark.parametrize("end", ["send_eof", "abort"])
 def test_the_peers_end_is_for_the_worker_to_tell(rig: Lockstep, pair: Pair, end: str) -> None:
     client, server = pair
-    begin_close(client) if end == "close" else client.abort()
+    client.send_eof() if end == "send_eof" else client.abort()
     leave(rig, client)
     with pytest.raises(bridge.ReceiveTimeout):
         server.recv(SOON)
-    rig.until(lambda: server.end is not None)
-    with pytest.raises(bridge.EndOfStream if end == "close" else bridge.PeerReset):
+    leave(rig, server)
+    with pytest.raises(bridge.EndOfStream if end == "send_eof" else bridge.PeerReset):
         server.recv(SOON)
+
+
+def test_so_is_what_breaks_the_session(rig: Lockstep, pair: Pair) -> None:
+    """And of which nothing is left in the kernel for a poll to speak of."""
+    client, server = pair
+    client._channel.transport.sock.send(b"junk!")  # type: ignore[union-attr]
+    with pytest.raises(bridge.ReceiveTimeout):
+        server.recv(SOON)
+    leave(rig, server)
+    assert isinstance(server.end, bridge.TLSError)
 
 
 def test_a_hang_up_while_the_socket_is_lent_is_told_once(
@@ -310,6 +322,7 @@ def test_nobody_reads_on_after_an_answer_that_was_interrupted(
     with monkeypatch.context() as patch, pytest.raises(Interrupt):
         patch.setattr(bridge.connection.Connection, "send", interrupted)
         server.send(b"answer")
+    queues.check_may_wait()
     client.send(b"1")
     leave(rig, client)
     while mask_of(server) == LENT:  # until the receiver has looked
@@ -352,6 +365,7 @@ def test_large_messages_are_left_to_the_worker(rig: Lockstep, contexts: Any) -> 
     client.send(large)
     rig.until(lambda: server.inbox.qsize() == 1)
     assert server.recv(0) == large
+    assert not server._channel.attend(server._own_inbox(), PATIENCE), "nor does a receiver spin"
     client.send(b"1")
     leave(rig, client)
     with pytest.raises(bridge.ReceiveTimeout):
