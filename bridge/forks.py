@@ -27,7 +27,7 @@ def check(born: int) -> None:
 def abandoned(born: int) -> bool:
     """Whether the process has forked since *born* was noted: for finalizers, which must take no lock then.
 
-    Also in the middle of fork(): the child drops what the threads had that it does not have, before it counts `current`.
+    Also in the middle of fork(): the child drops what threads had that it does not have before it counts `current`.
     """
     return born != current or os.getpid() != _process
 

@@ -285,14 +285,15 @@ def key_updater(sock: socket.socket, identity: KeyPair) -> KeyUpdater:
 # ── 1: one owner ──
 
 
-def test_fact_01_one_thread_at_a_time_is_inside_a_connection_and_all_but_a_write_is_the_worker_s(
+def test_fact_01_one_thread_at_a_time_is_inside_a_connection_and_all_but_reads_and_writes_are_the_workers(
     tls: Contexts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     callers: dict[SSL.Connection, set[str]] = {}
-    for name in ("do_handshake", "recv", "shutdown", "pending"):
+    for name in ("do_handshake", "shutdown", "pending"):
         spy_on(monkeypatch, name, callers)
-    writers: dict[SSL.Connection, set[str]] = {}
-    spy_on(monkeypatch, "send", writers)
+    borrowers: dict[SSL.Connection, set[str]] = {}
+    for name in ("recv", "send"):
+        spy_on(monkeypatch, name, borrowers)
     with bridge.Bridge(workers=3) as ours, ThreadPoolExecutor(8) as applications:
         listener = ours.listen(("127.0.0.1", 0), tls.server)
         connect = lambda _: ours.connect(listener.address, tls.client, server_hostname="localhost")  # noqa: E731
@@ -308,7 +309,7 @@ def test_fact_01_one_thread_at_a_time_is_inside_a_connection_and_all_but_a_write
     assert all(len(threads) == 1 for threads in callers.values()), callers
     workers = {f"bridge-worker-{number}" for number in range(3)}
     assert set().union(*callers.values()) <= workers
-    assert set().union(*writers.values()) - workers, "answers are written by those who send them"
+    assert set().union(*borrowers.values()) - workers, "answers are written by those who send them"
 
 
 _inside: weakref.WeakKeyDictionary[SSL.Connection, threading.Lock] = weakref.WeakKeyDictionary()
