@@ -125,40 +125,40 @@ class Channel:
         lock: Any = transport.lock
         if not (size >= RECORD_BYTES or (size and transport.answerable)) or lock._is_owned():
             return False
-        before = this_thread.serves_all
+        interruptible = this_thread.is_main and not this_thread.serves_all
         try:
-            this_thread.serves_all = (
-                True  # a signal handler that waits would hold up the worker, which waits for the lock
-            )
-            taken = lock.acquire(False) and self._answer(transport, data, size)
-            this_thread.serves_all = before
-            return taken
+            if interruptible:
+                this_thread.serves_all = (
+                    True  # a handler that waits would hold up the worker, which waits for the lock
+                )
+            if not lock.acquire(False):
+                return False
+            with lock:
+                lock.release()  # but not the one of the ``with``
+                if not (transport.quiet and self.outbox.idle()):
+                    return False
+                transport.answerable = False
+                left = size
+                try:
+                    left -= transport.write_at_once(data)
+                    if left:
+                        self.outbox.hold(left)
+                        self.worker.post(transport, "wake")
+                except SessionEnded as error:
+                    self.outbox.hold(left)
+                    self.worker.post(transport, "end", error)
+                except BaseException:  # Ctrl-C
+                    transport.freeze()
+                    self.worker.post(transport, "end", interrupted())
+                    raise
+                return True
         except BaseException:
-            this_thread.serves_all = before
             while lock._is_owned():
                 lock.release()
             raise
-
-    def _answer(self, transport: Transport, data: bytes, size: int) -> bool:
-        with transport.lock:
-            transport.lock.release()  # but not the one of the ``with``
-            if not (transport.quiet and self.outbox.idle()):
-                return False
-            transport.answerable = False
-            left = size
-            try:
-                left -= transport.write_at_once(data)
-                if left:
-                    self.outbox.hold(left)
-                    self.worker.post(transport, "wake")
-            except SessionEnded as error:
-                self.outbox.hold(left)
-                self.worker.post(transport, "end", error)
-            except BaseException:  # Ctrl-C
-                transport.freeze()
-                self.worker.post(transport, "end", interrupted())
-                raise
-            return True
+        finally:
+            if interruptible:
+                this_thread.serves_all = False
 
     def attend(self, inbox: SessionInbox, timeout: float | None) -> bool:
         """Sleep beside the socket itself, at most *timeout* seconds, and read what comes; False if that may not be.
