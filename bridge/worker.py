@@ -37,6 +37,9 @@ HAND_OVER = 64
 """Events a turn may gather before the coordinator gets the first of them."""
 HANDSHAKES = 8
 """Turns of handshakes in one step: some milliseconds."""
+CROWD = 128
+"""How many a worker may own and still lend their sockets: hundreds of threads that poll for themselves are woken in no
+order, and some starve; a worker serves them in turn."""
 AGAIN = 4
 """What stands in place of a poll's mask for a turn that was cut short by its budget."""
 STALLED_TURNS = 100
@@ -164,7 +167,8 @@ class Worker:
         No promise: after a turn of the worker's own, which may have something else to wait for, both wait.
         """
         watch = self._watched.get(pollable)
-        if watch is None or watch.mask != READ or not self._poller.lends:
+        crowd = len(self._watched) > CROWD
+        if watch is None or watch.mask != READ or crowd or not self._poller.lends:
             return False
         assert watch.sock is not None
         watch.mask = LENT  # first: if the rest is interrupted, `take_back` sees to it

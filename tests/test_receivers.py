@@ -618,6 +618,22 @@ def test_an_interrupted_receiver_loses_nothing_or_its_session(contexts: Any, kin
             return
 
 
+def test_a_worker_with_a_crowd_to_serve_lends_nothing(
+    rig: Lockstep, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, server = pair
+    monkeypatch.setattr(worker, "CROWD", 1)
+    client.send(b"1")
+    leave(rig, client)
+    assert server.recv(PATIENCE) == b"1", "one is no crowd"
+    monkeypatch.setattr(worker, "CROWD", 0)
+    client.send(b"2")
+    leave(rig, client)
+    with pytest.raises(bridge.ReceiveTimeout):
+        server.recv(SOON)
+    rig.until(lambda: server.inbox.qsize() == 1)
+
+
 def test_where_workers_lend_nothing_they_read(
     contexts: Any, background: Background, monkeypatch: pytest.MonkeyPatch
 ) -> None:

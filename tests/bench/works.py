@@ -336,6 +336,7 @@ def _goals() -> list[Goal]:
         Goal("vanish-5000", "first", inbox, None, 250, at_most=True, dream=True),
         Goal(alone, "p50", dropin, "stdlib", 1.15, at_most=True),
         Goal(at_64, "rate", dropin, "stdlib", 0.85),
+        Goal(at_64, "rate", dropin, "pyopenssl", 1.0),
         Goal(at_1000, "rate", dropin, "stdlib", 0.7),
         Goal("http.server-1", "rate", dropin, "stdlib", 0.8),
         Goal("http.server-16", "rate", dropin, "stdlib", 0.85),
