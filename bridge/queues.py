@@ -29,6 +29,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from threading import current_thread, main_thread
 from typing import Any, Generic, Protocol, TypeVar
 
 from bridge import forks
@@ -91,7 +92,7 @@ class _ThisThread(threading.local):
     """It serves all sessions just now, and must not wait for one of them."""
 
     def __init__(self) -> None:
-        self.is_main = threading.current_thread() is threading.main_thread()
+        self.is_main = current_thread() is main_thread()
         """Signal handlers run on it."""
 
 
