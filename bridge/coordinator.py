@@ -125,7 +125,7 @@ class Channel:
         lock: Any = transport.lock
         if not (size >= RECORD_BYTES or (size and transport.answerable)) or lock._is_owned():
             return False
-        interruptible = this_thread.is_main and not this_thread.serves_all
+        interruptible = not this_thread.serves_all
         try:
             if interruptible:
                 this_thread.serves_all = (

@@ -25,11 +25,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from threading import current_thread, main_thread
 from typing import Any, Generic, Protocol, TypeVar
 
 from bridge import forks
@@ -91,20 +89,8 @@ class _ThisThread(threading.local):
     serves_all = False
     """It serves all sessions just now, and must not wait for one of them."""
 
-    def __init__(self) -> None:
-        self.is_main = current_thread() is main_thread()
-        """Signal handlers run on it."""
-
 
 this_thread = _ThisThread()
-
-
-def _in_child() -> None:
-    this_thread.is_main = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
 
 
 @contextlib.contextmanager

@@ -91,7 +91,7 @@ OPENSSL_ERRORS = {"engine", "connection", "context", "credentials", "ssl.context
 """Who may catch OpenSSL's exceptions: where sessions' errors are translated, and where contexts are built."""
 
 THREADING = {
-    "queues": {"Condition", "Lock", "RLock", "TIMEOUT_MAX", "local", "current_thread", "main_thread"},
+    "queues": {"Condition", "Lock", "RLock", "TIMEOUT_MAX", "local"},
     "context": {"Lock"},  # of the sessions to resume, which all workers share
     "connection": {
         "Lock",
