@@ -3,13 +3,14 @@
 The parser lives here and nowhere else: whatever woke a worker, and whichever OpenSSL call happened to
 produce plaintext, the bytes come here, in order, and meet their session's codec.  Which thread that is, the
 coordinator's or that of a worker which found it idle, or of a receiver that has read its message itself, makes no
-difference: a lock lets one in at a time.  Nothing
-here waits: inboxes take what they are given, because reading stops long before they could grow (see `queues`).
+difference: a lock lets one in at a time.  Nothing here waits: inboxes take what they are given, because reading stops
+long before they could grow (see `queues`).
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -28,6 +29,7 @@ from bridge.queues import (
     ReadCredit,
     SessionInbox,
     check_may_wait,
+    let_go,
     serving_all,
     this_thread,
 )
@@ -128,9 +130,8 @@ class Channel:
         interruptible = not this_thread.serves_all
         try:
             if interruptible:
-                this_thread.serves_all = (
-                    True  # a handler that waits would hold up the worker, which waits for the lock
-                )
+                # A signal handler that waits would hold up the worker, which waits for the lock.
+                this_thread.serves_all = True
             if not lock.acquire(False):
                 return False
             with lock:
@@ -153,8 +154,7 @@ class Channel:
                     raise
                 return True
         except BaseException:
-            while lock._is_owned():
-                lock.release()
+            let_go(lock)
             raise
         finally:
             if interruptible:
@@ -179,7 +179,7 @@ class Channel:
         try:
             bed.asleep = True  # from here on a signal handler takes another bed
             this_thread.serves_all = (
-                True  # and as long as it has the lock: it must not wait for whoever waits for that
+                True  # while it has the lock, it must not wait for whoever waits for that
             )
             with lock:
                 lent = transport.quiet and self.credit.settled() and inbox.lie_down(bed)
@@ -202,21 +202,20 @@ class Channel:
                 inbox.get_up(bed, in_vain=True)
                 worker.take_back(transport)
             bed.asleep = False
-            while lock._is_owned():
-                lock.release()
+            let_go(lock)
             this_thread.serves_all = False
             raise
 
     def _receive(self, transport: Transport) -> None:
         try:
-            data = transport.take_at_once()
+            data = transport.take_at_once(time.monotonic())
             if data:
                 self.coordinator.hand_in(self, data)
         except BaseException:  # Ctrl-C, and what was read may be lost
             transport.freeze()
             self.worker.post(transport, "end", interrupted())
             raise
-        if transport.mask != READ:
+        if not transport.quiet or transport.mask != READ:
             self.worker.post(transport, "wake")
 
 
@@ -291,8 +290,7 @@ class Coordinator:
                 lock.release()  # but not the one of the ``with``
                 self._handle([word])
         except BaseException:
-            while lock._is_owned():
-                lock.release()
+            let_go(lock)
             raise
 
     def stop(self) -> None:

@@ -41,6 +41,7 @@ from typing import Any, TypeVar
 
 from bridge.errors import SessionEnded
 from bridge.poll import NOTHING, Sleeper, Want, my_sleeper
+from bridge.queues import let_go
 from bridge.transport import Transport, interrupted
 from bridge.worker import Worker, fail
 
@@ -193,8 +194,7 @@ class Lease:
             self.ring()
             self.leave()
         finally:
-            while self.mine():
-                self.lock.release()
+            let_go(self.lock)
 
     def command(self, method: str, *arguments: Any) -> None:
         """Call a method of the transport that is a command, and see how far it gets."""

@@ -128,9 +128,8 @@ class EpollPoller(Generic[T]):
     def change(self, sock: socket.socket, mask: int, told: T) -> None:
         """As `SelectorPoller.change`."""
         fd = sock.fileno()
-        self._epoll.modify(
-            fd, select.EPOLLET if mask == LENT else _TO_POLL[mask]
-        )  # or a hang-up would be endless
+        # While it is lent a hang-up is told once, and not for ever.
+        self._epoll.modify(fd, select.EPOLLET if mask == LENT else _TO_POLL[mask])
         self._told[fd] = told, mask
 
     def forget(self, sock: socket.socket) -> None:

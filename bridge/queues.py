@@ -93,6 +93,12 @@ class _ThisThread(threading.local):
 this_thread = _ThisThread()
 
 
+def let_go(lock: Any) -> None:
+    """Release *lock*, a reentrant one, as often as this thread has it: for who was interrupted, and cannot know."""
+    while lock._is_owned():
+        lock.release()
+
+
 @contextlib.contextmanager
 def serving_all() -> Iterator[None]:
     """Meanwhile `this_thread.serves_all`."""

@@ -28,7 +28,7 @@ from bridge.errors import (
 from bridge.lease import Lease
 from bridge.limits import RECORD_BYTES
 from bridge.poll import Want
-from bridge.queues import Latch
+from bridge.queues import Latch, let_go
 from bridge.totals import Account
 from bridge.transport import CloseReport, Ending, Plan, Told, Transport
 from bridge.worker import Worker
@@ -364,8 +364,7 @@ class Stream:
                 writers.release()  # but not the one of the ``with``
                 return self._write_now(data) if timeout == 0 else self._write(data, give_up)
         except BaseException:
-            while writers._is_owned():  # type: ignore[attr-defined]
-                writers.release()
+            let_go(writers)
             raise
 
     def _write(self, data: bytes | bytearray | memoryview, give_up: float | None) -> int:

@@ -343,29 +343,11 @@ class Transport:
         """
         on_time = self.deadline is None or now < self.deadline
         if self.quiet and ready == self.mask == READ and on_time and self.credit.room() > 0:
-            engine = self._engine
-            assert engine is not None
-            self.now = now
-            try:
-                data = engine.read(RECORD_BYTES)
-                if data and type(data) is bytes:
-                    if self._idle is not None:
-                        self._touch()
-                    size = len(data)
-                    self._read.since = now
-                    self.received += size
-                    self.credit.spend(size)
-                    self.answerable = True
-                    self._tell(Told.DATA, data)
-                    if size < RECORD_BYTES and not engine.on_detour:
-                        self.brief = True
-                        return False
-                    self.brief = False
-                    self._read.ready = True
-                else:
-                    self._read_no_data(data)
-            except SessionEnded as error:
-                self.end(error)
+            data = self.take_at_once(now)
+            if data:
+                self._tell(Told.DATA, data)
+                if self.brief:
+                    return False
         elif ready:
             self.on_ready(ready)
         self.step(now)
@@ -393,36 +375,35 @@ class Transport:
 
     # The shortest turns there are, for an owner that wants one thing only of a session that is `quiet`.
 
-    def take_at_once(self) -> bytes:
-        """For a receiver: the next record, if it is there.  Whatever else there is to be said is the owner's to say.
+    def take_at_once(self, now: float) -> bytes:
+        """The next record, if it is there; whatever else there is to be said is for the owner's next step to say.
 
-        If the read is ready after that, it is for the owner's next turn to go on.
+        It has something to go on with unless the session is `quiet` after that, and its mask that of a read.
         """
-        engine, read, data = self._engine, self._read, b""
+        engine, read = self._engine, self._read
         assert engine is not None
         try:
             answer = engine.read(RECORD_BYTES)
         except SessionEnded:  # which the engine raises again
-            read.ready = True
+            answer = b""
+        read.since = self.now = now
+        if not isinstance(answer, bytes):
+            read.wait_for(answer)
             self._settle()
-            return data
-        read.since = time.monotonic()
-        if type(answer) is bytes:
-            data = answer
-            self.brief = 0 < len(data) < RECORD_BYTES and not engine.on_detour
-            read.ready = not self.brief  # or the peer's close_notify, which the engine says again
-            if data:
-                self.received += len(data)
-                self.credit.spend(len(data))
-                self.answerable = True
-                if self._idle is not None:
-                    self.now = read.since
-                    self._touch()
-        elif answer is not READ or engine.on_detour:
-            read.ready = True
-        if read.ready:
-            self._settle()
-        return data
+            return b""
+        if answer:
+            size = len(answer)
+            self.received += size
+            self.credit.spend(size)
+            self.answerable = True
+            if self._idle is not None:
+                self._touch()
+            self.brief = size < RECORD_BYTES and not engine.on_detour
+            if self.brief:
+                return answer
+        self.brief, read.ready = False, True  # or it is the peer's close_notify, which the engine says again
+        self._settle()
+        return answer
 
     def read_at_once(self) -> bytes:
         """The next record if it is there and plain data; ``b""`` if it was anything else, which has been dealt with."""

@@ -17,7 +17,7 @@ from peers import Background
 
 from bridge.poll import my_sleeper
 
-pytest_plugins = ["dropin_rig"]
+pytest_plugins = ["dropin_rig", "rig"]
 
 LEAK_PATIENCE = 5.0
 """Seconds that threads and descriptors have to end after their test did."""

@@ -39,6 +39,11 @@ def resident() -> int:
     return int((PROC / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def descriptors() -> int:
+    """How many this process has open; 0 where that cannot be told."""
+    return len(list((PROC / "fd").iterdir())) if sys.platform == "linux" else 0
+
+
 def held(b: bridge.Bridge) -> dict[str, Any]:
     """What this process holds now, and what its handshakes have come to since it began."""
     kib = resident() >> 10
@@ -48,7 +53,7 @@ def held(b: bridge.Bridge) -> dict[str, Any]:
         "shaken": sum(count for (_, result, _), count in totals.handshakes.items() if result == "ok"),
         "endings": totals.endings,
         "threads": len(list((PROC / "task").iterdir())),
-        "descriptors": len(list((PROC / "fd").iterdir())),
+        "descriptors": descriptors(),
         "kib": kib,
     }
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 from conftest import KeyPair
 from OpenSSL import SSL
 
@@ -236,6 +237,13 @@ class Lockstep:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@pytest.fixture(name="rig")
+def new_rig() -> Iterator[Lockstep]:
+    """Bridges in lockstep, closed in the end."""
+    with Lockstep() as made:
+        yield made
 
 
 @contextlib.contextmanager

@@ -18,11 +18,10 @@ import random
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import trustme
-from loaded import resident
+from loaded import descriptors, resident
 
 import bridge
 
@@ -204,7 +203,7 @@ class Soak:
             seen = one.snapshot()
             if not self.faults and (seen.inbox_bytes or seen.outbox_bytes):
                 self.faults.append(f"bytes that nobody has: {seen}")
-        return {"threads": threading.active_count(), "fds": _descriptors(), "rss": resident()}
+        return {"threads": threading.active_count(), "fds": descriptors(), "rss": resident()}
 
     def compare(self, settled: dict[str, int], found: dict[str, int]) -> None:
         for name in ("threads", "fds"):
@@ -212,11 +211,6 @@ class Soak:
                 self.faults.append(f"{name} have grown from {settled[name]} to {found[name]}")
         if found["rss"] > settled["rss"] * (1 + GROWTH) + SLACK:
             self.faults.append(f"memory has grown from {settled['rss'] >> 20} to {found['rss'] >> 20} MiB")
-
-
-def _descriptors() -> int:
-    path = Path("/proc/self/fd")
-    return len(list(path.iterdir())) if path.is_dir() else 0
 
 
 def main() -> int:

@@ -50,12 +50,6 @@ Pair = tuple[Session, Session]
 
 
 @pytest.fixture
-def rig() -> Iterator[Lockstep]:
-    with Lockstep() as made:
-        yield made
-
-
-@pytest.fixture
 def contexts(ca_file: str, server_cert: KeyPair, tls_version: str) -> tuple[bridge.Context, bridge.Context]:
     """Client's and server's, for each version in turn."""
     identity = server_cert.certfile, server_cert.keyfile
@@ -149,20 +143,25 @@ def test_an_answer_does_not_overtake_what_this_side_has_sent_before_it(rig: Lock
     assert list(received(server)) == [b"1", b"2", b"3"]
 
 
+def in_the_middle_of_a_write(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """The next call of SSL_write is interrupted by *act*, and then made."""
+    original = bridge.connection.Connection.send
+
+    def interrupted(connection: SSL.Connection, data: bytes) -> int:
+        monkeypatch.undo()
+        act()
+        return original(connection, data)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(bridge.connection.Connection, "send", interrupted)
+
+
 def test_what_is_sent_in_the_middle_of_an_answer_comes_after_it(
     rig: Lockstep, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a signal handler, a finalizer, or a callback of OpenSSL's: on this thread, with the session in its hands."""
     client, server = pair
     asked(rig, client, server)
-    original = bridge.connection.Connection.send
-
-    def interrupted(connection: SSL.Connection, data: bytes) -> int:
-        monkeypatch.undo()
-        client.send(b"inner")
-        return original(connection, data)  # type: ignore[no-any-return]
-
-    monkeypatch.setattr(bridge.connection.Connection, "send", interrupted)
+    in_the_middle_of_a_write(monkeypatch, lambda: client.send(b"inner"))
     client.send(LARGE)
     rig.until(lambda: server.inbox.qsize() == 2)
     assert list(received(server)) == [LARGE, b"inner"]
@@ -175,14 +174,12 @@ def test_nobody_waits_in_the_middle_of_an_answer(
     """As a signal handler might: the worker would wait for the session's lock, and the handler for the worker."""
     client, server = pair
     asked(rig, client, server)
-    original = bridge.connection.Connection.send
 
-    def interrupted(connection: SSL.Connection, data: bytes) -> int:
+    def wait() -> None:
         with pytest.raises(bridge.ConfigurationError):
             client.recv(0.05)
-        return original(connection, data)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(bridge.connection.Connection, "send", interrupted)
+    in_the_middle_of_a_write(monkeypatch, wait)
     client.send(b"answer")
     monkeypatch.undo()
     check_may_wait()  # as ever after that

@@ -11,7 +11,7 @@ import itertools
 import random
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,12 +30,6 @@ from bridge.poll import Want
 VERSIONS = ("TLSv1.2", "TLSv1.3")
 ALL = 1 << 16
 TURNS = 50_000
-
-
-@pytest.fixture
-def rig() -> Iterator[Lockstep]:
-    with Lockstep() as made:
-        yield made
 
 
 Pair = tuple[bridge.Context, bridge.Context]

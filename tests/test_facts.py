@@ -13,7 +13,7 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -47,12 +47,6 @@ from bridge.engine import TLSEngine
 from bridge.limits import RECORD_BYTES
 from bridge.poll import Want
 from bridge.session import Session
-
-
-@pytest.fixture
-def rig() -> Iterator[Lockstep]:
-    with Lockstep() as made:
-        yield made
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import fcntl
 import socket
 import struct
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -54,12 +54,6 @@ SHORT = 32
 CLIENT_HELLO = message(
     1, b"\3\3" + bytes(32) + b"\0" + b"\0\4\xc0\x2b\xc0\x2f" + b"\1\0" + b"\0\5" + b"\xff\1\0\1\0"
 )
-
-
-@pytest.fixture
-def rig() -> Iterator[Lockstep]:
-    with Lockstep() as made:
-        yield made
 
 
 def unread(sock: socket.socket | None) -> int:

@@ -787,15 +787,14 @@ b.close()
 
 @needs_fork
 def test_what_a_child_drops_of_the_parents_handlers_waits_for_no_lock(
-    program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor
+    program: Callable[[str], Program],
 ) -> None:
     """In the middle of fork(), when nobody has told the child yet, and a lock may be held that nobody will let go."""
-    served = pool.submit(server.serve, b"welcome")
     running = program(
-        FORK
-        + """
-import time
-ready, leave = threading.Event(), threading.Event()
+        """
+import time, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # fork() with threads: that is the point
+shared, ready, leave = bridge.Inbox(), threading.Event(), threading.Event()
 
 
 def handle():
@@ -817,18 +816,12 @@ while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < deadl
     leave.wait(0.01)
 if not ended[0]:
     os.kill(pid, 9)
-print("child:", os.waitstatus_to_exitcode(ended[1]) if ended[0] else "stuck", flush=True)
+print("child:", os.waitstatus_to_exitcode(ended[1]) if ended[0] else "stuck")
 leave.set()
 thread.join()
-print("parent:", session.recv(30))
-session.send(b"from the parent")
-b.close()
 """
     )
-    assert running.line() == "child: 0"
-    status, out, err = running.end()
-    assert (status, out) == (0, "parent: b'welcome'"), err
-    assert served.result(PATIENCE) == (b"from the parent", "clean")
+    assert running.end() == (0, "child: 0", "")
 
 
 # ── the story in the log ──

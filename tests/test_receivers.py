@@ -47,12 +47,6 @@ def contexts(ca_file: str, server_cert: KeyPair, tls_version: str) -> tuple[brid
     )
 
 
-@pytest.fixture
-def rig() -> Iterator[Lockstep]:
-    with Lockstep() as made:
-        yield made
-
-
 def opened(rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context], *sockets: Any) -> Pair:
     """A client's session and a server's, which has got short messages so far."""
     client, server = (

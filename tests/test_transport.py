@@ -66,6 +66,17 @@ def fill(sock: socket.socket) -> int:
         return count
 
 
+def fall_in_its_next_turn(monkeypatch: pytest.MonkeyPatch, session: Session) -> None:
+    """A bug of ours, which *session* meets once."""
+
+    def fall(*_: object) -> None:
+        monkeypatch.undo()
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(transport.Transport, "turn", fall)
+    session._channel.worker.post(session._channel.transport, "wake")
+
+
 def test_a_hello_waits_for_room(lockstep: Lockstep, contexts: Contexts) -> None:
     near, far = lockstep.small_pair()
     junk = fill(near)
@@ -143,13 +154,7 @@ def test_a_session_that_a_bug_has_ended_lingers_for_a_while_only(
     server = lockstep.session(contexts[1], near, timeouts=timeouts)
     lockstep.settle()
     mine = server._channel.transport
-
-    def fall(*_: object) -> None:
-        monkeypatch.undo()
-        raise ValueError("a bug")
-
-    monkeypatch.setattr(transport.Transport, "turn", fall)
-    server._channel.worker.post(mine, "wake")
+    fall_in_its_next_turn(monkeypatch, server)
     lockstep.until(lambda: mine.finished)
     assert isinstance(server.end, bridge.SessionAborted) and far.recv(1) == b""
 
@@ -217,13 +222,7 @@ def test_a_session_that_lingers_lets_its_worker_sleep(
     server = lockstep.session(contexts[1], near)
     lockstep.settle()
     mine = server._channel.transport
-
-    def fall(*_: object) -> None:
-        monkeypatch.undo()
-        raise ValueError("a bug")
-
-    monkeypatch.setattr(transport.Transport, "turn", fall)
-    server._channel.worker.post(mine, "wake")
+    fall_in_its_next_turn(monkeypatch, server)
     for _ in range(5):
         lockstep.round()
     assert is_closed(server) and not lockstep.round() and not mine.finished
