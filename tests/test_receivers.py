@@ -197,7 +197,8 @@ def asleep_beside(session: Session, background: Background) -> Any:
     deadline = time.monotonic() + PATIENCE
     while mask_of(session) != LENT or not session._own_inbox()._sleepers:
         assert time.monotonic() < deadline and not receiver.done()
-    return receiver
+    with session._channel.transport.lock:  # which the receiver lets go as it goes to sleep
+        return receiver
 
 
 def test_a_second_receiver_sleeps_as_ever_and_both_are_served(
