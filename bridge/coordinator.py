@@ -440,6 +440,8 @@ class Coordinator:
     def _closed(self, channel: Channel, ending: Ending) -> None:
         self._end(channel, ending.cause)
         channel.credit.keep(0)
-        channel.opened.set(ending.cause)
-        channel.closed.set(ending)
-        channel.on_closed(channel, ending)
+        try:
+            channel.on_closed(channel, ending)  # first: whoever waits for the end may count on its room
+        finally:
+            channel.opened.set(ending.cause)
+            channel.closed.set(ending)

@@ -92,8 +92,8 @@ class Core:
         assert cause is None or type(handle.end) is type(cause), "the first cause stays"
 
     def close(self) -> None:
-        assert not self.bridge.snapshot().sessions
-        self.bridge.close()
+        with self.bridge:
+            assert not self.bridge.snapshot().sessions
 
 
 class DropIn:

@@ -25,6 +25,7 @@ from conftest import KeyPair
 from structlog.testing import capture_logs
 
 import bridge
+from bridge.queues import Latch
 
 PATIENCE = 30.0
 ROOT = str(Path(bridge.__file__).parents[1])
@@ -161,6 +162,26 @@ def test_closing_a_bridge_carries_out_what_was_sent(
         session = b.connect(server.address, client_ctx, server_hostname="localhost")
         session.send(message)
     assert served.result(PATIENCE) == (message, "clean")
+
+
+def test_a_session_has_left_before_anybody_hears_that_it_is_over(
+    server: StdlibServer, client_ctx: bridge.Context, pool: ThreadPoolExecutor
+) -> None:
+    """So whoever has closed one may open another at once, where only so many are allowed."""
+
+    class Watched(Latch[Any]):
+        def set(self, value: Any) -> None:
+            left.append((b.snapshot().sessions, sum(b.totals().endings.values())))
+            super().set(value)
+
+    left: list[Any] = []
+    served = pool.submit(server.serve)
+    with bridge.Bridge(workers=1) as b:
+        session = b.connect(server.address, client_ctx, server_hostname="localhost")
+        session._channel.closed = Watched()
+        assert session.close()
+    assert left == [((), 1)]
+    assert served.result(PATIENCE) == (b"", "clean")
 
 
 def test_a_bridge_is_closed_once_however_many_threads_close_it(
