@@ -588,6 +588,7 @@ class _Turn:
         if self.session is not None:
             with self._inbox._lock:
                 self._inbox._release(self)
+                self._inbox._call()
 
     def __del__(self) -> None:
         if not forks.abandoned(self._inbox._born):
@@ -617,6 +618,7 @@ class Inbox:
         self._waiting = 0  # how many those are
         self._lock = threading.Lock()
         self._sleepers: collections.deque[Bed] = collections.deque()  # first come, first woken
+        self._called: Bed | None = None  # who was woken for what is here, and has not come yet
         self._over: Exception | None = None
         self._feeders = 0
         self._handler = threading.local()
@@ -646,6 +648,8 @@ class Inbox:
                 self._wait(timeout if block else 0.0)
             session, message, credit, cost, turn.done = self._entries.popleft()
             turn.session = session
+            if self._entries and self._sleepers:
+                self._call()
             if credit is not None and credit._charge(0, -cost):
                 resume = credit._resume
         if resume is not None:
@@ -711,15 +715,31 @@ class Inbox:
             slept = True
         finally:
             self._lock.acquire()
-            if gate in self._sleepers:
-                self._sleepers.remove(gate)
-            elif not slept:
-                self._wake(1)  # Ctrl-C: somebody else shall have what this one was woken for
+            if not self._rise(gate) and not slept:
+                self._call()  # Ctrl-C: somebody else shall have what this one was woken for
 
-    def _wake(self, count: int) -> None:
-        while count > 0 and self._sleepers:
+    def _call(self) -> None:
+        """With the lock: wake the next sleeper for what is here, if none is on its way.
+
+        One at a time, for whoever takes something and leaves something calls the next.  So of a large pool no more are
+        up than have something to do; a message each would wake all of them for what one can do.
+        """
+        if self._called is None and self._sleepers:
+            self._called = self._sleepers.popleft()
+            self._called.ring()
+
+    def _rise(self, bed: Bed) -> bool:
+        """With the lock: nobody sleeps in *bed* any more.  Whether nobody has woken it."""
+        if self._called is bed:
+            self._called = None
+        if bed not in self._sleepers:
+            return False
+        self._sleepers.remove(bed)
+        return True
+
+    def _wake_all(self) -> None:
+        while self._sleepers:
             self._sleepers.popleft().ring()
-            count -= 1
 
     # Called by the coordinator, and by the wiring.
 
@@ -747,7 +767,7 @@ class Inbox:
                     behind.append((session, message, credit, share, done))
                     self._waiting += 1
             if self._sleepers:
-                self._wake(len(messages))
+                self._call()
         if resume:
             assert credit is not None
             credit._resume()
@@ -759,16 +779,15 @@ class Inbox:
         if behind:
             self._entries.append(behind.popleft())
             self._waiting -= 1
-            self._wake(1)
         else:
             del self._behind[session]
         if self._over is not None:
-            self._wake(len(self._sleepers))
+            self._wake_all()
 
     def _finish(self, why: Exception) -> None:
         with self._lock:
             self._over = self._over or why
-            self._wake(len(self._sleepers))
+            self._wake_all()
 
     def _attach(self) -> None:
         with self._lock:
@@ -806,6 +825,8 @@ class SessionInbox(Inbox):
             if not self._entries:
                 self._wait(timeout if block else 0.0, deadline)
             _, message, credit, cost, _ = self._entries.popleft()
+            if self._entries and self._sleepers:
+                self._call()
             if credit is not None and credit._charge(0, -cost):
                 resume = credit._resume
         if resume is not None:
@@ -818,7 +839,7 @@ class SessionInbox(Inbox):
         with self._lock:
             if not self._entries:
                 self._wait(timeout, deadline)
-            self._wake(1)  # this wake-up takes nothing: pass it on
+            self._call()  # this wake-up takes nothing: pass it on
             return self._entries[0][1]
 
     def _fetch(self, timeout: float | None) -> float | None:
@@ -839,12 +860,10 @@ class SessionInbox(Inbox):
     def get_up(self, bed: Bed, in_vain: bool = False) -> bool:
         """No longer.  Whether nothing has come; if so *in_vain*, it is for the next sleeper."""
         with self._lock:
-            if bed in self._sleepers:
-                self._sleepers.remove(bed)
-                return True
-            if in_vain:
-                self._wake(1)
-            return False
+            asleep = self._rise(bed)
+            if in_vain and not asleep:
+                self._call()
+            return asleep
 
     def _deliver(self, session: Any, messages: list[Any], *charge: Any) -> None:
         super()._deliver(None, messages, *charge)  # one session needs no turns, and its receivers take none

@@ -23,6 +23,7 @@ import contextlib
 import heapq
 import itertools
 import math
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -35,6 +36,9 @@ from bridge.queues import Mailbox, serving_all
 
 HAND_OVER = 64
 """Events a turn may gather before the coordinator gets the first of them."""
+COMPANY = 8
+"""Events in a batch from which on the handlers get their chance before the worker goes on.  Only one of them has the
+interpreter; and what was just touched of a session, a handler finds in the processor's cache now or never."""
 HANDSHAKES = 8
 """Turns of handshakes in one step: some milliseconds."""
 CROWD = 128
@@ -44,6 +48,10 @@ AGAIN = 4
 """What stands in place of a poll's mask for a turn that was cut short by its budget."""
 STALLED_TURNS = 100
 """Turns in a row that could have moved a byte, and moved none, before a session is taken for spinning."""
+
+
+give_way: Callable[[], object] = getattr(os, "sched_yield", lambda: None)
+"""Let a thread have the interpreter, and the processor, that waits for them."""
 
 
 class Pollable(Protocol):
@@ -332,6 +340,8 @@ class Worker:
         if self.produced:
             produced, self.produced = self.produced, []
             self._hand_over(produced)
+            if len(produced) >= COMPANY:
+                give_way()
 
     def _shut_down(self) -> None:
         for pollable, watch in list(self._watched.items()):

@@ -454,8 +454,18 @@ class NeverResumes(ReadCredit):
 
 
 class TellsNobody(SessionInbox):
-    def _wake(self, count: int) -> None:
+    def _call(self) -> None:
         pass
+
+
+class CallsOneForAll(SessionInbox):
+    """Whoever was called has come, but does not count as such: nobody calls the next."""
+
+    def _rise(self, bed: Any) -> bool:
+        called = self._called
+        asleep = super()._rise(bed)
+        self._called = called
+        return asleep
 
 
 @pytest.mark.parametrize(
@@ -466,8 +476,9 @@ class TellsNobody(SessionInbox):
         (lambda world: sending(world, TakesAnything), "an invariant does not hold"),
         (lambda world: reading(world, NeverResumes), "nobody can go on"),
         (lambda world: receiving(world, TellsNobody, ends=False), "nobody can go on"),
+        (lambda world: receiving(world, CallsOneForAll, ends=False), "nobody can go on"),
     ],
-    ids=["careless sleep", "no wake-up", "no bound", "no resume", "no word of a message"],
+    ids=["careless sleep", "no wake-up", "no bound", "no resume", "no word of a message", "no next call"],
 )
 def test_a_planted_fault_is_found(scenario: Callable[[World], None], words_of_the_story: str) -> None:
     with pytest.raises(Refuted, match=words_of_the_story):

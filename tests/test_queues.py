@@ -125,6 +125,28 @@ def test_a_word_wakes_the_first_who_sleeps_and_nobody_else(background: Backgroun
     assert second.result(PATIENCE) == "another" and not inbox._sleepers
 
 
+@pytest.mark.parametrize("kind", [Inbox, SessionInbox])
+def test_whoever_comes_calls_the_next(
+    monkeypatch: pytest.MonkeyPatch, background: Background, kind: type[Inbox]
+) -> None:
+    """So many messages at once do not wake everybody, for what one or two may have taken by then."""
+    inbox = kind()
+    others: list[Future[object]] = []
+
+    def asleep() -> None:
+        monkeypatch.undo()
+        others.extend(background.run(lambda: inbox.get(timeout=PATIENCE)) for _ in range(2))
+        gates = sleepers(inbox, 3)
+        for word in "abc":
+            inbox.put((None, word))
+        assert list(inbox._sleepers) == gates[1:]
+
+    monkeypatch.setattr(queues, "Gate", lambda: Scripted(asleep))
+    got = [inbox.get(), *(other.result(PATIENCE) for other in others)]
+    assert sorted(got) == sorted((None, word) if kind is Inbox else word for word in "abc")
+    assert not inbox._sleepers and inbox._called is None
+
+
 def test_what_an_interrupted_receiver_was_woken_for_is_somebody_else_s(
     monkeypatch: pytest.MonkeyPatch, background: Background
 ) -> None:
@@ -535,6 +557,19 @@ def test_a_handler_that_is_done_wakes_one_who_sleeps(background: Background) -> 
     assert first.result(PATIENCE) == ("session", 1) and list(shared._sleepers) == [gate]
     shared.put((None, "a word"))
     assert second.result(PATIENCE) == (None, "a word")
+
+
+def test_a_handler_that_comes_back_for_the_next_wakes_nobody_for_it(background: Background) -> None:
+    shared = Inbox()
+    for number in range(2):
+        shared.put(("session", number))
+    assert shared.get_nowait() == ("session", 0)
+    other = background.run(lambda: shared.get(timeout=PATIENCE))
+    (gate,) = sleepers(shared, 1)
+    assert shared.get_nowait() == ("session", 1)
+    assert list(shared._sleepers) == [gate]
+    shared.put((None, "a word"))
+    assert other.result(PATIENCE) == (None, "a word")
 
 
 def test_everybody_who_sleeps_learns_of_the_end_once_all_is_taken(background: Background) -> None:
