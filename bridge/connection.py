@@ -188,13 +188,19 @@ class Connection(SSL.Connection):
             self._raise_ssl_error(self._ssl, result)
         return result
 
+    def fed(self) -> int:
+        """How many bytes were fed into memory and OpenSSL has not read (BIO_get_mem_data(3))."""
+        return int(_lib.BIO_get_mem_data(self._into_ssl, _ffi.NULL))
+
+    def said(self) -> int:
+        """How many bytes `bio_read` would give."""
+        return int(_lib.BIO_get_mem_data(self._from_ssl, _ffi.NULL))
+
     def unread(self) -> bytes:
         """What was fed into memory and OpenSSL has not read."""
-        parts = []
-        scratch = _ffi.new("char[]", SCRATCH_BYTES)
-        while (count := _lib.BIO_read(self._into_ssl, scratch, SCRATCH_BYTES)) > 0:
-            parts.append(bytes(_ffi.buffer(scratch, count)))
-        return b"".join(parts)
+        scratch = _ffi.new("char[]", self.fed() + 1)
+        count = max(0, _lib.BIO_read(self._into_ssl, scratch, len(scratch)))
+        return bytes(_ffi.buffer(scratch, count))
 
     def over_memory(self) -> None:
         """From now on read and write two memory BIOs: `bio_write`, `bio_read` (SSL_set_bio(3)).

@@ -132,7 +132,6 @@ class TLSEngine:
         "_due",
         "_error",
         "_established",
-        "_fed",
         "_follows",
         "_frozen",
         "_header",
@@ -163,7 +162,6 @@ class TLSEngine:
         self._resume_key = resume_key
         self._sock: socket.socket | None = None  # what a detour leads round; a server's after the handshake
         self._output = b""  # taken from memory, not yet on the socket
-        self._fed = False  # whether memory may hold ciphertext that OpenSSL has not read
         self._error: SessionEnded | None = None
         self._frozen: bytes | memoryview | None = None
         self._mute = False
@@ -197,7 +195,10 @@ class TLSEngine:
         assert size > 0
         if self._error is not None:
             raise fresh(self._error)
-        if self._follows and not self.on_detour:
+        if self.on_detour:
+            if not self.has_more() and not self._peer_closed:
+                return self._received("read", self._wanted("read", Want.READ), size)
+        elif self._follows:
             self._look_out()
         try:
             return self._connection.recv(size)
@@ -223,13 +224,9 @@ class TLSEngine:
     def _fed_on(self, name: str, result: T | Want, function: Callable[..., T], *args: Any) -> T | Want:
         """A call has answered with *result*: again, while it wants input and has some."""
         for _ in range(FEEDS):
-            if result is not Want.READ:
-                return result
-            self._fed = False
-            if not self._feed_from_socket():
-                return result
+            if result is not Want.READ or not self._feed_from_socket():
+                break
             result = self._call(name, function, *args)
-        self._fed = self._fed and result is not Want.READ
         return result
 
     def write(self, chunk: bytes | memoryview) -> int | Want:
@@ -280,7 +277,7 @@ class TLSEngine:
 
     def has_more(self) -> bool:
         """Whether something is inside, decrypted or not, that no poll will announce."""
-        return self._fed or self._connection.pending() > 0
+        return self._connection.pending() > 0 or (self.on_detour and self._connection.fed() > 0)
 
     # After the handshake.
 
@@ -293,7 +290,7 @@ class TLSEngine:
         """
         self._context.verify(self._connection, server_hostname)
         connection = self._connection
-        self._established, self._fed = True, False
+        self._established = True
         self._end_detour()
         self._sock = sock
         version = connection.get_protocol_version_name()
@@ -374,7 +371,7 @@ class TLSEngine:
 
     def _end_detour(self) -> None:
         """Give the connection its socket back, if nothing is in memory and no call could take too long."""
-        if not self.on_detour or self._fed or self._mute or not self._established:
+        if not self.on_detour or self._mute or not self._established or self._connection.fed():
             return
         if self._follows and (self._lost or self._due or self._header or self.mid_handshake()):
             return
@@ -407,7 +404,6 @@ class TLSEngine:
         except OSError as error:
             raise self._failed(error) from error
         self._due = max(0, self._due - len(ciphertext))
-        self._fed = True
         self._into_memory(ciphertext)
         return True
 
@@ -443,12 +439,8 @@ class TLSEngine:
 
     def take_output(self) -> bytes:
         """The ciphertext to send to the peer, ``b""`` if there is none.  To be called after every call above."""
-        parts = []
-        try:
-            while True:
-                parts.append(self._connection.bio_read(64 * 1024))
-        except SSL.WantReadError:
-            return b"".join(parts)
+        size = self._connection.said()
+        return self._connection.bio_read(size) if size else b""
 
     # How a call ends.
 
