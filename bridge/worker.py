@@ -23,7 +23,6 @@ import contextlib
 import heapq
 import itertools
 import math
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -36,9 +35,6 @@ from bridge.queues import Mailbox, serving_all
 
 HAND_OVER = 64
 """Events a turn may gather before the coordinator gets the first of them."""
-COMPANY = 8
-"""Events in a batch from which on the handlers get their chance before the worker goes on.  Only one of them has the
-interpreter; and what was just touched of a session, a handler finds in the processor's cache now or never."""
 HANDSHAKES = 8
 """Turns of handshakes in one step: some milliseconds."""
 CROWD = 128
@@ -48,10 +44,6 @@ AGAIN = 4
 """What stands in place of a poll's mask for a turn that was cut short by its budget."""
 STALLED_TURNS = 100
 """Turns in a row that could have moved a byte, and moved none, before a session is taken for spinning."""
-
-
-give_way: Callable[[], object] = getattr(os, "sched_yield", lambda: None)
-"""Let a thread have the interpreter, and the processor, that waits for them."""
 
 
 class Pollable(Protocol):
@@ -167,6 +159,10 @@ class Worker:
         """How many pollables it owns."""
         return len(self._watched)
 
+    def crowded(self) -> bool:
+        """Whether it has too many to serve to lend one of them."""
+        return len(self._watched) > CROWD
+
     # Any thread that holds the pollable's lock.
 
     def lend(self, pollable: Pollable) -> bool:
@@ -175,8 +171,7 @@ class Worker:
         No promise: after a turn of the worker's own, which may have something else to wait for, both wait.
         """
         watch = self._watched.get(pollable)
-        crowd = len(self._watched) > CROWD
-        if watch is None or watch.mask != READ or crowd or not self._poller.lends:
+        if watch is None or watch.mask != READ or self.crowded() or not self._poller.lends:
             return False
         assert watch.sock is not None
         watch.mask = LENT  # first: if the rest is interrupted, `take_back` sees to it
@@ -340,8 +335,6 @@ class Worker:
         if self.produced:
             produced, self.produced = self.produced, []
             self._hand_over(produced)
-            if len(produced) >= COMPANY:
-                give_way()
 
     def _shut_down(self) -> None:
         for pollable, watch in list(self._watched.items()):

@@ -622,6 +622,7 @@ def test_a_worker_with_a_crowd_to_serve_lends_nothing(
     leave(rig, client)
     assert server.recv(PATIENCE) == b"1", "one is no crowd"
     monkeypatch.setattr(worker, "CROWD", 0)
+    monkeypatch.setattr(coordinator, "my_sleeper", None)  # nor costs each receiver a descriptor
     client.send(b"2")
     leave(rig, client)
     with pytest.raises(bridge.ReceiveTimeout):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import socket
 import threading
 import time
@@ -14,11 +13,10 @@ import structlog
 from peers import PATIENCE
 from structlog.testing import capture_logs
 
-from bridge import worker as worker_module
 from bridge.errors import SessionAborted, SessionEnded
 from bridge.poll import NOTHING, Want
 from bridge.queues import check_may_wait
-from bridge.worker import AGAIN, COMPANY, HAND_OVER, HANDSHAKES, STALLED_TURNS, Worker
+from bridge.worker import AGAIN, HAND_OVER, HANDSHAKES, STALLED_TURNS, Worker
 
 NO_TIME = 0.0
 
@@ -386,19 +384,6 @@ def test_what_turns_produce_is_handed_over_in_one_piece_or_in_few(
     assert [len(batch) for batch in handed_over] == [HAND_OVER, HAND_OVER // 2]
     worker.step()
     assert len(handed_over) == 2 and worker.produced == []
-
-
-def test_a_worker_gives_way_to_those_who_have_got_much_and_not_for_a_little(
-    worker: Worker, handed_over: list[list[Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[int] = []
-    monkeypatch.setattr(worker_module, "give_way", lambda: seen.append(len(handed_over[-1])))
-    talkative = Thing()
-    for many in (COMPANY - 1, COMPANY, 1, COMPANY + 1):
-        talkative.act = functools.partial(worker.produced.extend, range(many))
-        worker.post(talkative, "poke")
-        worker.step()
-    assert seen == [COMPANY, COMPANY + 1]
 
 
 def test_a_turn_that_raises_ends_its_own_session_and_says_so(worker: Worker) -> None:
