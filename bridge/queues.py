@@ -724,7 +724,7 @@ class Inbox:
         One at a time, for whoever takes something and leaves something calls the next.  So of a large pool no more are
         up than have something to do; a message each would wake all of them for what one can do.
         """
-        if self._called is None and self._sleepers:
+        if self._entries and self._sleepers and self._called is None:
             self._called = self._sleepers.popleft()
             self._called.ring()
 

@@ -572,6 +572,18 @@ def test_a_handler_that_comes_back_for_the_next_wakes_nobody_for_it(background: 
     assert other.result(PATIENCE) == (None, "a word")
 
 
+def test_a_handler_that_is_done_and_leaves_nothing_wakes_nobody(background: Background) -> None:
+    shared = Inbox()
+    shared.put(("session", 0))
+    assert shared.get_nowait() == ("session", 0)
+    other = background.run(lambda: shared.get(timeout=PATIENCE))
+    (gate,) = sleepers(shared, 1)
+    shared.task_done()
+    assert list(shared._sleepers) == [gate] and shared._called is None
+    shared.put((None, "a word"))
+    assert other.result(PATIENCE) == (None, "a word")
+
+
 def test_everybody_who_sleeps_learns_of_the_end_once_all_is_taken(background: Background) -> None:
     shared = Inbox()
     for number in range(2):
