@@ -170,7 +170,7 @@ class Channel:
         check_may_wait()
         transport, worker = self.transport, self.worker
         lock: Any = transport.lock
-        if not transport.brief or worker.crowded():  # a bed is a descriptor
+        if not transport.brief or not worker.lends():  # before a bed is made, which is a descriptor
             return False
         try:
             bed = my_sleeper()

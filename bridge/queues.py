@@ -648,7 +648,7 @@ class Inbox:
                 self._wait(timeout if block else 0.0)
             session, message, credit, cost, turn.done = self._entries.popleft()
             turn.session = session
-            if self._entries and self._sleepers:
+            if self._sleepers:
                 self._call()
             if credit is not None and credit._charge(0, -cost):
                 resume = credit._resume
@@ -825,7 +825,7 @@ class SessionInbox(Inbox):
             if not self._entries:
                 self._wait(timeout if block else 0.0, deadline)
             _, message, credit, cost, _ = self._entries.popleft()
-            if self._entries and self._sleepers:
+            if self._sleepers:
                 self._call()
             if credit is not None and credit._charge(0, -cost):
                 resume = credit._resume

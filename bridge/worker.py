@@ -159,19 +159,20 @@ class Worker:
         """How many pollables it owns."""
         return len(self._watched)
 
-    def crowded(self) -> bool:
-        """Whether it has too many to serve to lend one of them."""
-        return len(self._watched) > CROWD
+    def lends(self) -> bool:
+        """Whether `lend` is worth asking: the system can, and there is no crowd to serve."""
+        return self._poller.lends and len(self._watched) <= CROWD
 
     # Any thread that holds the pollable's lock.
 
     def lend(self, pollable: Pollable) -> bool:
-        """Leave it to the caller to sleep beside the socket until there is something to read; whether it may.
+        """Where it `lends`, leave it to the caller to sleep beside the socket until there is something to read.
 
-        No promise: after a turn of the worker's own, which may have something else to wait for, both wait.
+        Whether it may.  No promise: after a turn of the worker's own, which may have something else to wait for,
+        both wait.
         """
         watch = self._watched.get(pollable)
-        if watch is None or watch.mask != READ or self.crowded() or not self._poller.lends:
+        if watch is None or watch.mask != READ:
             return False
         assert watch.sock is not None
         watch.mask = LENT  # first: if the rest is interrupted, `take_back` sees to it

@@ -544,11 +544,17 @@ def test_a_look_leaves_the_message_and_its_credit_where_they_are() -> None:
     assert inbox.get() == b"a" and credit.held() == -1
 
 
-def test_a_handler_that_is_done_wakes_one_who_sleeps(background: Background) -> None:
+def in_a_handler_s_hands(messages: int) -> Inbox:
+    """A shared inbox that was given so many of one session, the first of which this thread has taken."""
     shared = Inbox()
-    for number in range(2):
+    for number in range(messages):
         shared.put(("session", number))
     assert shared.get_nowait() == ("session", 0)
+    return shared
+
+
+def test_a_handler_that_is_done_wakes_one_who_sleeps(background: Background) -> None:
+    shared = in_a_handler_s_hands(2)
     first = background.run(lambda: shared.get(timeout=PATIENCE))
     sleepers(shared, 1)
     second = background.run(lambda: shared.get(timeout=PATIENCE))
@@ -560,10 +566,7 @@ def test_a_handler_that_is_done_wakes_one_who_sleeps(background: Background) -> 
 
 
 def test_a_handler_that_comes_back_for_the_next_wakes_nobody_for_it(background: Background) -> None:
-    shared = Inbox()
-    for number in range(2):
-        shared.put(("session", number))
-    assert shared.get_nowait() == ("session", 0)
+    shared = in_a_handler_s_hands(2)
     other = background.run(lambda: shared.get(timeout=PATIENCE))
     (gate,) = sleepers(shared, 1)
     assert shared.get_nowait() == ("session", 1)
@@ -573,9 +576,7 @@ def test_a_handler_that_comes_back_for_the_next_wakes_nobody_for_it(background: 
 
 
 def test_a_handler_that_is_done_and_leaves_nothing_wakes_nobody(background: Background) -> None:
-    shared = Inbox()
-    shared.put(("session", 0))
-    assert shared.get_nowait() == ("session", 0)
+    shared = in_a_handler_s_hands(1)
     other = background.run(lambda: shared.get(timeout=PATIENCE))
     (gate,) = sleepers(shared, 1)
     shared.task_done()
@@ -585,10 +586,7 @@ def test_a_handler_that_is_done_and_leaves_nothing_wakes_nobody(background: Back
 
 
 def test_everybody_who_sleeps_learns_of_the_end_once_all_is_taken(background: Background) -> None:
-    shared = Inbox()
-    for number in range(2):
-        shared.put(("session", number))
-    assert shared.get_nowait() == ("session", 0)
+    shared = in_a_handler_s_hands(2)
     others = [background.run(lambda: shared.get(timeout=PATIENCE)) for _ in range(2)]
     before = sleepers(shared, 2)
     shared.shutdown()

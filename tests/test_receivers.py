@@ -634,6 +634,7 @@ def test_where_workers_lend_nothing_they_read(
     contexts: Any, background: Background, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "Poller", poll.SelectorPoller)  # as on other systems
+    monkeypatch.setattr(coordinator, "my_sleeper", None)  # nor makes each receiver a bed
     with Lockstep() as rig:
         client, server = opened(rig, contexts, *rig.tcp_pair())
         client.send(b"1")
