@@ -18,7 +18,6 @@ import ssl
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 import OpenSSL
@@ -26,11 +25,12 @@ from cryptography import x509
 from cryptography.x509 import ocsp
 from OpenSSL import SSL, crypto
 
-from bridge.errors import CertificateError, ConfigurationError, SessionEnded, TLSError
+from bridge.errors import CertificateError, ConfigurationError, TLSError
 from bridge.names import peer_certificate, refusal
+from bridge.record import Record
 
 if TYPE_CHECKING:
-    from bridge.context import Context
+    pass
 
 OCSPStaple = bytes | Callable[[str | None], bytes] | None
 """What a server staples (DER): one response, or a callable given the SNI name; ``b""`` is nothing."""
@@ -57,34 +57,6 @@ OTHER_RECORDS = 4
 """How many records without data (tickets, new keys, requests for a handshake) one read gets behind: what honest peers
 send in a row.  A peer that floods us with more has its turns like everybody."""
 _scratch = threading.local()
-
-
-@dataclass
-class Record:
-    """What callbacks noted about one connection; its app data.  Belongs to the connection's owner.
-
-    It also keeps *context* alive: OpenSSL goes on calling the SNI callback of the context a connection began
-    with, even after the connection was switched to another.
-    """
-
-    context: Context
-    """The context that made the connection."""
-    routed: Context
-    """The context whose certificate and rules hold: another one if SNI chose it."""
-    owner: Callable[[], object] | None = None
-    """Whose connection it is, for callbacks that want to know."""
-    error: SessionEnded | None = None
-    """The first reason to refuse the peer.  A user's exception is its ``__cause__``."""
-    to_be_remembered: bool = False
-    """Whether this client's session is to be resumed later."""
-    before_tickets: SSL.Session | None = field(default=None, repr=False)
-    """Then: the session as the handshake left it; a TLS 1.3 ticket replaces it."""
-
-    def note(self, error: SessionEnded, cause: BaseException | None = None) -> None:
-        """Keep *error* if it is the first."""
-        if self.error is None:
-            error.__cause__ = cause
-            self.error = error
 
 
 class Connection(SSL.Connection):

@@ -27,7 +27,6 @@ from bridge.connection import (
     KeyLog,
     OCSPCheck,
     OCSPStaple,
-    Record,
     add_options,
     adopt_verification,
     check_staple,
@@ -44,6 +43,7 @@ from bridge.connection import (
 from bridge.credentials import Certificates, Key, Password, announce, load_identity, load_trust, reasons
 from bridge.errors import ConfigurationError, TLSError, fresh
 from bridge.names import PeerName, dns_name, peer_certificate, refusal
+from bridge.record import Record
 
 __all__ = [
     "REMEMBERED_SESSIONS",

@@ -28,11 +28,9 @@ from bridge.queues import (
     Outbox,
     ReadCredit,
     SessionInbox,
-    check_may_wait,
     let_go,
-    serving_all,
-    this_thread,
 )
+from bridge.threads import check_may_wait, serving_all, this_thread
 from bridge.transport import Ending, Told, Transport, interrupted
 from bridge.worker import Command, Worker
 

@@ -60,11 +60,12 @@ from cryptography import x509
 from OpenSSL import SSL
 
 from bridge.connection import tls_unique
-from bridge.context import Context, Record
+from bridge.context import Context
 from bridge.errors import NotTLS, PeerReset, SessionEnded, TLSError, Truncated, fresh
 from bridge.limits import RECORD_BYTES
 from bridge.names import peer_certificate, presented_chain
 from bridge.poll import Want
+from bridge.record import Record
 
 T = TypeVar("T")
 

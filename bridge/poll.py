@@ -24,10 +24,10 @@ import select
 import selectors
 import socket
 import sys
-import threading
 from typing import Any, Final, Generic, TypeVar
 
 from bridge import forks
+from bridge.threads import this_thread
 
 T = TypeVar("T")
 
@@ -256,22 +256,12 @@ class Sleeper:
             self._doorbell.close()
 
 
-class _Bed(threading.local):
-    """Each thread's own sleeper, made when it is first asked for."""
-
-    def __init__(self) -> None:
-        self.sleeper = Sleeper()
-
-
-_bed = _Bed()
-
-
 def my_sleeper() -> Sleeper:
     """The calling thread's own, made at its first sleep.
 
     Another one in a child of fork(), which would share the bell, and in a signal handler that interrupts its sleep.
     """
-    sleeper = _bed.sleeper
-    if sleeper.asleep or sleeper.born != forks.current:
-        sleeper = _bed.sleeper = Sleeper()
+    sleeper: Sleeper | None = this_thread.sleeper
+    if sleeper is None or sleeper.asleep or sleeper.born != forks.current:
+        sleeper = this_thread.sleeper = Sleeper()
     return sleeper

@@ -24,7 +24,6 @@ put by the same thread.
 from __future__ import annotations
 
 import collections
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +31,6 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from bridge import forks
 from bridge.errors import (
-    ConfigurationError,
     OperationTimeout,
     ReceiveTimeout,
     SendTimeout,
@@ -41,6 +39,7 @@ from bridge.errors import (
     fresh,
 )
 from bridge.limits import check_timeout
+from bridge.threads import check_may_wait
 
 T = TypeVar("T")
 
@@ -83,39 +82,10 @@ class Gate:
         self._lock.acquire(timeout=-1 if timeout is None else timeout)
 
 
-class _ThisThread(threading.local):
-    """What is noted of each thread."""
-
-    serves_all = False
-    """It serves all sessions just now, and must not wait for one of them."""
-
-
-this_thread = _ThisThread()
-
-
 def let_go(lock: Any) -> None:
     """Release *lock*, a reentrant one, as often as this thread has it: for who was interrupted, and cannot know."""
     while lock._is_owned():
         lock.release()
-
-
-@contextlib.contextmanager
-def serving_all() -> Iterator[None]:
-    """Meanwhile `this_thread.serves_all`."""
-    this_thread.serves_all = True
-    try:
-        yield
-    finally:
-        this_thread.serves_all = False
-
-
-def check_may_wait() -> None:
-    """ConfigurationError on a thread that serves all sessions: it has come here through somebody's codec."""
-    if this_thread.serves_all:
-        raise ConfigurationError(
-            "a codec may not wait: while it runs, its thread serves no other session, so what it waits for might"
-            " never come; yield the message, and do this on a thread of your own that receives it"
-        )
 
 
 class Latch(Generic[T]):

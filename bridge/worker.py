@@ -31,7 +31,8 @@ from typing import Any, Protocol
 from bridge import events
 from bridge.errors import SessionAborted, SessionEnded
 from bridge.poll import LENT, NOTHING, READ, Doorbell, Poller, Want
-from bridge.queues import Mailbox, serving_all
+from bridge.queues import Mailbox
+from bridge.threads import serving_all
 
 HAND_OVER = 64
 """Events a turn may gather before the coordinator gets the first of them."""

@@ -41,8 +41,9 @@ from rig import (
 import bridge
 from bridge import codecs
 from bridge.poll import Want
-from bridge.queues import Inbox, Outbox, ReadCredit, SessionInbox, Tally, check_may_wait
+from bridge.queues import Inbox, Outbox, ReadCredit, SessionInbox, Tally
 from bridge.session import Session
+from bridge.threads import check_may_wait
 
 LARGE = b"x" * 16_000
 """One record, and more than the smallest socket buffers take."""

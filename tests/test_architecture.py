@@ -24,11 +24,12 @@ import bridge
 PACKAGE = Path(bridge.__file__).parent
 
 FLOORS = (
-    ("errors", "limits", "events", "states", "forks", "totals"),  # vocabulary
+    ("errors", "limits", "events", "states", "forks", "totals", "threads"),  # vocabulary
     (
         "poll",
         "names",
         "credentials",
+        "record",
         "connection",
         "tap",
         "context",
@@ -83,7 +84,12 @@ OPENSSL = {
     "ssl.contexts",
 }
 """Who may import OpenSSL."""
-OPENSSL_TYPES_ONLY = {"listener": {"Context"}, "tracing": {"Connection"}, "bridge": {"Context", "Session"}}
+OPENSSL_TYPES_ONLY = {
+    "record": {"Session"},
+    "listener": {"Context"},
+    "tracing": {"Connection"},
+    "bridge": {"Context", "Session"},
+}
 """Of these: for the type of an argument, and nothing else."""
 OPENSSL_PRIVATE = {"connection", "credentials", "ssl.contexts"}
 """Who may use private names of pyOpenSSL, if they are there."""
@@ -91,6 +97,7 @@ OPENSSL_ERRORS = {"engine", "connection", "context", "credentials", "ssl.context
 """Who may catch OpenSSL's exceptions: where sessions' errors are translated, and where contexts are built."""
 
 THREADING = {
+    "threads": {"local"},
     "queues": {"Condition", "Lock", "RLock", "TIMEOUT_MAX", "local"},
     "context": {"Lock"},  # of the sessions to resume, which all workers share
     "connection": {
@@ -99,7 +106,6 @@ THREADING = {
     },  # a line of the key log, which all workers write; a buffer for each thread
     "tap": {"Lock", "local"},  # of making a connection; the connection a thread is in
     "tracing": {"Lock", "current_thread"},  # one trace at a time
-    "poll": {"local"},  # a bed for each thread
     "transport": {"RLock"},  # of whose a session is for a turn
     "coordinator": {"RLock"},  # of whose the codecs are for a turn
     "lease": {"RLock"},  # who holds it owns the transport

@@ -29,9 +29,10 @@ from OpenSSL import SSL
 
 from bridge import Bridge, credentials
 from bridge import connection as connection_module
-from bridge.context import REMEMBERED_SESSIONS, Context, Record, client_context, server_context
+from bridge.context import REMEMBERED_SESSIONS, Context, client_context, server_context
 from bridge.errors import CertificateError, ConfigurationError, HostnameMismatch, SessionEnded, TLSError
 from bridge.names import PeerName, peer_certificate, presented_chain
+from bridge.record import Record
 
 VERSIONS = ["TLSv1.2", "TLSv1.3"]
 both_versions = pytest.mark.parametrize("version", VERSIONS)

@@ -23,7 +23,7 @@ from rig import PATIENCE, Lockstep, begin_close, busy, is_closed, is_open, only,
 from test_interrupts import KINDS, Interrupt, Moment
 
 import bridge
-from bridge import codecs, coordinator, poll, queues, worker
+from bridge import codecs, coordinator, poll, threads, worker
 from bridge.poll import LENT, Want
 from bridge.session import Session
 
@@ -317,7 +317,7 @@ def test_nobody_reads_on_after_an_answer_that_was_interrupted(
     with monkeypatch.context() as patch, pytest.raises(Interrupt):
         patch.setattr(bridge.connection.Connection, "send", interrupted)
         server.send(b"answer")
-    queues.check_may_wait()
+    threads.check_may_wait()
     client.send(b"1")
     leave(rig, client)
     while mask_of(server) == LENT:  # until the receiver has looked
@@ -430,7 +430,7 @@ def interrupting(handle: Any) -> Iterator[None]:
 def test_a_signal_handler_may_receive_from_another_session(
     rig: Lockstep, contexts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poll, "_bed", poll._Bed())  # for the two that are used here
+    monkeypatch.setattr(poll, "this_thread", threads._ThisThread())  # for the two that are used here
     client, server = opened(rig, contexts, *rig.tcp_pair())
     other_client, other_server = opened(rig, contexts, *rig.tcp_pair())
     other_client.send(b"other")
@@ -458,7 +458,7 @@ def test_a_signal_handler_may_not_wait_while_the_session_is_in_its_thread_s_hand
     class Look(Moment):
         def _pass(self, frame: FrameType, event: str) -> None:
             if lock._is_owned():
-                held.append(queues.this_thread.serves_all or (frame.f_lineno, event))
+                held.append(threads.this_thread.serves_all or (frame.f_lineno, event))
 
     for number in range(3):
         client.send(b"%d" % number)
@@ -491,7 +491,7 @@ def test_a_signal_handler_that_forks_leaves_the_session_to_the_parent(pair: Pair
 def test_and_what_rings_for_the_one_it_interrupts_is_heard(
     rig: Lockstep, contexts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poll, "_bed", poll._Bed())
+    monkeypatch.setattr(poll, "this_thread", threads._ThisThread())
     _, server = opened(rig, contexts, *rig.tcp_pair())
     _, other_server = opened(rig, contexts, *rig.tcp_pair())
 
@@ -599,7 +599,7 @@ def test_an_interrupted_receiver_loses_nothing_or_its_session(contexts: Any, kin
             assert not transport.lock._is_owned(), moment.where  # type: ignore[attr-defined]
             assert not server._coordinator._lock._is_owned(), moment.where  # type: ignore[attr-defined]
             assert not server._own_inbox()._lock.locked() and not server._own_inbox()._sleepers, moment.where
-            queues.check_may_wait()
+            threads.check_may_wait()
             client.send(b"2")
             left = until_received(rig, server, b"2")
             if is_closed(server):

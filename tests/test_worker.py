@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from bridge.errors import SessionAborted, SessionEnded
 from bridge.poll import NOTHING, Want
-from bridge.queues import check_may_wait
+from bridge.threads import check_may_wait
 from bridge.worker import AGAIN, HAND_OVER, HANDSHAKES, STALLED_TURNS, Worker
 
 NO_TIME = 0.0

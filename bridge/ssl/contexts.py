@@ -31,11 +31,12 @@ from OpenSSL._util import lib as _lib
 from service_identity.exceptions import CertificateError as UnusableName
 from service_identity.hazmat import DNS_ID, DNSPattern
 
-from bridge.connection import Record, keylog_writer, log_key, note_verification, select_alpn
+from bridge.connection import keylog_writer, log_key, note_verification, select_alpn
 from bridge.context import Context
 from bridge.credentials import certificates, reasons
 from bridge.errors import HostnameMismatch
 from bridge.names import PeerName, peer_certificate
+from bridge.record import Record
 from bridge.ssl.facts import certificate_dict
 from bridge.ssl.sockets import SSLSocket, Wire
 

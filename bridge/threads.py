@@ -1,0 +1,41 @@
+"""What is noted of each thread."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from bridge.errors import ConfigurationError
+
+
+class _ThisThread(threading.local):
+    """Belongs to whoever looks."""
+
+    serves_all = False
+    """It serves all sessions just now, and must not wait for one of them."""
+    sleeper: Any = None
+    """The bed it sleeps in beside a socket, made at its first sleep."""
+
+
+this_thread = _ThisThread()
+
+
+@contextlib.contextmanager
+def serving_all() -> Iterator[None]:
+    """Meanwhile `this_thread.serves_all`."""
+    this_thread.serves_all = True
+    try:
+        yield
+    finally:
+        this_thread.serves_all = False
+
+
+def check_may_wait() -> None:
+    """ConfigurationError on a thread that serves all sessions: it has come here through somebody's codec."""
+    if this_thread.serves_all:
+        raise ConfigurationError(
+            "a codec may not wait: while it runs, its thread serves no other session, so what it waits for might"
+            " never come; yield the message, and do this on a thread of your own that receives it"
+        )
