@@ -835,8 +835,18 @@ class SessionInbox(Inbox):
                 self._call()
             return asleep
 
-    def _deliver(self, session: Any, messages: list[Any], *charge: Any) -> None:
-        super()._deliver(None, messages, *charge)  # one session needs no turns, and its receivers take none
+    def _deliver(
+        self,
+        session: Any,
+        messages: list[Any],
+        credit: ReadCredit | None,
+        size: int,
+        share: int,
+        done: Callable[[], None] | None = None,
+    ) -> None:
+        super()._deliver(
+            None, messages, credit, size, share
+        )  # one session needs no turns, its receivers take none
 
     def _end(self, session: Any, why: SessionEnded, opened: bool, done: Callable[[], None]) -> None:
         self.attend = None
