@@ -1,9 +1,9 @@
-"""One connection, the callbacks OpenSSL makes for it, and the record on which they note what they saw.
+"""One connection, and the callbacks OpenSSL makes for it.
 
 *A callback never raises.*  pyOpenSSL parks an exception of a callback on the *context*, which all connections
-share, and whichever of them looks next raises it.  So a callback notes what went wrong on the `Record` of its
-own connection, and refuses; what OpenSSL gives no way to refuse there, `bridge.context.Context.verify`
-refuses after the handshake, before the first application byte.
+share, and whichever of them looks next raises it.  So a callback notes what went wrong on the
+`bridge.record.Record` of its own connection, and refuses; what OpenSSL gives no way to refuse there,
+`bridge.context.Context.verify` refuses after the handshake, before the first application byte.
 
 OpenSSL calls the callbacks on the thread of the connection's owner, in the middle of a handshake.
 """
@@ -18,7 +18,7 @@ import ssl
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, Any, Literal
 
 import OpenSSL
 from cryptography import x509
@@ -28,9 +28,6 @@ from OpenSSL import SSL, crypto
 from bridge.errors import CertificateError, ConfigurationError, TLSError
 from bridge.names import peer_certificate, refusal
 from bridge.record import Record
-
-if TYPE_CHECKING:
-    pass
 
 OCSPStaple = bytes | Callable[[str | None], bytes] | None
 """What a server staples (DER): one response, or a callable given the SNI name; ``b""`` is nothing."""

@@ -581,6 +581,9 @@ class Inbox:
     half).  When it comes back for the next message it is done, and the session is closed for it.
     """
 
+    _in_turns = True
+    """Whether each session has one handler at a time."""
+
     def __init__(self) -> None:
         # Of each session at most one entry is ready or in a handler's hands; the others wait behind it.
         self._entries: collections.deque[Entry] = collections.deque()
@@ -723,6 +726,8 @@ class Inbox:
         done: Callable[[], None] | None = None,
     ) -> None:
         """Put *messages* in, which *size* bytes of *credit* have become, and each of which is to cost *share*."""
+        if not self._in_turns:
+            session = None
         with self._lock:
             resume = credit is not None and credit._charge(size, share * len(messages))
             for message in messages:
@@ -780,6 +785,8 @@ class Inbox:
 class SessionInbox(Inbox):
     """One session's own inbox: `get` returns just the message, and raises the cause after the end."""
 
+    _in_turns = False  # its receivers take whatever is next
+
     def __init__(self) -> None:
         super().__init__()
         self.attend: Callable[[SessionInbox, float | None], bool] | None = None
@@ -834,19 +841,6 @@ class SessionInbox(Inbox):
             if in_vain and not asleep:
                 self._call()
             return asleep
-
-    def _deliver(
-        self,
-        session: Any,
-        messages: list[Any],
-        credit: ReadCredit | None,
-        size: int,
-        share: int,
-        done: Callable[[], None] | None = None,
-    ) -> None:
-        super()._deliver(
-            None, messages, credit, size, share
-        )  # one session needs no turns, its receivers take none
 
     def _end(self, session: Any, why: SessionEnded, opened: bool, done: Callable[[], None]) -> None:
         self.attend = None

@@ -11,7 +11,7 @@ from bridge.errors import ConfigurationError
 
 
 class _ThisThread(threading.local):
-    """Belongs to whoever looks."""
+    """Each thread sees its own."""
 
     serves_all = False
     """It serves all sessions just now, and must not wait for one of them."""
