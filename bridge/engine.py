@@ -53,6 +53,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import socket
+import sys
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
@@ -98,7 +99,7 @@ _PLAIN_PROTOCOLS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class SessionInfo:
     """What the handshake settled.  Made once by the session's owner, then read by anybody."""
 
@@ -294,8 +295,9 @@ class TLSEngine:
         self._established = True
         self._end_detour()
         self._sock = sock
-        version = connection.get_protocol_version_name()
+        version = sys.intern(connection.get_protocol_version_name())
         self._steps_back = version != "TLSv1.3"
+        self.first_bytes = b""
         self._follows = self._steps_back and sock is not None and self._context.renegotiation
         self._follows &= not self._context.server_side
         name = connection.get_servername()
@@ -308,17 +310,17 @@ class TLSEngine:
         )
         return SessionInfo(
             version=version,
-            cipher=connection.get_cipher_name() or "",
+            cipher=sys.intern(connection.get_cipher_name() or ""),
             cipher_bits=connection.get_cipher_bits() or 0,
             alpn=alpn.decode("ascii", "replace") if alpn else None,
             peer_certificate=certificate,
             verified_chain=tuple(chain or ()),
-            server_name=name.decode("ascii", "replace") if name else server_hostname,
+            server_name=sys.intern(name.decode("ascii", "replace")) if name else server_hostname,
             peername=peername,
             resumed=self._context.resumed(connection),
             presented_chain=presented_chain(connection, certificate),
             tls_unique=tls_unique(connection, self._context.server_side),
-            cipher_version=connection.get_cipher_version() or "",
+            cipher_version=sys.intern(connection.get_cipher_version() or ""),
         )
 
     def remember(self) -> None:

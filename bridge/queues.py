@@ -94,7 +94,7 @@ class Latch(Generic[T]):
     __slots__ = ("_lock", "_value")
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock: threading.Lock | None = threading.Lock()
         self._lock.acquire()
         self._value: T | None = None
 
@@ -102,7 +102,9 @@ class Latch(Generic[T]):
         """Let everybody through.  Only the first call counts; called by one thread."""
         if self._value is None:
             self._value = value
-            self._lock.release()
+            self._lock, lock = None, self._lock  # which is a hundred bytes; who waits holds it
+            assert lock is not None
+            lock.release()
 
     def peek(self) -> T | None:
         """The value, or None while it is not set.  Any thread; never waits."""
@@ -110,11 +112,12 @@ class Latch(Generic[T]):
 
     def wait(self, timeout: float | None, what: str) -> T:
         """The value, as soon as it is set.  OperationTimeout, naming *what*, after *timeout* seconds."""
-        if self._value is None:
+        lock = self._lock
+        if lock is not None:
             check_may_wait()
-            if not self._lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
+            if not lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
                 raise OperationTimeout(f"{what} within {timeout:g} seconds")
-            self._lock.release()
+            lock.release()
         assert self._value is not None
         return self._value
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bridge.context import Context
 
 
-@dataclass
+@dataclass(slots=True)
 class Record:
     """What callbacks noted about one connection; its app data.  Belongs to the connection's owner.
 

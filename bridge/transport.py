@@ -184,7 +184,7 @@ class _Operation:
         self.ready, self.want = False, None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
     """How a session is to be made: everything its transport is told by the wiring."""
 
@@ -642,7 +642,7 @@ class Transport:
             self._begin_handshake()
 
     def _begin_handshake(self) -> None:
-        self._deadlines.pop(ConnectTimeout, None)
+        self._lift_deadline(ConnectTimeout)
         self._set_deadline(HandshakeTimeout, self._plan.timeouts.handshake)
         self._move(State.HANDSHAKING, "TCP is connected")
         self._handshake.wait_for(READ)
@@ -705,7 +705,7 @@ class Transport:
                 self._write.ready = True  # to bring out what a read or a shutdown had to say
             progress |= self._read.ready and self._room() > 0  # if somebody has begun to wait for input
         if HandshakeTimeout in self._deadlines and not engine.renegotiating():
-            del self._deadlines[HandshakeTimeout]
+            self._lift_deadline(HandshakeTimeout)
         self.again = (self._read.ready and self._read_left <= 0) or (
             self._write.ready and self._write_left <= 0
         )
@@ -813,7 +813,7 @@ class Transport:
         if not accepted:
             return False
         if self._deadlines:
-            self._deadlines.pop(WriteStalled, None)
+            self._lift_deadline(WriteStalled)
         self.sent += accepted
         self.outbox.give_back(accepted)
         self._touch()
@@ -884,7 +884,7 @@ class Transport:
 
     def _after_close_notify(self) -> None:
         """Ours is sent.  Wait for the peer's: for good after send_eof(), for a while otherwise."""
-        self._deadlines.pop(CloseTimeout, None)
+        self._lift_deadline(CloseTimeout)
         if self._discarding or self._half_closing:
             self._half_close()
         if self._peer_closed:
@@ -993,6 +993,11 @@ class Transport:
         )
         if when < math.inf:
             self._deadlines[kind] = when
+
+    def _lift_deadline(self, kind: type[DeadlineExceeded]) -> None:
+        self._deadlines.pop(kind, None)
+        if not self._deadlines:
+            self._deadlines.clear()  # the room for them too, which an idle session does not need
 
     def _check_deadlines(self) -> None:
         for kind, when in list(self._deadlines.items()):
