@@ -437,7 +437,7 @@ class Coordinator:
 
     def _closed(self, channel: Channel, ending: Ending) -> None:
         self._end(channel, ending.cause)
-        channel.credit.keep(0)
+        channel.credit.conclude()
         try:
             channel.on_closed(channel, ending)  # first: whoever waits for the end may count on its room
         finally:

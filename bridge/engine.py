@@ -16,7 +16,8 @@ decide what "the same call" means:
   engine never leaves a record half written: see the detour below.
 * Empty operations lie: SSL_write of nothing looks like an end of file, SSL_read of nothing like a want.
   Neither is ever passed on.
-* After one fatal error every later one is empty.  The first is kept and raised again, for ever.
+* After one fatal error every later one is empty.  The first is kept and copies of it are raised, for ever: what is
+  raised holds the frames it came through, and through them the engine.
 * In the middle of a TLS 1.2 renegotiation SSL_write would run the handshake and is fatally surprised by
   application data of the peer, which is legitimate there; SSL_read takes both.  So a write steps back
   (Want.READ, without a call) until reads have finished the handshake.
@@ -424,7 +425,7 @@ class TLSEngine:
 
     def _failed(self, error: OSError) -> SessionEnded:
         self._error = PeerReset(error.errno, f"the connection failed: {error.strerror}")
-        return self._error
+        return fresh(self._error)
 
     # Over memory.
 
@@ -471,7 +472,7 @@ class TLSEngine:
         if self.on_detour and self.unflushed() and self._sock is not None:
             with contextlib.suppress(OSError):
                 self._sock.send(self._output)  # the alert
-        raise self._error from self._error.__cause__
+        raise fresh(self._error)
 
     def _wanted(self, name: str, want: Want) -> Want:
         key = _KEYS[name, want]

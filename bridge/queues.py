@@ -88,6 +88,10 @@ def let_go(lock: Any) -> None:
         lock.release()
 
 
+def _nobody() -> None:
+    """Whom a queue calls back when its session is over, and need not be kept alive for it."""
+
+
 class Latch(Generic[T]):
     """A value that is set once and waited for by any number of threads."""
 
@@ -418,6 +422,7 @@ class Outbox:
             self._pending = []
             self._change(-lost)
             self._wake_flushing()
+            self._notify = _nobody
         return lost
 
     def _turn_away(self, why: SessionEnded) -> None:
@@ -499,6 +504,11 @@ class ReadCredit:
         with self._lock:
             self._tally.add(count - self.kept)
             self.kept = count
+
+    def conclude(self) -> None:
+        """Nothing more will be read: the codec holds nothing, and there is nobody to be called back."""
+        self.keep(0)
+        self._resume = _nobody
 
     def forfeit(self) -> None:
         """Nobody will ever take what is in the inbox."""

@@ -158,8 +158,8 @@ class Ending:
     leftover: bytes = b""
 
 
-def nobody() -> None:
-    """For whom there is no owner."""
+def nobody(*_: object) -> None:
+    """Whom a session without an owner belongs to; and who is told of one that is over."""
 
 
 def interrupted() -> SessionAborted:
@@ -946,6 +946,7 @@ class Transport:
             self._release()
         self._tell(Told.CLOSED, Ending(cause, report, unwrapped, leftover))
         self._ended = True
+        self._tell = nobody
         if unwrapped is not None:  # whose it is now
             self.sock = None
             self._release()

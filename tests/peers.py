@@ -29,6 +29,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -607,6 +608,14 @@ class Background:
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)  # of whom nobody will call any more
         self._pool.shutdown()
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Look again and again, PATIENCE seconds at most, until *condition* holds."""
+    deadline, pause = time.monotonic() + PATIENCE, threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        pause.wait(0.005)
 
 
 def dial(address: Any) -> socket.socket:

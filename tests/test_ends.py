@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import socket
 import ssl
 import struct
@@ -14,10 +16,14 @@ from typing import Any
 import pytest
 import trustme
 from conftest import KeyPair, write_key_pair
-from peers import Checker, Pattern
+from OpenSSL import SSL
+from peers import Checker, Pattern, until
 
 import bridge
 from bridge import codecs
+from bridge.coordinator import Channel
+from bridge.queues import Outbox, ReadCredit
+from bridge.transport import Transport
 
 PATIENCE = 30.0
 MUCH = 3 * 1024 * 1024
@@ -593,3 +599,81 @@ def test_the_alert_of_a_server_reaches_our_caller(
             with pytest.raises(bridge.TLSError, match=r"(?i)alert.*(certificate required|handshake failure)"):
                 session = b.connect(listener.address, context, server_hostname="localhost")
                 session.recv(PATIENCE)
+
+
+# ── and nothing is left ──
+
+
+@contextlib.contextmanager
+def nothing_left(*kinds: type) -> Iterator[Callable[[], int]]:
+    """Tells how many objects of these *kinds* the block has made; when it is over they go, all by themselves."""
+
+    def living() -> int:
+        return sum(isinstance(one, kinds) for one in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = living()
+        yield lambda: living() - before
+        until(lambda: living() == before)
+    finally:
+        gc.enable()
+
+
+def receive_to_the_end(receive: Callable[[], object]) -> type[BaseException] | None:
+    try:
+        while receive():
+            pass
+    except bridge.SessionEnded as error:
+        return type(error)
+    return None
+
+
+KINDS = {"session": (SSL.Connection, Transport, Channel, Outbox, ReadCredit), "stream": (SSL.Connection,)}
+
+
+@pytest.mark.parametrize("face", KINDS)
+@every_end
+def test_what_has_ended_is_freed_without_a_collector(
+    b: bridge.Bridge,
+    client_ctx: bridge.Context,
+    stdlib_server: ssl.SSLContext,
+    pool: ThreadPoolExecutor,
+    face: str,
+    end: Any,
+    cause: type[Exception],
+    standard: type[Exception],
+    words: str,
+) -> None:
+    """A session is tens of kilobytes, most of it OpenSSL's, of which the garbage collector sees nothing."""
+    with nothing_left(*KINDS[face]) as alive, tcp_pair() as (ours, theirs):
+        wrapped = pool.submit(stdlib_server.wrap_socket, theirs, server_side=True)
+        session: Any
+        if face == "session":
+            session = b.adopt(ours, client_ctx, server_hostname="localhost")
+            receive = functools.partial(session.recv, PATIENCE)
+        else:
+            session = b.stream(ours, client_ctx, server_hostname="localhost")
+            session.handshake()
+            receive = functools.partial(session.read, 100)
+        with wrapped.result(PATIENCE) as peer:
+            assert alive() == len(KINDS[face])
+            end(session, peer)
+            assert receive_to_the_end(receive) in (cause, None)
+            session.close()
+        del session, receive
+
+
+@pytest.mark.parametrize("said", [b"GET / HTTP/1.0\r\n\r\n", b"", b"\x15\x03\x01\x00\x02\x02\x00"])
+def test_a_handshake_that_failed_is_freed_without_a_collector(
+    b: bridge.Bridge, server_ctx: bridge.Context, said: bytes
+) -> None:
+    with nothing_left(*KINDS["session"]) as alive, tcp_pair() as (ours, theirs):
+        session = b.adopt(ours, server_ctx, wait=False)
+        assert alive() >= len(KINDS["session"]) - 1  # a worker makes the connection
+        theirs.sendall(said)
+        theirs.shutdown(socket.SHUT_WR)
+        assert receive_to_the_end(functools.partial(session.recv, PATIENCE)) not in (None, bridge.EndOfStream)
+        session.abort()
+        del session
