@@ -256,7 +256,11 @@ class Coordinator:
     def close(self, channel: Channel, timeout: float | None) -> None:
         """Have the session closed politely; nothing more is accepted.  Never waits; idempotent."""
         channel.outbox.close(SessionClosed("this side closed the session"))
-        if channel.closed.peek() is None:
+        if channel.closed.peek() is not None:
+            return
+        if channel.ended and not channel.outbox.held():  # then nothing is left that would have to go before it
+            channel.worker.post(channel.transport, "close", timeout)
+        else:
             self.post(channel, Ask.CLOSE, (timeout,))
 
     def hand_over(self, words: list[Word]) -> None:

@@ -157,6 +157,19 @@ def test_a_close_is_asked_for_until_it_is_done(rig: Rig) -> None:
     assert not rig.coordinator.step()
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_behind_the_peers_end_a_close_goes_straight_to_the_worker_if_nothing_was_sent(
+    rig: Rig, waits: bool
+) -> None:
+    rig.says(Told.EOF)
+    if waits:
+        rig.outbox.put(b"a", None)
+    rig.coordinator.close(rig.channel, 1.0)
+    assert rig.worker.commands == ([] if waits else [("close", 1.0)])
+    assert rig.coordinator.step() == waits
+    assert rig.worker.commands == [("send", [b"a"]), ("close", 1.0)][not waits :]
+
+
 def test_a_forgotten_session_is_closed_and_what_it_holds_is_given_up(rig: Rig) -> None:
     rig.says(Told.DATA, bytes(5000))
     assert rig.credit.held() == 5000 == rig.tally.used
