@@ -263,6 +263,11 @@ class Coordinator:
         else:
             self.post(channel, Ask.CLOSE, (timeout,))
 
+    def forget(self, channel: Channel) -> None:
+        """The application has let go of its handle.  Never waits; for a finalizer."""
+        if channel.closed.peek() is None or channel.credit.held():
+            self.post(channel, Ask.FORGET)
+
     def hand_over(self, words: list[Word]) -> None:
         """A worker's batch: handled on its own thread if the coordinator is idle, or else queued.  Workers only.
 

@@ -171,7 +171,7 @@ class Session:
             warnings.warn(
                 f"session {channel.name} was forgotten and is being closed", ResourceWarning, source=self
             )
-        self._coordinator.post(channel, Ask.FORGET)
+        self._coordinator.forget(channel)
 
     # Facts.
 

@@ -91,6 +91,11 @@ class Rig:
         self.coordinator.post(self.channel, what, payload)
         assert self.coordinator.step() and not self.coordinator.step()
 
+    def forgets(self) -> None:
+        """The application has let go of its handle."""
+        self.coordinator.forget(self.channel)
+        assert self.coordinator.step() and not self.coordinator.step()
+
     def ends(self, cause: bridge.SessionEnded) -> Ending:
         ending = Ending(cause, CloseReport(0, False, False))
         self.says(Told.CLOSED, ending)
@@ -173,12 +178,21 @@ def test_behind_the_peers_end_a_close_goes_straight_to_the_worker_if_nothing_was
 def test_a_forgotten_session_is_closed_and_what_it_holds_is_given_up(rig: Rig) -> None:
     rig.says(Told.DATA, bytes(5000))
     assert rig.credit.held() == 5000 == rig.tally.used
-    rig.asks(Ask.FORGET)
+    rig.forgets()
     assert rig.worker.commands == [("close", None)]
     assert rig.credit.held() == 0 == rig.tally.used
     rig.ends(SessionClosed("done"))
     rig.asks(Ask.FORGET)
     assert rig.worker.commands == [("close", None)]
+
+
+def test_a_session_that_is_over_is_forgotten_without_a_word_unless_something_is_held(rig: Rig) -> None:
+    rig.says(Told.DATA, bytes(5000))
+    rig.ends(SessionClosed("done"))
+    rig.forgets()
+    assert rig.credit.held() == 0 == rig.tally.used and rig.worker.commands == []
+    rig.coordinator.forget(rig.channel)
+    assert not rig.coordinator.step()
 
 
 # ── to the application ──
