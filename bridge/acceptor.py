@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Callable
+from typing import Any
 
 from bridge import events
 from bridge.errors import SessionEnded
@@ -23,13 +24,16 @@ PAUSE = 0.1
 
 
 class Acceptor:
-    """A listening socket in a worker's care.  *admit* takes each accepted socket; *refuses* says why not now."""
+    """A listening socket in a worker's care.
+
+    *admit* takes each accepted socket and its peer's address; *refuses* says why not now.
+    """
 
     def __init__(
         self,
         sock: socket.socket,
         name: str,
-        admit: Callable[[socket.socket], None],
+        admit: Callable[[socket.socket, Any], None],
         refuses: Callable[[], str | None],
         closed: Callable[[], None],
     ) -> None:
@@ -70,14 +74,14 @@ class Acceptor:
         assert self.sock is not None
         self._exhausted = None
         try:
-            sock, _ = self.sock.accept()
+            sock, peer = self.sock.accept()
         except (BlockingIOError, ConnectionError, InterruptedError):
             return False
         except OSError as error:  # out of descriptors or memory, or the network is down: it may pass
             self._exhausted = error.strerror or repr(error)
             return False
         sock.setblocking(False)
-        self._admit(sock)
+        self._admit(sock, peer)
         return True
 
     def _pause(self, reason: str | None) -> None:

@@ -296,9 +296,14 @@ class Bridge:
         on_open = functools.partial(self._on_client, listener)
         on_closed = functools.partial(self._on_client_closed, listener)
 
-        def admit(accepted: socket.socket) -> None:
-            peer = show_address(_peername(accepted))
-            plan = Plan(listener.context, server_hostname=None, timeouts=timeouts, sock=accepted, peer=peer)
+        def admit(accepted: socket.socket, address: Any) -> None:
+            plan = Plan(
+                listener.context,
+                server_hostname=None,
+                timeouts=timeouts,
+                sock=accepted,
+                peer=show_address(address),
+            )
             self._admit(listener, plan, codec, bounds, on_open, on_closed)
 
         def closed() -> None:

@@ -258,7 +258,9 @@ class Coordinator:
         channel.outbox.close(SessionClosed("this side closed the session"))
         if channel.closed.peek() is not None:
             return
-        if channel.ended and not channel.outbox.held():  # then nothing is left that would have to go before it
+        if (
+            channel.ended and not channel.outbox.held()
+        ):  # then nothing is left that would have to go before it
             channel.worker.post(channel.transport, "close", timeout)
         else:
             self.post(channel, Ask.CLOSE, (timeout,))

@@ -873,7 +873,8 @@ class Transport:
                 self._shutdown.wait_for(answer)
                 return False
             self._said_close = True
-            if not self._unwrapping:  # there, what follows the peer's close_notify is to stay in the kernel
+            # Behind the peer's close_notify nothing is read; and in an unwrap that is to stay in the kernel.
+            if not (self._peer_closed or self._unwrapping):
                 self._engine.mute()
         if not self._engine.unflushed():
             self._shutdown.rest()
@@ -885,11 +886,12 @@ class Transport:
     def _after_close_notify(self) -> None:
         """Ours is sent.  Wait for the peer's: for good after send_eof(), for a while otherwise."""
         self._lift_deadline(CloseTimeout)
-        if self._discarding or self._half_closing:
-            self._half_close()
         if self._peer_closed:
             self._complete()
-        elif (self._discarding or self._unwrapping) and self._hurried:
+            return
+        if self._discarding or self._half_closing:
+            self._half_close()
+        if (self._discarding or self._unwrapping) and self._hurried:
             self._set_deadline(CloseTimeout, self._plan.timeouts.close_notify, self._close_by)
 
     def _half_close(self) -> None:

@@ -226,7 +226,8 @@ class Worker:
     def _line_up(self, runnable: dict[Any, int]) -> None:
         for pollable in [one for one, mask in runnable.items() if mask and one.opening]:
             self._line.append((pollable, runnable.pop(pollable)))
-            self._look_away(self._watched[pollable])
+            if len(self._line) > HANDSHAKES:  # those before it have their turn in this very step
+                self._look_away(self._watched[pollable])
 
     def _take_turns(self, runnable: dict[Any, int], now: float) -> None:
         for pollable, mask in runnable.items():
