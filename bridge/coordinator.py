@@ -255,12 +255,11 @@ class Coordinator:
 
     def close(self, channel: Channel, timeout: float | None) -> None:
         """Have the session closed politely; nothing more is accepted.  Never waits; idempotent."""
-        channel.outbox.close(SessionClosed("this side closed the session"))
+        first = channel.outbox.close(SessionClosed("this side closed the session"))
         if channel.closed.peek() is not None:
             return
-        if (
-            channel.ended and not channel.outbox.held()
-        ):  # then nothing is left that would have to go before it
+        if first and isinstance(channel.end, EndOfStream) and not channel.outbox.held():
+            # The worker may have it at once: nothing that was sent or asked for before could still be on its way here.
             channel.worker.post(channel.transport, "close", timeout)
         else:
             self.post(channel, Ask.CLOSE, (timeout,))

@@ -408,10 +408,12 @@ class Outbox:
 
     # Called by any thread.
 
-    def close(self, why: SessionEnded) -> None:
-        """Accept no more; waiting senders raise *why*.  What was accepted still leaves."""
+    def close(self, why: SessionEnded) -> bool:
+        """Accept no more; waiting senders raise *why*.  What was accepted still leaves.  Whether this is news."""
         with self._lock:
+            first = self._closed is None
             self._turn_away(why)
+        return first
 
     def discard(self, why: SessionEnded) -> int:
         """Accept no more, and what is held will never leave.  How many bytes that is."""

@@ -10,7 +10,6 @@ import contextlib
 import random
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ import peers
 import pytest
 from conftest import KeyPair
 from OpenSSL import SSL
+from peers import until
 from rig import (
     ALLOW_CLIENT_RENEGOTIATION,
     PATIENCE,
@@ -486,13 +486,6 @@ def test_an_answer_to_a_peer_that_has_begun_a_renegotiation_waits_for_its_end(
 
 def outbox() -> Outbox:
     return Outbox(1000, Tally(1_000_000), lambda: None)
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline, pause = time.monotonic() + PATIENCE, threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        pause.wait(0.001)
 
 
 def test_flush_waits_for_its_own_bytes_and_not_for_as_many_of_an_answer() -> None:

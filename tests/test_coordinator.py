@@ -16,7 +16,7 @@ import bridge
 from bridge.codecs import Codec, LengthPrefixed, Raw
 from bridge.coordinator import MESSAGE_BYTES, Ask, Channel, Coordinator
 from bridge.engine import SessionInfo
-from bridge.errors import EndOfStream, SessionClosed, Truncated
+from bridge.errors import EndOfStream, SessionAborted, SessionClosed, Truncated
 from bridge.limits import RECORD_BYTES
 from bridge.queues import Inbox, Outbox, ReadCredit, SessionInbox, Tally
 from bridge.transport import CloseReport, Ending, Told
@@ -162,17 +162,43 @@ def test_a_close_is_asked_for_until_it_is_done(rig: Rig) -> None:
     assert not rig.coordinator.step()
 
 
-@pytest.mark.parametrize("waits", [False, True])
-def test_behind_the_peers_end_a_close_goes_straight_to_the_worker_if_nothing_was_sent(
-    rig: Rig, waits: bool
-) -> None:
+def test_behind_the_peers_end_a_close_goes_straight_to_the_worker(rig: Rig) -> None:
     rig.says(Told.EOF)
-    if waits:
-        rig.outbox.put(b"a", None)
     rig.coordinator.close(rig.channel, 1.0)
-    assert rig.worker.commands == ([] if waits else [("close", 1.0)])
-    assert rig.coordinator.step() == waits
-    assert rig.worker.commands == [("send", [b"a"]), ("close", 1.0)][not waits :]
+    assert rig.worker.commands == [("close", 1.0)]
+    assert not rig.coordinator.step()
+
+
+def test_but_not_past_what_was_sent(rig: Rig) -> None:
+    rig.says(Told.EOF)
+    rig.outbox.put(b"a", None)
+    rig.coordinator.close(rig.channel, 1.0)
+    assert rig.worker.commands == []
+    rig.coordinator.step()
+    assert rig.worker.commands == [("send", [b"a"]), ("close", 1.0)]
+
+
+def test_nor_past_an_abort(rig: Rig) -> None:
+    why = SessionAborted("this side aborted the session")
+    rig.says(Told.EOF)
+    rig.outbox.close(why)
+    rig.coordinator.post(rig.channel, Ask.ABORT, (why,))
+    rig.coordinator.close(rig.channel, None)
+    assert rig.worker.commands == []
+    rig.coordinator.step()
+    assert rig.worker.commands == [("abort", why), ("close", None)]
+
+
+def test_nor_past_the_end_that_a_codec_has_made() -> None:
+    rig = Rig(LengthPrefixed())
+    rig.says(Told.DATA, bytes([0, 0]))
+    rig.says(Told.EOF)  # in the middle of a message
+    told = rig.worker.commands.copy()
+    assert [method for method, *_ in told] == ["end"]
+    rig.coordinator.close(rig.channel, None)
+    assert rig.worker.commands == told
+    rig.coordinator.step()
+    assert rig.worker.commands == [*told, ("close", None)]
 
 
 def test_a_forgotten_session_is_closed_and_what_it_holds_is_given_up(rig: Rig) -> None:

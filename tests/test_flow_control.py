@@ -7,14 +7,13 @@ import queue
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from conftest import KeyPair
-from peers import Checker, Pattern
+from peers import Checker, Pattern, until
 
 import bridge
 from bridge import codecs
@@ -34,13 +33,6 @@ def framed() -> codecs.LengthPrefixed:
 
 def numbered(number: int, size: int) -> bytes:
     return number.to_bytes(4, "big") + bytes(size - 4)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline, pause = time.monotonic() + DEADLINE, threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        pause.wait(0.005)
 
 
 def kernel_buffers(*socks: socket.socket) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import structlog
 from conftest import KeyPair
+from peers import until
 from structlog.testing import capture_logs
 
 import bridge
@@ -81,13 +82,6 @@ def server(server_cert: KeyPair) -> Iterator[StdlibServer]:
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor() as made:
         yield made
-
-
-def until(condition: Callable[[], Any]) -> None:
-    deadline, pause = time.monotonic() + PATIENCE, threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        pause.wait(0.005)
 
 
 def threads_of_bridges() -> list[str]:

@@ -9,8 +9,7 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import structlog
 import trustme
 from conftest import KeyPair
 from OpenSSL import SSL
+from peers import until
 from rig import Lockstep
 from structlog.testing import capture_logs
 
@@ -68,13 +68,6 @@ def logs() -> Iterator[list[Any]]:
     with capture_logs() as entries:
         yield entries
     structlog.reset_defaults()
-
-
-def until(condition: Callable[[], Any]) -> None:
-    deadline, pause = time.monotonic() + PATIENCE, threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        pause.wait(0.005)
 
 
 def named(logs: list[Any], prefix: str) -> list[Any]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import socket
-import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import KeyPair
-from peers import dial, stdlib_context
+from peers import dial, stdlib_context, until
 from rig import PATIENCE, only
 
 import bridge
@@ -21,14 +18,6 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from bridge.prometheus import BridgeCollector
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait until *condition* holds, PATIENCE seconds at most."""
-    pause, deadline = threading.Event(), time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        pause.wait(0.01)
 
 
 class Scraped:

@@ -7,13 +7,13 @@ import contextlib
 import queue
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from conftest import KeyPair
+from peers import until
 
 import bridge
 from bridge import codecs
@@ -58,13 +58,6 @@ def pair(
         yield client, server
         client.abort()
         server.abort()
-
-
-def until(condition: Callable[[], Any]) -> None:
-    deadline, pause = time.monotonic() + PATIENCE, threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        pause.wait(0.005)
 
 
 # ── a session's own queues ──
