@@ -42,6 +42,9 @@ KeyLog = str | os.PathLike[str] | Callable[[bytes], object] | IO[Any] | Literal[
 _lib: Any = getattr(getattr(OpenSSL, "_util", None), "lib", None)
 _ffi: Any = getattr(getattr(OpenSSL, "_util", None), "ffi", None)
 _get_error: Any = getattr(_lib, "SSL_get_error", None)
+_read: Any = getattr(_lib, "SSL_read", None)
+_write: Any = getattr(_lib, "SSL_write", None)
+_unpack: Any = getattr(_ffi, "unpack", None)
 _WANT_READ = getattr(_lib, "SSL_ERROR_WANT_READ", 2)
 _WANT_WRITE = getattr(_lib, "SSL_ERROR_WANT_WRITE", 3)
 _SYSCALL = getattr(_lib, "SSL_ERROR_SYSCALL", 5)
@@ -53,7 +56,8 @@ SCRATCH_BYTES = 16 * 1024
 OTHER_RECORDS = 4
 """How many records without data (tickets, new keys, requests for a handshake) one read gets behind: what honest peers
 send in a row.  A peer that floods us with more has its turns like everybody."""
-_scratch = threading.local()
+_scratches: list[Any] = []
+"""Buffers that no thread reads into just now: as many as have ever been in use at once, not one for each thread."""
 
 
 class Connection(SSL.Connection):
@@ -119,21 +123,24 @@ class Connection(SSL.Connection):
         return error
 
     def recv(self, bufsiz: int, flags: int | None = None) -> bytes:
-        """SSL_read(3) into this thread's scratch buffer; otherwise as pyOpenSSL's.
+        """SSL_read(3) into a buffer that is used again and again; otherwise as pyOpenSSL's.
 
         WantReadError on a socket also behind a few records without data, whether or not more is there.
         """
-        if flags or bufsiz > SCRATCH_BYTES or _lib is None:
+        if flags or bufsiz > SCRATCH_BYTES or _read is None:
             return super().recv(bufsiz, flags)
         try:
-            scratch = _scratch.buffer
-        except AttributeError:
-            scratch = _scratch.buffer = _ffi.new("char[]", SCRATCH_BYTES)
-        result = _lib.SSL_read(self._ssl, scratch, bufsiz)
-        if result <= 0:
-            result = self._read_on(result, scratch, bufsiz)
-        data: bytes = _ffi.unpack(scratch, result)
-        return data
+            scratch = _scratches.pop()
+        except IndexError:
+            scratch = _ffi.new("char[]", SCRATCH_BYTES)
+        try:
+            result = _read(self._ssl, scratch, bufsiz)
+            if result <= 0:
+                result = self._read_on(result, scratch, bufsiz)
+            data: bytes = _unpack(scratch, result)
+            return data
+        finally:
+            _scratches.append(scratch)
 
     def _read_on(self, result: int, scratch: Any, size: int) -> int:
         """SSL_read(3) has returned *result*: again, if that was for a record without data.  It succeeds, or raises."""
@@ -141,7 +148,7 @@ class Connection(SSL.Connection):
             blocked = _ffi.errno in _NOT_YET or self._into_ssl is not None
             if blocked or self._error(self._ssl, result) != _WANT_READ:
                 break
-            result = _lib.SSL_read(self._ssl, scratch, size)
+            result = _read(self._ssl, scratch, size)
             if result > 0:
                 return result
         self._raise_ssl_error(self._ssl, result)
@@ -149,10 +156,10 @@ class Connection(SSL.Connection):
 
     def send(self, buf: Any, flags: int = 0) -> int:
         """SSL_write(3) of bytes or a view, without pyOpenSSL's conversions."""
-        if _lib is None:
+        if _write is None:
             return super().send(buf, flags)
         data = buf if type(buf) is bytes else _ffi.from_buffer(buf)
-        result: int = _lib.SSL_write(self._ssl, data, len(buf))
+        result: int = _write(self._ssl, data, len(buf))
         if result <= 0:
             self._raise_ssl_error(self._ssl, result)
         return result

@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, x25519
 from cryptography.x509 import ocsp
 from cryptography.x509.oid import ExtensionOID, NameOID
 from OpenSSL import SSL
+from peers import PATIENCE
 
 from bridge import Bridge, credentials
 from bridge import connection as connection_module
@@ -1516,9 +1517,24 @@ def test_an_error_leaves_nothing_behind_for_the_next_connection_of_the_thread() 
     meet(Ours(client(), "a.example"), Ours(server()))
 
 
+def test_threads_that_read_one_after_another_share_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread per session is a thousand threads, and a buffer is as large as a record."""
+    buffers: list[Any] = []
+    monkeypatch.setattr(connection_module, "_scratches", buffers)
+
+    def read() -> None:
+        with pytest.raises(SSL.WantReadError):
+            Ours(client(), "a.example").connection.recv(100)
+
+    for _ in range(3):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(read).result(PATIENCE)
+    assert len(buffers) == 1
+
+
 def test_without_pyopenssl_s_private_names_all_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "_get_error", None)
-    monkeypatch.setattr(connection_module, "_lib", None)
+    for name in ("_get_error", "_lib", "_read", "_write"):
+        monkeypatch.setattr(connection_module, name, None)
     context, peer = client(), server(client_ca=CLIENT_CA.cert_pem.bytes(), client_cert="optional")
     a, b = Ours(context, "a.example"), Ours(peer)
     meet(a, b)
