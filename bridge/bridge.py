@@ -210,14 +210,14 @@ class Bridge:
         config, server_side = _sided(context, server_side)
         if not server_side:
             config.peer_name(server_hostname)
-        _check_socket(sock)
+        peer = show_address(_connected_to(sock))
         plan = Plan(
             context=config,
             server_hostname=server_hostname,
             timeouts=self._nearest_timeouts(timeouts),
             sock=sock,
             resume_key=(server_hostname,) if server_hostname is not None else None,
-            peer=show_address(_peername(sock)),
+            peer=peer,
         )
         session = self._make(plan, codec, inbox, limits, "over")
         return _opened(session, deadline, timeout) if wait else session
@@ -242,8 +242,7 @@ class Bridge:
         config, server_side = _sided(context, server_side)
         if not server_side:
             config.peer_name(server_hostname)
-        _check_socket(sock)
-        peer = show_address(_peername(sock))
+        peer = show_address(_connected_to(sock))
         plan = Plan(
             context=config,
             server_hostname=server_hostname,
@@ -619,7 +618,7 @@ def _resolve(address: tuple[str, int] | str) -> tuple[str | None, tuple[Address,
 
 def _listening_socket(address: tuple[str, int] | str | socket.socket, backlog: int) -> socket.socket:
     if isinstance(address, socket.socket):
-        _check_socket(address, connected=False)
+        _check_socket(address)
         sock = _take_over(address)
         try:
             sock.listen(backlog)
@@ -642,7 +641,7 @@ def _listening_socket(address: tuple[str, int] | str | socket.socket, backlog: i
     return sock
 
 
-def _check_socket(sock: socket.socket, connected: bool = True) -> None:
+def _check_socket(sock: socket.socket) -> None:
     if isinstance(sock, ssl.SSLSocket):
         raise ConfigurationError(
             "sock is an ssl.SSLSocket, which does TLS already; pass the plain socket under it"
@@ -653,28 +652,24 @@ def _check_socket(sock: socket.socket, connected: bool = True) -> None:
         raise ConfigurationError("sock is closed")
     if sock.type != socket.SOCK_STREAM:
         raise ConfigurationError(f"sock must be a stream socket, not {sock.type!r}: TLS runs over streams")
-    if connected:
-        try:
-            sock.getpeername()
-        except OSError as error:
-            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                return  # it was connected, until the peer reset it: that is the session's end, and no fault of the call
-            raise ConfigurationError(
-                f"sock is not connected ({error.strerror}); use Bridge.connect"
-            ) from error
+
+
+def _connected_to(sock: socket.socket) -> Any:
+    """Its peer's address; a ConfigurationError for what could never be a session's socket."""
+    _check_socket(sock)
+    try:
+        return sock.getpeername()
+    except OSError as error:
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            # It was connected, until the peer reset it: that is the session's end, and no fault of the call.
+            return "a peer that has gone already"
+        raise ConfigurationError(f"sock is not connected ({error.strerror}); use Bridge.connect") from error
 
 
 def _take_over(sock: socket.socket) -> socket.socket:
     taken = socket.socket(fileno=sock.detach())
     taken.setblocking(False)
     return taken
-
-
-def _peername(sock: socket.socket | None) -> Any:
-    try:
-        return sock.getpeername() if sock is not None else ""
-    except OSError:
-        return "a client that has gone already"
 
 
 @atexit.register

@@ -64,6 +64,10 @@ _NOT_OURS = SSL.OP_IGNORE_UNEXPECTED_EOF | _ENABLE_KTLS
 """Options not passed on: what was cut off must not look ended, nor the kernel encrypt where the bridge does."""
 
 
+_Stdlib = ssl.SSLContext
+"""For good, whatever `bridge.ssl.inject` puts in its place."""
+
+
 class _Settings(NamedTuple):
     """All that a core context is made from, at one moment."""
 
@@ -127,7 +131,7 @@ class SSLContext(ssl.SSLContext):
         ssl.SSLError if the protocol is for the other side, or pyOpenSSL's OpenSSL refuses a setting.
         """
         protocol, side = _WRONG_SIDE[server_side]
-        if self.protocol is protocol:
+        if _plain(self).protocol == protocol:
             raise ssl.SSLError(0, f"Cannot create a {side} socket with a {protocol.name} context")
         recorded = self._recorded
         with recorded.lock:
@@ -148,15 +152,16 @@ class SSLContext(ssl.SSLContext):
         return found
 
     def _settings(self, recorded: _Recorded) -> _Settings:
+        plain = _plain(self)
         return _Settings(
-            versions=_versions(self),
-            options=int(self.options),
+            versions=_versions(plain),
+            options=plain.options,
             security_level=self.security_level,
             ciphers=recorded.ciphers,
             ciphersuites=recorded.ciphersuites,
-            verify_mode=_VERIFY[self.verify_mode],
-            verify_flags=int(self.verify_flags),
-            check_hostname=self.check_hostname,
+            verify_mode=_VERIFY[plain.verify_mode],
+            verify_flags=plain.verify_flags,
+            check_hostname=plain.check_hostname,
             common_name=self.hostname_checks_common_name,
             post_handshake_auth=self.post_handshake_auth,
             tickets=self.num_tickets > 0,
@@ -327,7 +332,12 @@ def _is_common_name(connection: SSL.Connection, server_hostname: str | None) -> 
 # From settings to pyOpenSSL.
 
 
-def _versions(context: ssl.SSLContext) -> tuple[int, int]:
+def _plain(context: ssl.SSLContext) -> Any:
+    """The properties of *context* as the numbers they are: an enumeration makes each of them by a call or two."""
+    return super(_Stdlib, context)
+
+
+def _versions(context: Any) -> tuple[int, int]:
     """The lowest and the highest version, 0 for no limit; SSLv3 is none, as it may be unknown by now."""
     only = _ONE_VERSION.get(context.protocol)
     if only is not None:
