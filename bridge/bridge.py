@@ -180,7 +180,7 @@ class Bridge:
             timeouts=self._nearest_timeouts(timeouts),
             addresses=addresses,
             resume_key=(name, addresses[0][4]),
-            peer=show_address(address),
+            peer=show_address(address or ""),  # none on macOS if it has gone already
         )
         session = self._make(plan, codec, inbox, limits, "to")
         return _opened(session, deadline, timeout) if wait else session
@@ -301,7 +301,7 @@ class Bridge:
                 server_hostname=None,
                 timeouts=timeouts,
                 sock=accepted,
-                peer=show_address(address),
+                peer=show_address(address or ""),  # none on macOS if it has gone already
             )
             self._admit(listener, plan, codec, bounds, on_open, on_closed)
 

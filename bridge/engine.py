@@ -53,6 +53,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import socket
 import sys
 from collections.abc import Callable, Hashable
@@ -316,7 +317,7 @@ class TLSEngine:
             alpn=alpn.decode("ascii", "replace") if alpn else None,
             peer_certificate=certificate,
             verified_chain=tuple(chain or ()),
-            server_name=sys.intern(name.decode("ascii", "replace")) if name else server_hostname,
+            server_name=_as_text(name) if name else server_hostname,
             peername=peername,
             resumed=self._context.resumed(connection),
             presented_chain=presented_chain(connection, certificate),
@@ -425,13 +426,14 @@ class TLSEngine:
 
     def _failed(self, error: OSError) -> SessionEnded:
         self._error = PeerReset(error.errno, f"the connection failed: {error.strerror}")
+        self._error.__cause__ = error.with_traceback(None)
         return fresh(self._error)
 
     # Over memory.
 
     def feed(self, ciphertext: bytes) -> None:
         """Give the engine what the peer sent; ``b""`` is the end of the stream below."""
-        if len(self.first_bytes) < 16:
+        if not self._established and len(self.first_bytes) < 16:
             self.first_bytes += ciphertext[:16]
         self._into_memory(ciphertext)
 
@@ -515,6 +517,12 @@ class TLSEngine:
         )
         error.reason, error.library = _constant(reason), "SSL"
         return error
+
+
+@functools.lru_cache(256)
+def _as_text(name: bytes) -> str:
+    """The name in SNI: one object for the sessions that ask for the same one, but no peer fills memory with names."""
+    return name.decode("ascii", "replace")
 
 
 def _record_size(header: bytes) -> int | None:

@@ -184,9 +184,13 @@ class MessageTooLarge(CodecError):
 
 def forget_frames(error: BaseException | None) -> None:
     """Keep *error* without what it would keep alive: the frames it came through, and their variables."""
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
+    chain, known = [error], set()
+    while chain:
+        error = chain.pop()
+        if error is not None and id(error) not in known:
+            known.add(id(error))
+            error.__traceback__ = None
+            chain += (error.__cause__, error.__context__)
 
 
 _E = TypeVar("_E", bound=BaseException)

@@ -98,7 +98,7 @@ class Latch(Generic[T]):
     __slots__ = ("_lock", "_value")
 
     def __init__(self) -> None:
-        self._lock: threading.Lock | None = threading.Lock()
+        self._lock: Any = threading.Lock()
         self._lock.acquire()
         self._value: T | None = None
 
@@ -106,9 +106,8 @@ class Latch(Generic[T]):
         """Let everybody through.  Only the first call counts; called by one thread."""
         if self._value is None:
             self._value = value
-            self._lock, lock = None, self._lock  # which is a hundred bytes; who waits holds it
-            assert lock is not None
-            lock.release()
+            self._lock.release()
+            self._lock = None  # a hundred bytes; who waits for it still has it
 
     def peek(self) -> T | None:
         """The value, or None while it is not set.  Any thread; never waits."""
@@ -117,7 +116,7 @@ class Latch(Generic[T]):
     def wait(self, timeout: float | None, what: str) -> T:
         """The value, as soon as it is set.  OperationTimeout, naming *what*, after *timeout* seconds."""
         lock = self._lock
-        if lock is not None:
+        if self._value is None:
             check_may_wait()
             if not lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
                 raise OperationTimeout(f"{what} within {timeout:g} seconds")

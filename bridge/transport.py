@@ -886,12 +886,11 @@ class Transport:
     def _after_close_notify(self) -> None:
         """Ours is sent.  Wait for the peer's: for good after send_eof(), for a while otherwise."""
         self._lift_deadline(CloseTimeout)
-        if self._peer_closed:
-            self._complete()
-            return
         if self._discarding or self._half_closing:
             self._half_close()
-        if (self._discarding or self._unwrapping) and self._hurried:
+        if self._peer_closed:
+            self._complete()
+        elif (self._discarding or self._unwrapping) and self._hurried:
             self._set_deadline(CloseTimeout, self._plan.timeouts.close_notify, self._close_by)
 
     def _half_close(self) -> None:

@@ -24,7 +24,7 @@ from rig import BLOCK, Lockstep, Raw, only, raw_context, shake, shrink
 
 import bridge
 from bridge.connection import Connection
-from bridge.engine import TLSEngine, _record_size
+from bridge.engine import TLSEngine, _as_text, _record_size
 from bridge.limits import RECORD_BYTES
 from bridge.poll import Want
 
@@ -435,6 +435,15 @@ def test_a_reset_on_the_detour_is_a_cause_and_latched(
         client.read(10)
     assert str(later.value) == str(first.value)
     assert isinstance(first.value.__cause__, OSError) and first.value.errno == first.value.__cause__.errno
+    assert later.value.__cause__ is first.value.__cause__
+
+
+def test_clients_that_ask_for_ever_new_names_fill_no_memory() -> None:
+    """Sessions that ask for the same one share it, and some Pythons keep an interned string for ever."""
+    assert _as_text(b"a.example") is _as_text(b"a.example")
+    for number in range(1000):
+        _as_text(b"%d.example" % number)
+    assert _as_text.cache_info().currsize <= 256
 
 
 def test_during_the_handshake_a_want_to_write_is_the_owners(contexts: dict[str, Pair]) -> None:
