@@ -296,13 +296,8 @@ class Bridge:
         on_closed = functools.partial(self._on_client_closed, listener)
 
         def admit(accepted: socket.socket, address: Any) -> None:
-            plan = Plan(
-                listener.context,
-                server_hostname=None,
-                timeouts=timeouts,
-                sock=accepted,
-                peer=show_address(address or ""),  # none on macOS if it has gone already
-            )
+            peer = show_address(address or "")  # none on macOS if it has gone already
+            plan = Plan(listener.context, server_hostname=None, timeouts=timeouts, sock=accepted, peer=peer)
             self._admit(listener, plan, codec, bounds, on_open, on_closed)
 
         def closed() -> None:
