@@ -34,11 +34,11 @@ from bridge.errors import (
 from bridge.limits import Limits, Timeouts, check_timeout
 from bridge.listener import Listener
 from bridge.names import PeerName
-from bridge.queues import Inbox, Outbox, ReadCredit, Registry, SessionInbox, Tally
+from bridge.queues import Inbox, Outbox, ReadCredit, Registry, SessionInbox, Tally, nobody
 from bridge.session import Session
 from bridge.stream import Stream
 from bridge.totals import Totals, total
-from bridge.transport import Ending, Plan, Transport, nobody
+from bridge.transport import Ending, Plan, Transport
 from bridge.worker import Worker
 
 CodecFactory = Callable[[], "codecs.Codec[Any]"]
@@ -180,7 +180,7 @@ class Bridge:
             timeouts=self._nearest_timeouts(timeouts),
             addresses=addresses,
             resume_key=(name, addresses[0][4]),
-            peer=show_address(address or ""),  # none on macOS if it has gone already
+            peer=show_address(address),
         )
         session = self._make(plan, codec, inbox, limits, "to")
         return _opened(session, deadline, timeout) if wait else session

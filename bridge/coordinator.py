@@ -29,6 +29,7 @@ from bridge.queues import (
     ReadCredit,
     SessionInbox,
     let_go,
+    nobody,
 )
 from bridge.threads import check_may_wait, serving_all, this_thread
 from bridge.transport import Ending, Told, Transport, interrupted
@@ -89,8 +90,8 @@ class Channel:
         self.inbox = inbox
         self.handle: Any = None
         """The application's handle, while nobody but the channel keeps it alive."""
-        self.on_open: Callable[[Channel], None] = _ignore
-        self.on_closed: Callable[[Channel, Ending], None] = _ignore
+        self.on_open: Callable[[Channel], None] = nobody
+        self.on_closed: Callable[[Channel, Ending], None] = nobody
         self.opened: Latch[SessionInfo | SessionEnded] = Latch()
         self.closed: Latch[Ending] = Latch()
         if isinstance(inbox, SessionInbox):
@@ -215,10 +216,6 @@ class Channel:
             raise
         if not transport.quiet or transport.mask != READ:
             self.worker.post(transport, "wake")
-
-
-def _ignore(*_: Any) -> None:
-    pass
 
 
 Word = tuple[Channel, str, Any]

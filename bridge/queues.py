@@ -88,8 +88,8 @@ def let_go(lock: Any) -> None:
         lock.release()
 
 
-def _nobody() -> None:
-    """Whom a queue calls back when its session is over, and need not be kept alive for it."""
+def nobody(*_: object) -> None:
+    """Does nothing: the one to call where there is no one, or no one any more who need be kept alive for it."""
 
 
 class Latch(Generic[T]):
@@ -423,7 +423,7 @@ class Outbox:
             self._pending = []
             self._change(-lost)
             self._wake_flushing()
-            self._notify = _nobody
+            self._notify = nobody
         return lost
 
     def _turn_away(self, why: SessionEnded) -> None:
@@ -509,7 +509,7 @@ class ReadCredit:
     def conclude(self) -> None:
         """Nothing more will be read: the codec holds nothing, and there is nobody to be called back."""
         self.keep(0)
-        self._resume = _nobody
+        self._resume = nobody
 
     def forfeit(self) -> None:
         """Nobody will ever take what is in the inbox."""

@@ -70,6 +70,7 @@ from bridge.errors import (
 )
 from bridge.limits import RECORD_BYTES, Timeouts
 from bridge.poll import NOTHING, READ, Want
+from bridge.queues import nobody
 from bridge.states import TRANSITIONS, State
 from bridge.totals import Account, account
 
@@ -156,10 +157,6 @@ class Ending:
     report: CloseReport
     sock: socket.socket | None = None
     leftover: bytes = b""
-
-
-def nobody(*_: object) -> None:
-    """Whom a session without an owner belongs to; and who is told of one that is over."""
 
 
 def interrupted() -> SessionAborted:
@@ -873,7 +870,7 @@ class Transport:
                 self._shutdown.wait_for(answer)
                 return False
             self._said_close = True
-            # Behind the peer's close_notify nothing is read; and in an unwrap that is to stay in the kernel.
+            # Behind the peer's close_notify nothing is read; in an unwrap what follows it is to stay in the kernel.
             if not (self._peer_closed or self._unwrapping):
                 self._engine.mute()
         if not self._engine.unflushed():

@@ -688,12 +688,12 @@ def test_what_a_callback_raised_keeps_no_session_alive(
         raise ValueError("a user's bug")
 
     context = bridge.client_context(ca_file, ocsp_check=check)
-    with nothing_left(*KINDS["stream"]), tcp_pair() as (ours, theirs):
+    with nothing_left(SSL.Connection) as alive, tcp_pair() as (ours, theirs):
         wrapped = pool.submit(stdlib_server.wrap_socket, theirs, server_side=True)
         session = b.adopt(ours, context, server_hostname="localhost", wait=False)
         assert receive_to_the_end(functools.partial(session.recv, PATIENCE)) is not None
         assert isinstance(session.end, bridge.SessionEnded) and isinstance(session.end.__cause__, ValueError)
-        until(lambda: not [one for one in gc.get_objects() if isinstance(one, SSL.Connection)])
+        until(lambda: alive() == 0)
         session.abort()
         del session
         with contextlib.suppress(OSError), wrapped.result(PATIENCE):
