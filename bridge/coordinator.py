@@ -171,9 +171,8 @@ class Channel:
         lock: Any = transport.lock
         if not transport.brief or not worker.lends():  # before a bed is made, which is a descriptor
             return False
-        try:
-            bed = my_sleeper()
-        except OSError:  # out of descriptors for another bell
+        bed = my_sleeper()
+        if bed is None:
             return False
         try:
             bed.asleep = True  # from here on a signal handler takes another bed

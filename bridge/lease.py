@@ -13,6 +13,7 @@ and not in the thread that began it, so any thread that comes next goes on with 
 Two sleepers may wait for different things, and one's turn may bring what the other waits for (a write whose turn
 reads in the middle of a renegotiation; a read whose turn sends the rest of a write).  The socket will not say so a
 second time.  So each sleeper lies beside a doorbell, and a turn after which anything has changed rings all bells.
+A bell is a descriptor; a thread that can be spared none lies in a cot, and a worker polls, and takes turns, for it.
 
 Between calls the session is *parked*: nobody polls, nobody reads ahead, and the descriptor is as truthful for an
 application's own select as that of a plain socket.  What must not wait for a next call goes to a worker, which is
@@ -39,13 +40,32 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from bridge import forks
 from bridge.errors import SessionEnded
-from bridge.poll import NOTHING, Sleeper, Want, my_sleeper
-from bridge.queues import let_go
+from bridge.poll import LONGEST_SLEEP, NOTHING, Sleeper, Want, look, my_sleeper
+from bridge.queues import Gate, let_go
 from bridge.transport import Transport, interrupted
 from bridge.worker import Worker, fail
 
 T = TypeVar("T")
+
+
+class Cot:
+    """The bed of a thread that has no doorbell: a worker polls in its place, and rings."""
+
+    __slots__ = ("_born", "_gate", "asleep", "ring")
+
+    def __init__(self) -> None:
+        self._born = forks.current
+        self._gate = Gate()
+        self.asleep = False
+        self.ring = self._gate.ring
+
+    def sleep(self, sock: object, mask: int, timeout: float | None) -> int:
+        """Sleep until rung, at most *timeout* seconds; nothing is left to do then for which a socket was ready."""
+        self._gate.sleep(None if timeout is None else min(timeout, LONGEST_SLEEP))
+        forks.check(self._born)
+        return NOTHING
 
 
 class Lease:
@@ -73,7 +93,7 @@ class Lease:
         self.lock = threading.RLock()
         self._transport = transport
         self._worker = worker
-        self._sleepers: dict[Sleeper, int] = {}  # and what each has its socket polled for
+        self._sleepers: dict[Sleeper | Cot, int] = {}  # and what each has its socket polled for
         self._caretaker = Caretaker(self, transport, leaving, gone)
         self._attended = False  # whether the worker knows of it
         self.changes = 0
@@ -153,24 +173,29 @@ class Lease:
 
         For what the socket is ready.
         """
-        sleeper, transport = my_sleeper(), self._transport
+        transport = self._transport
         if transport.deadline is not None:
             until = transport.deadline if until is None else min(until, transport.deadline)
         timeout = None if until is None else max(0.0, until - time.monotonic())
         sock = transport.sock
         mask = NOTHING if sock is None else transport.mask
+        bed = my_sleeper() or Cot()
+        if type(bed) is Cot and (ready := look(sock, mask)):
+            return ready
         try:
-            sleeper.asleep = True  # from here on a signal handler takes another bed
-            self._sleepers[sleeper] = mask
+            bed.asleep = True  # from here on a signal handler takes another bed
+            self._sleepers[bed] = mask
+            if type(bed) is Cot:
+                self._send_for_worker("wake")
             self.lock.release()
-            ready = sleeper.sleep(sock, mask, timeout)
+            ready = bed.sleep(sock, mask, timeout)
             self.lock.acquire()
         except BaseException:
             self._regain()  # the caller's ``with`` is going to release it
             raise
         finally:
-            sleeper.asleep = False
-            self._sleepers.pop(sleeper, None)
+            bed.asleep = False
+            self._sleepers.pop(bed, None)
         return ready
 
     def _regain(self) -> None:
@@ -218,8 +243,7 @@ class Lease:
 
     def forget(self) -> None:
         """`close`, without the lease, which this very thread may hold.  Never waits."""
-        self._attended = True
-        self._worker.post(self._caretaker, "close")
+        self._send_for_worker("close")
 
     def ring(self) -> None:
         """Have every sleeper look again."""
@@ -229,7 +253,7 @@ class Lease:
     def chores(self) -> int:
         """The mask of what must go on although nobody calls: NOTHING while the session may stay parked."""
         transport = self._transport
-        if self.closing or self.unattended or transport.owes():
+        if self.closing or self.unattended or transport.owes() or Cot in map(type, self._sleepers):
             return transport.mask
         return transport.mask & Want.WRITE
 
@@ -244,8 +268,11 @@ class Lease:
             chores = self.chores()
             if any(mask & chores == chores for mask in self._sleepers.values()):
                 return
+        self._send_for_worker("close" if self.closing else "wake")
+
+    def _send_for_worker(self, what: str) -> None:
         self._attended = True
-        self._worker.post(self._caretaker, "close" if self.closing else "wake")
+        self._worker.post(self._caretaker, what)
 
 
 class Caretaker:
@@ -292,7 +319,10 @@ class Caretaker:
     def turn(self, ready: int, now: float) -> bool:
         """One turn with the transport, and what to wait for after it."""
         lease, transport = self._lease, self._transport
-        lease.turn(ready)
+        if (
+            not ready or transport.again or lease.chores()
+        ):  # or else whoever had us poll does not wait any more
+            lease.turn(ready)
         self.mask = lease.chores()
         self.sock = transport.sock
         self.deadline, self.again = transport.deadline, transport.again

@@ -18,6 +18,7 @@ Three rules keep the sleep honest:
 from __future__ import annotations
 
 import enum
+import errno
 import io
 import os
 import select
@@ -29,11 +30,19 @@ from typing import Any, Final, Generic, TypeVar
 from bridge import forks
 from bridge.threads import this_thread
 
+try:
+    import resource
+except ImportError:  # Windows, where a process may have millions of handles
+    resource = None  # type: ignore[assignment]
+
 T = TypeVar("T")
 
 NOTHING = 0
 LENT = 8
 """A mask as NOTHING, for a socket that stays in the poll set because another thread sleeps beside it."""
+BELLS = 1 / 4
+"""Of a process's descriptors, those of the lowest numbers, which may become threads' doorbells.  A program that has a
+thread for each of a thousand sockets, and a limit of 1,024, needs the others for the sockets."""
 LONGEST_SLEEP = 86_400.0
 """Seconds; epoll counts its milliseconds in 31 bits."""
 
@@ -208,7 +217,11 @@ class Doorbell:
 
 
 class Sleeper:
-    """A thread's bed beside one socket at a time.  `ring` from any thread; the rest belongs to the sleeper."""
+    """A thread's bed beside one socket at a time.  `ring` from any thread; the rest belongs to the sleeper.
+
+    OSError if no descriptor can be spared for its bell: the first `BELLS` of all that the process may have are free to
+    be taken, the others are for sockets.
+    """
 
     __slots__ = ("_doorbell", "_watched", "asleep", "born", "ring")
 
@@ -216,6 +229,9 @@ class Sleeper:
         self.born = forks.current
         self.asleep = False  # or about to be: whoever sleeps here says so
         self._doorbell = Doorbell()
+        if not _to_spare(self._doorbell.fileno()):
+            self._doorbell.close()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         self.ring = self._doorbell.ring
         self._watched: tuple[int, int, Any] = (-1, NOTHING, None)
         self._watch(-1, NOTHING)  # a thread mostly sleeps beside one socket, for one thing
@@ -236,10 +252,8 @@ class Sleeper:
         for number, event in found:
             if number != fd:
                 self._doorbell.silence()
-            elif event == READABLE:
-                ready = mask & READ
             else:
-                ready = mask if event & ~(READABLE | WRITABLE) else ready | mask & _FROM_POLL[event]
+                ready = mask & READ if event == READABLE else _readied(event, mask)
         return ready
 
     def _watch(self, fd: int, mask: int) -> Any:
@@ -256,12 +270,36 @@ class Sleeper:
             self._doorbell.close()
 
 
-def my_sleeper() -> Sleeper:
-    """The calling thread's own, made at its first sleep.
+def _readied(event: int, mask: int) -> int:
+    return mask if event & ~(READABLE | WRITABLE) else mask & _FROM_POLL[event]
+
+
+def look(sock: socket.socket | None, mask: int) -> int:
+    """For what of *mask* the socket is ready now.  Any thread; never waits."""
+    if sock is None or mask == NOTHING:
+        return NOTHING
+    poll = _Poll()
+    poll.register(sock.fileno(), _TO_POLL[mask])
+    return sum(_readied(event, mask) for _, event in poll.poll(0))
+
+
+def _to_spare(fd: int) -> bool:
+    limit = -1 if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return limit < 0 or fd < limit * BELLS
+
+
+def my_sleeper() -> Sleeper | None:
+    """The calling thread's own, made at its first sleep; None if no descriptor can be spared for it.
 
     Another one in a child of fork(), which would share the bell, and in a signal handler that interrupts its sleep.
     """
     sleeper: Sleeper | None = this_thread.sleeper
     if sleeper is None or sleeper.asleep or sleeper.born != forks.current:
-        sleeper = this_thread.sleeper = Sleeper()
+        if this_thread.does_without:
+            return None
+        try:
+            sleeper = this_thread.sleeper = Sleeper()
+        except OSError:
+            this_thread.does_without = True  # not to try at each sleep
+            return None
     return sleeper

@@ -472,13 +472,20 @@ class Stream:
         self._deaf = True
         self._lease.ring()
 
-    @_leased
     def unwrap(self, timeout: float | None = None) -> tuple[socket.socket, bytes]:
         """End TLS both ways and go on in plain text: the socket, and bytes read too far.
 
         *timeout* as for `handshake`; with 0, call it again after WouldBlock.  Raises the cause if the peer just
         hangs up.  Application data that still came before the peer's close_notify is lost.
         """
+        unwrapped = self._unwrap(timeout)
+        self.gone.wait(
+            None, "unwrap"
+        )  # for a worker that may have been polling must not meet a closed descriptor
+        return unwrapped
+
+    @_leased
+    def _unwrap(self, timeout: float | None) -> tuple[socket.socket, bytes]:
         give_up = None if timeout is None else time.monotonic() + timeout
         self._open(timeout)
         received = self._received

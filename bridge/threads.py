@@ -17,6 +17,8 @@ class _ThisThread(threading.local):
     """It serves all sessions just now, and must not wait for one of them."""
     sleeper: Any = None
     """The bed it sleeps in beside a socket, made at its first sleep."""
+    does_without = False
+    """There was no descriptor to spare for such a bed."""
 
 
 this_thread = _ThisThread()

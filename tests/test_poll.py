@@ -14,7 +14,7 @@ import pytest
 from peers import PATIENCE
 
 from bridge import poll
-from bridge.poll import NOTHING, Doorbell, SelectorPoller, Sleeper, Want
+from bridge.poll import NOTHING, Doorbell, SelectorPoller, Sleeper, Want, my_sleeper
 
 BOTH = Want.READ | Want.WRITE
 POLLERS = [SelectorPoller, *([poll.EpollPoller] if hasattr(select, "epoll") else [])]
@@ -164,3 +164,34 @@ def test_a_sleeper_hears_of_the_end_of_the_peer(
     pair[1].close()
     assert sleeper.sleep(pair[0], Want.READ, PATIENCE) == Want.READ
     assert sleeper.sleep(pair[0], Want.WRITE, PATIENCE) == Want.WRITE
+
+
+@pytest.mark.parametrize("made", POLLS)
+def test_a_look_says_what_a_socket_is_ready_for(
+    made: Any, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poll, "_Poll", made)
+    near, far = pair
+    assert poll.look(near, Want.READ) == poll.look(near, NOTHING) == poll.look(None, BOTH) == NOTHING
+    assert poll.look(near, BOTH) == Want.WRITE
+    far.send(b"x")
+    assert poll.look(near, BOTH) == BOTH and poll.look(near, Want.READ) == Want.READ
+    empty(near)
+    far.close()
+    assert poll.look(near, BOTH) == BOTH
+
+
+def test_a_thread_has_no_bed_where_descriptors_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    def beds() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(poll, "BELLS", 0)
+            found.append(my_sleeper())
+        found.append(my_sleeper())
+
+    found: list[Any] = []
+    for target in (beds, lambda: found.append(my_sleeper())):
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+    assert found[:2] == [None, None], "nor does it try at each sleep"
+    assert isinstance(found[2], Sleeper), "which is no other thread's affair"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import os
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 from conftest import KeyPair
 from OpenSSL import SSL
-from peers import PATIENCE, Background, Checker, Pattern, receive_exactly, stdlib_context
+from peers import PATIENCE, Background, Checker, Pattern, receive_exactly, stdlib_context, until
 from rig import Clock, Raw, only, raw_context, shrink, tcp_pair
 
 import bridge
@@ -36,6 +37,13 @@ Pair = tuple[Stream, Stream]
 def b() -> Iterator[bridge.Bridge]:
     with bridge.Bridge(workers=1) as made:
         yield made
+
+
+@pytest.fixture(autouse=True, params=["bells", "cots"])
+def beds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether whoever waits has a bell beside its socket, or leaves that to a worker for want of descriptors."""
+    if request.param == "cots":
+        monkeypatch.setattr(bridge.lease, "my_sleeper", lambda: None)
 
 
 @pytest.fixture
@@ -706,6 +714,37 @@ def test_unwrap_waits_as_long_as_its_caller_does(
     assert not threading.Event().wait(0.1), "ten times what the session's own deadline would be"
     for sock, _ in (server.unwrap(PATIENCE), unwrapping.result(PATIENCE)):
         sock.close()
+
+
+def test_a_socket_is_handed_back_when_the_worker_has_left_it(
+    b: bridge.Bridge,
+    contexts: Any,
+    small_pair: Pair,
+    background: Background,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it still polls may be closed by then, and its number be that of another socket."""
+    monkeypatch.setattr(bridge.lease, "my_sleeper", bridge.poll.my_sleeper)
+    client, server = small_pair
+    while not isinstance(now(client.write, bytes(16_000)), Want):
+        pass
+    until(lambda: client._lease._caretaker.mask & Want.WRITE)
+    other, _ = shaken(*streams(b, contexts, *tcp_pair()))
+    worker = client._lease._worker
+    with other._lease.lock:
+        worker.post(other._lease._caretaker, "wake")
+        until(lambda: not worker._mailbox._items)  # it has that word, and waits for the lock
+        unwrapping = background.run(client.unwrap, PATIENCE)
+        while server.read(65_536, PATIENCE):
+            pass
+        server.unwrap(PATIENCE)[0].close()
+        until(lambda: client.end is not None)
+        assert concurrent.futures.wait([unwrapping], 0.1).not_done
+    unwrapping.result(PATIENCE)[0].close()
+    others = streams(b, contexts, *tcp_pair())
+    for stream in others:
+        stream.begin()
+    assert all(stream.handshake(PATIENCE) for stream in others), "the worker lives"
 
 
 def test_unwrap_gives_up_in_time(pair: Pair) -> None:

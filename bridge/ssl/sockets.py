@@ -408,12 +408,13 @@ class SSLSocket(ssl.SSLSocket):
         if wire is None or wire.stream is None:
             super().shutdown(how)
             return
-        if how != socket.SHUT_RD:
-            wire.stream.send_eof(timeout=0)  # what is stuck leaves when it can
-        if how != socket.SHUT_WR:
-            wire.stream.stop_reading()
-        if how != socket.SHUT_WR or wire.stream.info is None:
-            socket.socket.shutdown(self, how)
+        with wire.lock:  # a reader that is let go may close it at once
+            if how != socket.SHUT_RD:
+                wire.stream.send_eof(timeout=0)  # what is stuck leaves when it can
+            if how != socket.SHUT_WR:
+                wire.stream.stop_reading()
+            if how != socket.SHUT_WR or wire.stream.info is None:
+                socket.socket.shutdown(self, how)
 
     def detach(self) -> int:
         """As `socket.socket.detach`.  ValueError while TLS is on: the descriptor alone is of no use to anybody."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import concurrent.futures
 import contextlib
 import errno
 import gc
@@ -551,6 +552,29 @@ def test_shutdown_wakes_a_reader(ends: Ends, background: Background) -> None:
     assert server.recv(1) == b""
 
 
+def test_a_reader_that_shutdown_wakes_may_close_at_once(
+    ends: Ends, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _ = ends
+
+    def read_and_close() -> None:
+        assert client.recv(1) == b""
+        client.close()
+
+    reading = background.run(read_and_close)
+    while not client._wire.stream._lease._sleepers:
+        assert not reading.done()
+    stop = Stream.stop_reading
+
+    def stop_and_wait(stream: Stream) -> None:
+        stop(stream)
+        concurrent.futures.wait([reading], 0.1)
+
+    monkeypatch.setattr(Stream, "stop_reading", stop_and_wait)
+    client.shutdown(socket.SHUT_RDWR)
+    reading.result(PATIENCE)
+
+
 def test_close_wakes_a_reader(ends: Ends, background: Background) -> None:
     client, server = ends
     reading = background.run(client.recv, 1)
@@ -889,6 +913,56 @@ sock.sendall(b"hi")
     )
     assert (ran.returncode, ran.stderr) == (0, b"")
     assert served.result(PATIENCE) == (b"hi", b"")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets a limit of Linux's")
+@pytest.mark.parametrize("module", ["ssl", "bridge.ssl as ssl"])
+def test_a_thread_for_each_socket_needs_few_descriptors_more_than_with_the_stdlib(
+    ca_file: str, server_cert: KeyPair, module: str
+) -> None:
+    """A program that has nearly as many sockets as it may; and threads are woken also without a bell of their own."""
+    program = f"""
+import resource, socket, sys, threading
+import {module}
+resource.setrlimit(resource.RLIMIT_NOFILE, (160, 160))
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(*sys.argv[1:])
+socks = []
+def talk(sock):
+    with context.wrap_socket(sock, server_side=True) as stream:
+        socks.append(stream)
+        while data := stream.recv(100):
+            stream.sendall(data)
+listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+print(listener.getsockname()[1], flush=True)
+threads = []
+while len(threads) < 100:
+    threads.append(threading.Thread(target=talk, args=[listener.accept()[0]]))
+    threads[-1].start()
+sys.stdin.readline()
+for sock in socks:
+    sock.shutdown(socket.SHUT_RD)
+for thread in threads:
+    thread.join()
+print("done")
+"""
+    command = [sys.executable, "-c", program, server_cert.certfile, server_cert.keyfile]
+    context = make_client_context("theirs", ca_file)
+    pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(subprocess.Popen(command, text=True, cwd=ROOT, **pipes))
+        stack.callback(server.kill)
+        assert server.stdout is not None
+        address = ("127.0.0.1", int(server.stdout.readline()))
+        clients = [
+            stack.enter_context(context.wrap_socket(dial(address), server_hostname="localhost"))
+            for _ in range(100)
+        ]
+        for number in range(300):
+            client = clients[number * 7 % 100]
+            client.sendall(b"%05d" % number)
+            assert receive_exactly(client, 5) == b"%05d" % number
+        assert server.communicate("\n", PATIENCE) == ("done\n", "")
 
 
 # ── errors ──
