@@ -319,9 +319,8 @@ class Caretaker:
     def turn(self, ready: int, now: float) -> bool:
         """One turn with the transport, and what to wait for after it."""
         lease, transport = self._lease, self._transport
-        if (
-            not ready or transport.again or lease.chores()
-        ):  # or else whoever had us poll does not wait any more
+        needed = not ready or transport.again or lease.chores()  # who had us poll may not wait any more
+        if needed:
             lease.turn(ready)
         self.mask = lease.chores()
         self.sock = transport.sock

@@ -83,7 +83,9 @@ TESTS = {
         "test_receivers.py",
         *BOTH,
     ],
-    "poll": ["test_poll.py", "test_receivers.py", "test_worker.py"],
+    "poll": ["test_poll.py", "test_receivers.py", "test_worker.py", "test_stream.py"],
+    "lease": ["test_stream.py", "test_interrupts.py", "test_lifecycle.py"],
+    "stream": ["test_stream.py", "test_interrupts.py"],
 }
 """Those that exercise each module."""
 LIBRARIES = ["OpenSSL.SSL", "cryptography.x509", "hypothesis", "service_identity", "structlog", "trustme"]

@@ -24,7 +24,7 @@ from peers import PATIENCE, Background, Checker, Pattern, receive_exactly, stdli
 from rig import Clock, Raw, only, raw_context, shrink, tcp_pair
 
 import bridge
-from bridge.lease import Lease
+from bridge.lease import Cot, Lease
 from bridge.poll import Want
 from bridge.stream import Stream
 from bridge.transport import Transport
@@ -319,6 +319,43 @@ def test_a_sleeping_reader_is_no_obstacle_to_a_writer(pair: Pair, background: Ba
 
 TURNS = ("turn", "read_at_once", "write_at_once", "send", "close")
 """The calls of a transport that a stream's callers come to, none of which makes another."""
+
+
+def test_a_thread_without_a_bell_sleeps_until_there_is_something_for_it(
+    b: bridge.Bridge, contexts: Any, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what comes when it sleeps no more is left to whoever reads next, though the worker was told to poll."""
+    monkeypatch.setattr(bridge.lease, "my_sleeper", lambda: None)
+    sleep, slept = Cot.sleep, []
+    monkeypatch.setattr(Cot, "sleep", lambda *arguments: slept.append(sleep(*arguments)))
+    near, far = tcp_pair()
+    client = b.stream(near, contexts[0], server_hostname="localhost", timeouts=bridge.Timeouts(idle=10))
+    client, server = shaken(client, b.stream(far, contexts[1]))
+    reading = background.run(client.read, 100, PATIENCE)
+    sleeping(client)
+    assert concurrent.futures.wait([reading], 0.05).not_done and not slept
+    server.write(b"something")
+    assert reading.result(PATIENCE) == b"something" and len(slept) == 1
+    clock = Clock()
+    for module in (bridge.lease, bridge.stream, bridge.transport):
+        monkeypatch.setattr(module, "time", clock)
+    clock.now += 11
+    server.write(b"more")
+    until(lambda: not client._lease._caretaker.mask)
+    assert client.read(100, PATIENCE) == b"more" and len(slept) == 1
+
+
+def test_a_call_in_the_middle_of_another_is_refused_by_each_method(pair: Pair) -> None:
+    client, _ = pair
+    for call in (
+        client.pending,
+        client.send_eof,
+        client.abort,
+        lambda: client.read(1),
+        lambda: client.write(b"x"),
+    ):
+        with client._lease.lock, pytest.raises(RuntimeError, match="in the middle of one of its own calls"):
+            call()
 
 
 def test_two_threads_are_never_inside_at_once(
