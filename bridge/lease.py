@@ -324,7 +324,8 @@ class Caretaker:
             lease.turn(ready)
         self.mask = lease.chores()
         self.sock = transport.sock
-        self.deadline, self.again = transport.deadline, transport.again
+        self.deadline = transport.deadline if self.mask else None  # parked, it is nobody's
+        self.again = transport.again
         self.finished = lease.closing and transport.finished and not lease._sleepers
         if self.finished:
             self._collect()

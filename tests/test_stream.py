@@ -303,6 +303,19 @@ def test_a_stream_is_idle_after_its_last_byte_and_not_before(
         client.read(1, 0)
 
 
+def test_a_parked_stream_is_not_idle_though_a_worker_has_seen_it(b: bridge.Bridge, contexts: Any) -> None:
+    near, far = tcp_pair()
+    times = bridge.Timeouts(idle=0.05)
+    client = b.stream(near, contexts[0], server_hostname="localhost", timeouts=times)
+    server = b.stream(far, contexts[1])
+    for stream in (client, server):
+        stream.begin()
+    assert client.handshake(PATIENCE) and server.handshake(PATIENCE)
+    assert not threading.Event().wait(0.2) and client.end is None
+    server.write(b"late")
+    assert client.read(10, PATIENCE) == b"late"
+
+
 # ── several threads ──
 
 

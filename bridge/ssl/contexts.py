@@ -122,7 +122,6 @@ class SSLContext(ssl.SSLContext):
         session: Any = None,
     ) -> Wire:
         """What an `ssl.SSLSocket` asks its context for, to speak TLS.  An unusable setting is refused here."""
-        self.core(bool(server_side))
         return Wire(owner, self, bool(server_side), server_hostname, session)
 
     def core(self, server_side: bool) -> Context:

@@ -51,8 +51,8 @@ class Wire:
     def __init__(
         self, sock: SSLSocket, context: Any, server_side: bool, hostname: str | None, session: Any
     ) -> None:
-        self.context = context
         self.server_side = server_side
+        self.context = context
         self.server_hostname = hostname
         self.timeout: float | None = None
         self.kernel_timeouts: dict[int, float] = {}
@@ -65,6 +65,16 @@ class Wire:
         """Of whose the descriptor is: the socket's, and from `begin` on the stream's."""
         if session is not None:
             self.session = session
+
+    @property
+    def context(self) -> Any:
+        """The `SSLContext`, whose settings count as they are when it is set."""
+        return self._context
+
+    @context.setter
+    def context(self, context: Any) -> None:
+        self._core = context.core(self.server_side)
+        self._context = context
 
     @property
     def owner(self) -> SSLSocket | None:
@@ -95,7 +105,7 @@ class Wire:
         try:
             return default_bridge().stream(
                 inner,
-                self.context.core(self.server_side),
+                self._core,
                 server_hostname=self.server_hostname,
                 server_side=self.server_side,
                 resume=None if self._session is None else self._session.raw,

@@ -778,6 +778,22 @@ def test_the_sni_callback_can_switch_to_another_context(
     assert client.alpn == "default"
 
 
+def test_a_socket_keeps_the_settings_it_was_wrapped_with(
+    ca: trustme.CA, our_server: Any, their_client: Any, tmp_path: Path
+) -> None:
+    near, far = socket.socketpair()
+    with our_server.wrap_socket(far, server_side=True, do_handshake_on_connect=False) as wrapped:
+        other = write_key_pair(ca.issue_cert("other.example"), tmp_path)
+        our_server.load_cert_chain(other.certfile, other.keyfile)
+        wrapped.settimeout(PATIENCE)
+        near.settimeout(PATIENCE)
+        with ThreadPoolExecutor(1) as pool:
+            served = pool.submit(wrapped.do_handshake)
+            with their_client.wrap_socket(near, server_hostname="localhost") as client:
+                served.result()
+                assert ("DNS", "localhost") in client.getpeercert()["subjectAltName"]
+
+
 @pytest.mark.skipif(CONTROL, reason="the stdlib goes on with the first context's mode")
 def test_the_context_switched_to_decides_about_client_certificates(
     our_server: Any, their_client: Any, server_cert: KeyPair, ca_file: str, tls_version: str
