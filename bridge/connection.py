@@ -356,7 +356,7 @@ def keylog_writer(keylog: KeyLog) -> Callable[[bytes], object] | None:
         keylog = os.environ.get("SSLKEYLOGFILE") or None
     if keylog is None or keylog is False:
         return None
-    lock = threading.Lock()
+    lock = threading.RLock()  # a signal handler may shake hands in the middle
     write: Callable[[bytes], object]
     if isinstance(keylog, (str, os.PathLike)):
         write = functools.partial(_append_line, keylog)

@@ -865,7 +865,7 @@ class Registry(Generic[T]):
     """The members of something, until it is sealed, and what those that have left add up to.  Any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # for signal handlers and finalizers come at any moment
         self._members: dict[T, None] = {}
         self._left: dict[tuple[str, ...], float] = {}
         self._sealed = False

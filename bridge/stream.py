@@ -399,22 +399,26 @@ class Stream:
 
     @_leased
     def _write_now(self, data: bytes | bytearray | memoryview) -> int:
-        view, done = memoryview(data).cast("B"), 0
-        while done < len(view):
-            if self._sent.held():
-                self._lease.turn(ANYTHING)
-            if self._sent.held() and done == 0:
+        done = 0
+        with (
+            memoryview(data) as whole,
+            whole.cast("B") as view,
+        ):  # let go with the frame alive, as in a traceback
+            while done < len(view):
+                if self._sent.held():
+                    self._lease.turn(ANYTHING)
+                if self._sent.held() and done == 0:
+                    self._check_writable()
+                    raise WouldBlock(Want.WRITE if self._transport.mask & Want.WRITE else Want.READ)
+                if self._sent.held():
+                    break
+                self._ready_to_write(0)
+                piece = bytes(view[done : done + RECORD_BYTES])
+                self._lease.at_once(self._hand_over, piece)
+                if self._sent.held():
+                    self._lease.turn()
                 self._check_writable()
-                raise WouldBlock(Want.WRITE if self._transport.mask & Want.WRITE else Want.READ)
-            if self._sent.held():
-                break
-            self._ready_to_write(0)
-            piece = bytes(view[done : done + RECORD_BYTES])
-            self._lease.at_once(self._hand_over, piece)
-            if self._sent.held():
-                self._lease.turn()
-            self._check_writable()
-            done += len(piece)
+                done += len(piece)
         return done
 
     def _ready_to_write(self, timeout: float | None) -> None:

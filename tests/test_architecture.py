@@ -100,10 +100,7 @@ THREADING = {
     "threads": {"local"},
     "queues": {"Condition", "Lock", "RLock", "TIMEOUT_MAX", "local"},
     "context": {"Lock"},  # of the sessions to resume, which all workers share
-    "connection": {
-        "Lock",
-        "local",
-    },  # a line of the key log, which all workers write; a buffer for each thread
+    "connection": {"RLock"},  # a line of the key log, which all workers write
     "tap": {"Lock", "local"},  # of making a connection; the connection a thread is in
     "tracing": {"Lock", "current_thread"},  # one trace at a time
     "transport": {"RLock"},  # of whose a session is for a turn
@@ -111,9 +108,9 @@ THREADING = {
     "lease": {"RLock"},  # who holds it owns the transport
     "stream": {"RLock", "TIMEOUT_MAX"},  # of writers: one whole write after the other
     "bridge": {"Event", "Thread", "current_thread"},
-    "ssl.process": {"Lock"},  # of making the one bridge
+    "ssl.process": {"RLock"},  # of making the one bridge
     "ssl.injection": {"Lock"},
-    "ssl.contexts": {"Lock"},  # of making a core context, and of the store it shares
+    "ssl.contexts": {"RLock"},  # of making a core context, and of the store it shares
     "ssl.sockets": {"RLock"},  # of whose a descriptor is
     "demo": {"Event", "Thread"},
     "connect_command": {"Event", "Thread"},

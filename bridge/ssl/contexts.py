@@ -38,6 +38,7 @@ from bridge.errors import HostnameMismatch
 from bridge.names import PeerName, peer_certificate
 from bridge.record import Record
 from bridge.ssl.facts import certificate_dict
+from bridge.ssl.failures import ssl_error
 from bridge.ssl.sockets import SSLSocket, Wire
 
 __all__ = ["SSLContext", "stdlib_properties"]
@@ -103,8 +104,8 @@ class _Recorded:
     dh_params: Any = None
     store: crypto.X509Store = field(default_factory=crypto.X509Store)
     made: dict[bool, tuple[_Settings, Context]] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held while the store is filled, and while a core context is made."""
+    lock: Any = field(default_factory=threading.RLock)
+    """Held while the store is filled, and while a core context is made; a signal handler may come in the middle."""
 
 
 class SSLContext(ssl.SSLContext):
@@ -131,7 +132,7 @@ class SSLContext(ssl.SSLContext):
         """
         protocol, side = _WRONG_SIDE[server_side]
         if _plain(self).protocol == protocol:
-            raise ssl.SSLError(0, f"Cannot create a {side} socket with a {protocol.name} context")
+            raise ssl_error(ssl.SSLError, 0, f"Cannot create a {side} socket with a {protocol.name} context")
         recorded = self._recorded
         with recorded.lock:
             settings = self._settings(recorded)
@@ -414,7 +415,7 @@ def _errors_of_ssl(what: str) -> Iterator[None]:
     try:
         yield
     except (SSL.Error, crypto.Error, UnsupportedAlgorithm, TypeError, ValueError) as error:
-        raise ssl.SSLError(ssl.SSL_ERROR_SSL, f"{what}: {reasons(error)}") from error
+        raise ssl_error(ssl.SSLError, ssl.SSL_ERROR_SSL, f"{what}: {reasons(error)}") from error
 
 
 # Keys and certificates.

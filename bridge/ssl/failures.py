@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import ssl
+from typing import Any
 
 from bridge.errors import (
     BridgeError,
@@ -34,22 +35,25 @@ def as_stdlib(error: BridgeError, hostname: str | None = None) -> Exception:
     """What the stdlib raises where the bridge raised *error*.  Any thread."""
     if isinstance(error, WouldBlock):
         if error.want == Want.READ:
-            return ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "The operation did not complete (read)")
-        return ssl.SSLWantWriteError(ssl.SSL_ERROR_WANT_WRITE, "The operation did not complete (write)")
+            text = "The operation did not complete (read)"
+            return ssl_error(ssl.SSLWantReadError, ssl.SSL_ERROR_WANT_READ, text)
+        text = "The operation did not complete (write)"
+        return ssl_error(ssl.SSLWantWriteError, ssl.SSL_ERROR_WANT_WRITE, text)
     if isinstance(error, (OperationTimeout, DeadlineExceeded)):
         return TimeoutError(str(error))
     if isinstance(error, Truncated):
-        return _protocol(ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "EOF occurred in violation of protocol"), None)
+        reason = "UNEXPECTED_EOF_WHILE_READING"
+        text = f"[SSL: {reason}] EOF occurred in violation of protocol"
+        return ssl_error(ssl.SSLEOFError, ssl.SSL_ERROR_EOF, text, reason)
     if isinstance(error, EndOfStream):
-        return _protocol(
-            ssl.SSLZeroReturnError(ssl.SSL_ERROR_ZERO_RETURN, "TLS/SSL connection has been closed (EOF)"),
-            None,
-        )
+        text = "TLS/SSL connection has been closed (EOF)"
+        return ssl_error(ssl.SSLZeroReturnError, ssl.SSL_ERROR_ZERO_RETURN, text)
     if isinstance(error, CertificateError):
         return _verification(error, hostname)
     if isinstance(error, TLSError):
         reason = _RENAMED_ALERTS.sub("SSLV3_ALERT_", error.reason)
-        return _protocol(ssl.SSLError(ssl.SSL_ERROR_SSL, str(error).replace(error.reason, reason, 1)), reason)
+        text = str(error).replace(error.reason, reason, 1)
+        return ssl_error(ssl.SSLError, ssl.SSL_ERROR_SSL, text, reason)
     if isinstance(error, PeerReset):
         number = error.errno or errno.ECONNRESET
         return OSError(number, os.strerror(number))
@@ -58,9 +62,11 @@ def as_stdlib(error: BridgeError, hostname: str | None = None) -> Exception:
     return error
 
 
-def _protocol(error: ssl.SSLError, reason: str | None) -> ssl.SSLError:
-    error.reason, error.library = reason or "", "SSL" if reason else ""
-    return error
+def ssl_error(kind: type[ssl.SSLError], number: int, text: str, reason: str | None = None) -> ssl.SSLError:
+    """One that has the attributes of the stdlib's own, which its constructor does not give it.  Any thread."""
+    error: Any = kind(number, text)
+    error.reason, error.library = reason, reason and "SSL"
+    return error  # type: ignore[no-any-return]
 
 
 def _verification(error: CertificateError, hostname: str | None) -> ssl.SSLCertVerificationError:
@@ -70,7 +76,6 @@ def _verification(error: CertificateError, hostname: str | None) -> ssl.SSLCertV
         if error.verify_code == 64:
             said = f"IP address mismatch, certificate is not valid for '{hostname}'."
     text = f"[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: {said}"
-    found = ssl.SSLCertVerificationError(ssl.SSL_ERROR_SSL, text)
-    found.reason, found.library = "CERTIFICATE_VERIFY_FAILED", "SSL"
+    found: Any = ssl_error(ssl.SSLCertVerificationError, ssl.SSL_ERROR_SSL, text, "CERTIFICATE_VERIFY_FAILED")
     found.verify_code, found.verify_message = error.verify_code, said
-    return found
+    return found  # type: ignore[no-any-return]

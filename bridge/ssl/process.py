@@ -15,7 +15,7 @@ accepted connection, and what is left to do after the close."""
 UNHURRIED = dataclasses.replace(TIMEOUTS, handshake=None)
 """For a handshake that its caller makes: the socket's time-out is its deadline."""
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # as a signal handler may come in the middle, and make a socket
 _bridge: Bridge | None = None
 
 
@@ -27,13 +27,17 @@ def default_bridge() -> Bridge:
     global _bridge
     with _lock:
         if _bridge is None or _bridge.closed:
-            _bridge = Bridge(timeouts=TIMEOUTS)
+            made = Bridge(timeouts=TIMEOUTS)
+            if _bridge is not None and not _bridge.closed:  # by a signal handler, meanwhile
+                made.close()
+            else:
+                _bridge = made
         return _bridge
 
 
 def _in_child() -> None:
     global _lock, _bridge
-    _lock, _bridge = threading.Lock(), None
+    _lock, _bridge = threading.RLock(), None
 
 
 if hasattr(os, "register_at_fork"):

@@ -24,9 +24,9 @@ from typing import Any
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.engine import SessionInfo
-from bridge.errors import BridgeClosed, BridgeError, OperationTimeout
+from bridge.errors import BridgeClosed, BridgeError, OperationTimeout, SessionEnded
 from bridge.ssl.facts import certificate_dict
-from bridge.ssl.failures import as_stdlib
+from bridge.ssl.failures import as_stdlib, ssl_error
 from bridge.ssl.process import TIMEOUTS, UNHURRIED, default_bridge
 from bridge.ssl.sessions import SSLSession
 from bridge.stream import Stream
@@ -58,6 +58,8 @@ class Wire:
         self.kernel_timeouts: dict[int, float] = {}
         """SO_RCVTIMEO and SO_SNDTIMEO, which a non-blocking descriptor does not heed."""
         self.stream: Stream | None = None
+        self.said_all = False
+        """The application has shut the socket down for writing."""
         self._owner = weakref.ref(sock)
         self._session: SSLSession | None = None
         self._pooled = False
@@ -128,11 +130,12 @@ class Wire:
 
     def do_handshake(self) -> None:
         """The handshake, within the time-out."""
-        self._shake_hands(self.begin())
+        stream = self.begin()
+        self._shake_hands(stream, self.timeout)
 
-    def _shake_hands(self, stream: Stream) -> None:
+    def _shake_hands(self, stream: Stream, timeout: float | None) -> None:
         try:
-            stream.handshake(self.timeout)
+            stream.handshake(timeout)
         except BridgeError as error:
             raise self.failure(error) from None
 
@@ -141,15 +144,16 @@ class Wire:
         stream = self.stream
         if stream is None:
             return None
-        waits = self._pooled and stream.end is None and self.timeout != 0 and not stream.busy_here()
-        if stream.info is None and waits:
-            self._shake_hands(stream)
+        if stream.info is None and self._pooled and stream.end is None and not stream.busy_here():
+            self._shake_hands(stream, self.timeout or None)
         return stream.info
 
     def failure(self, error: BridgeError, option: int | None = None) -> Exception:
-        """What the stdlib would raise for *error*; *option*: whose time-out it would be in the kernel."""
+        """What the stdlib would raise for *error*; *option*: which time-out of the kernel's it would be, if any."""
         if isinstance(error, OperationTimeout) and self.timeout is None and option in self.kernel_timeouts:
             return BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        if self.said_all and option == socket.SO_SNDTIMEO and isinstance(error, SessionEnded):
+            return BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
         return as_stdlib(error, self.server_hostname)
 
     # Bytes.
@@ -158,6 +162,8 @@ class Wire:
         """At most *size* bytes, or into *buffer* and how many."""
         if buffer is not None:
             with memoryview(buffer) as view, view.cast("B") as room:
+                if room.readonly:
+                    raise TypeError(f"a read-write bytes-like object is needed, not {type(buffer).__name__}")
                 if size <= 0 or size > len(room):
                     size = len(room)
                 data = self.read(size)
@@ -177,11 +183,11 @@ class Wire:
 
     def write(self, data: Buffer) -> int:
         """Hand *data* to the kernel, encrypted; how many bytes."""
-        timeout = self.timeout
+        stream, timeout = self.stream or self.begin(), self.timeout
         if timeout is None and self.kernel_timeouts:
             timeout = self.kernel_timeouts.get(socket.SO_SNDTIMEO)
         try:
-            return (self.stream or self.begin()).write(data, timeout)
+            return stream.write(data, timeout)
         except BridgeError as error:
             raise self.failure(error, socket.SO_SNDTIMEO) from None
 
@@ -263,7 +269,8 @@ class Wire:
 
     def verify_client_post_handshake(self) -> None:
         """Refused: see `SSLContext.post_handshake_auth`."""
-        raise ssl.SSLError(ssl.SSL_ERROR_SSL, "the bridge does not ask for certificates after the handshake")
+        text = "the bridge does not ask for certificates after the handshake"
+        raise ssl_error(ssl.SSLError, ssl.SSL_ERROR_SSL, text)
 
     @property
     def session(self) -> SSLSession | None:
@@ -302,6 +309,15 @@ class SSLSocket(ssl.SSLSocket):
     suppress_ragged_eofs: bool
     do_handshake_on_connect: bool
     _leftover = b""
+
+    def _real_connect(self, *arguments: Any) -> Any:
+        try:
+            return super()._real_connect(*arguments)  # type: ignore[misc]
+        except (OSError, ValueError):
+            self._sslobj = (
+                self._wire
+            )  # which has the descriptor, if the handshake has failed and not the connection
+            raise
 
     # Bytes: the shortest way to the wire.
 
@@ -360,17 +376,19 @@ class SSLSocket(ssl.SSLSocket):
     def sendall(self, data: Buffer, flags: int = 0) -> None:
         """As `socket.socket.sendall`.  Calls of several threads do not interleave; the time-out is for all of it."""
         wire = self._sslobj
-        if wire is None or flags or wire.timeout == 0:
+        if wire is None or flags:
             super().sendall(data, flags)
             return
-        stream = wire.stream
-        if stream is None or wire.kernel_timeouts:
+        stream = wire.stream or wire.begin()
+        if wire.timeout == 0:
+            super().sendall(data, flags)
+        elif wire.kernel_timeouts:
             wire.write(data)
-            return
-        try:
-            stream.write(data, wire.timeout)
-        except BridgeError as error:
-            raise wire.failure(error) from None
+        else:
+            try:
+                stream.write(data, wire.timeout)
+            except BridgeError as error:
+                raise wire.failure(error, socket.SO_SNDTIMEO) from None
 
     # Time-outs: ours, since the descriptor never blocks.
 
@@ -418,13 +436,17 @@ class SSLSocket(ssl.SSLSocket):
         if wire is None or wire.stream is None:
             super().shutdown(how)
             return
-        with wire.lock:  # a reader that is let go may close it at once
-            if how != socket.SHUT_RD:
-                wire.stream.send_eof(timeout=0)  # what is stuck leaves when it can
-            if how != socket.SHUT_WR:
-                wire.stream.stop_reading()
-            if how != socket.SHUT_WR or wire.stream.info is None:
+        if how != socket.SHUT_RD:
+            wire.said_all = True
+            wire.stream.send_eof(timeout=0)  # what is stuck leaves when it can
+        if how != socket.SHUT_WR:
+            wire.stream.stop_reading()
+        if how != socket.SHUT_WR or wire.stream.info is None:
+            try:
                 socket.socket.shutdown(self, how)
+            except OSError:
+                if self.fileno() != -1:  # or else a reader that was let go has closed it meanwhile
+                    raise
 
     def detach(self) -> int:
         """As `socket.socket.detach`.  ValueError while TLS is on: the descriptor alone is of no use to anybody."""
@@ -479,6 +501,9 @@ class SSLSocket(ssl.SSLSocket):
     def __del__(self) -> None:
         # May run in any thread, at any moment.
         if self.fileno() == -1:
+            return
+        if "_context" not in vars(self):  # it was to take a socket's descriptor over, and could not
+            socket.socket.detach(self)
             return
         if "_connected" not in vars(self):  # `wrap_socket` has raised, and nobody ever had it
             socket.socket.close(self)

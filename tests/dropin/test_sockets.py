@@ -28,7 +28,9 @@ from peers import PATIENCE, Background, dial, receive_exactly
 from rig import tcp_pair
 
 import bridge
+from bridge.ssl import process
 from bridge.ssl.failures import as_stdlib
+from bridge.ssl.process import default_bridge
 from bridge.ssl.sessions import SSLSession
 from bridge.stream import Stream
 
@@ -575,6 +577,46 @@ def test_a_reader_that_shutdown_wakes_may_close_at_once(
     reading.result(PATIENCE)
 
 
+@pytest.mark.parametrize("how", [socket.SHUT_WR, socket.SHUT_RDWR])
+def test_after_shutdown_a_write_finds_a_broken_pipe(how: int, mixed: Ends) -> None:
+    client, server = mixed
+    client.shutdown(how)
+    for call in (client.send, client.sendall, client.write):
+        with pytest.raises(BrokenPipeError):
+            call(b"too late")
+    assert server.recv(1) == b""
+    with pytest.raises(BrokenPipeError):
+        client.sendall(b"too late")
+
+
+def test_shutdown_while_the_callback_of_its_handshake_sets_a_timeout(
+    background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    """Neither may wait for what the other has: it was a worker's thread that did, and so all its sessions."""
+    context = make_server_context("ours", server_cert)
+    asked, answer = threading.Event(), threading.Event()
+
+    def choose(sock: Any, name: str | None, _: Any) -> None:
+        asked.set()
+        assert answer.wait(PATIENCE)
+        sock.settimeout(PATIENCE)
+
+    context.sni_callback = choose
+    with context.wrap_socket(socket.create_server(("127.0.0.1", 0)), server_side=True) as listener:
+        near = dial(listener.getsockname())
+        client = make_client_context("theirs", ca_file)
+        calling = background.run(lambda: client.wrap_socket(near, server_hostname="localhost"))
+        accepted, _ = listener.accept()
+        assert asked.wait(PATIENCE)
+        shutting = background.run(accepted.shutdown, socket.SHUT_RDWR)
+        concurrent.futures.wait([shutting], 0.1)
+        answer.set()
+        shutting.result(PATIENCE)
+        accepted.close()
+    with near, contextlib.suppress(OSError):
+        calling.result(PATIENCE).close()
+
+
 def test_close_wakes_a_reader(ends: Ends, background: Background) -> None:
     client, server = ends
     reading = background.run(client.recv, 1)
@@ -965,6 +1007,137 @@ print("done")
         assert server.communicate("\n", PATIENCE) == ("done\n", "")
 
 
+@pytest.mark.parametrize("then", [None, 5.0])
+def test_a_failed_handshake_leaves_the_descriptor_to_the_bridge(
+    then: float | None, background: Background, server_cert: KeyPair
+) -> None:
+    """`connect` has a time-out, and no other call: a worker must not block when that is taken back."""
+    lingers, hung_up = threading.Event(), threading.Event()
+
+    def refused(sock: socket.socket) -> None:
+        into, out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        server = make_server_context("theirs", server_cert).wrap_bio(into, out, server_side=True)
+        with contextlib.suppress(ssl.SSLError):
+            while True:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    server.do_handshake()
+                sock.sendall(out.read())
+                into.write(sock.recv(65_536))
+        lingers.set()
+        assert hung_up.wait(PATIENCE)
+
+    address, (served,) = background.serve(refused)
+    strange = our_ssl().create_default_context()
+    client = strange.wrap_socket(socket.socket(), server_hostname="localhost")
+    client.settimeout(PATIENCE)
+    with pytest.raises(ssl.SSLCertVerificationError):
+        client.connect(address)
+    client.settimeout(then)
+    assert client.gettimeout() == then and not os.get_blocking(client.fileno())
+    with pytest.raises(ssl.SSLCertVerificationError):
+        client.sendall(b"in plain text?")
+    assert lingers.wait(PATIENCE)
+    background.run(client.close).result(PATIENCE)
+    hung_up.set()
+    served.result(PATIENCE)
+
+
+@pytest.mark.parametrize("method", ["send", "sendall", "write", "recv", "read"])
+def test_the_first_call_heeds_the_time_out(method: str, ca_file: str) -> None:
+    near, far = tcp_pair()
+    context = make_client_context("ours", ca_file)
+    with far, context.wrap_socket(near, server_hostname="localhost", do_handshake_on_connect=False) as client:
+        client.settimeout(0.01)
+        with pytest.raises(TimeoutError):
+            getattr(client, method)(1 if method in ("recv", "read") else b"x")
+        client.setblocking(False)
+        with pytest.raises(ssl.SSLWantReadError):
+            getattr(client, method)(1 if method in ("recv", "read") else b"x")
+
+
+@pytest.mark.parametrize("method", ["send", "sendall", "write", "recv", "read"])
+def test_the_first_call_that_may_not_wait_does_not(method: str, ca_file: str) -> None:
+    near, far = tcp_pair()
+    context = make_client_context("ours", ca_file)
+    with far, context.wrap_socket(near, server_hostname="localhost", do_handshake_on_connect=False) as client:
+        client.setblocking(False)
+        with pytest.raises(ssl.SSLWantReadError):
+            getattr(client, method)(1 if method in ("recv", "read") else b"x")
+
+
+def test_the_facts_of_an_accepted_socket_are_waited_for_also_if_it_never_blocks(
+    background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    context = make_server_context("ours", server_cert)
+    with context.wrap_socket(socket.create_server(("127.0.0.1", 0)), server_side=True) as listener:
+        near = dial(listener.getsockname())
+        accepted, _ = listener.accept()
+        with accepted:
+            accepted.setblocking(False)
+            facts = background.run(lambda: (accepted.version(), accepted.cipher(), accepted.getpeercert()))
+            client = make_client_context("theirs", ca_file).wrap_socket(near, server_hostname="localhost")
+            with client:
+                assert facts.result(PATIENCE) == (client.version(), client.cipher(), None)
+
+
+def test_a_signal_handler_may_make_and_close_sockets_whatever_it_interrupts(ca_file: str) -> None:
+    """In the middle of whatever makes or closes one, on the same thread."""
+    context = make_client_context("ours", ca_file)
+    near, far = tcp_pair()
+    with far, process._lock, context._recorded.lock, default_bridge()._streams._lock:
+        client = context.wrap_socket(near, server_hostname="localhost", do_handshake_on_connect=False)
+        client.setblocking(False)
+        with pytest.raises(ssl.SSLWantReadError):
+            client.do_handshake()
+        client.close()
+
+
+def test_a_bridge_that_a_signal_handler_has_made_meanwhile_is_the_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process, "_bridge", None)
+    made: list[bridge.Bridge] = []
+
+    def make(**options: Any) -> bridge.Bridge:
+        monkeypatch.setattr(process, "Bridge", bridge.Bridge)
+        made.append(default_bridge())
+        return bridge.Bridge(**options)
+
+    monkeypatch.setattr(process, "Bridge", make)
+    with default_bridge() as one:
+        assert [one] == made and default_bridge() is one
+
+
+def test_a_write_that_fails_does_not_hold_on_to_the_buffer(ends: Ends) -> None:
+    """In the frames of its traceback."""
+    client, _ = ends
+    client.setblocking(False)
+    buffer = bytearray(300_000)
+    with pytest.raises(ssl.SSLWantWriteError) as caught:
+        while True:
+            client.send(buffer)
+    buffer.clear()
+    assert caught.value.__traceback__ is not None
+
+
+def test_a_buffer_that_cannot_be_filled_costs_no_bytes(ends: Ends) -> None:
+    client, server = ends
+    server.sendall(b"hello")
+    for buffer in (b"12345", memoryview(b"12345")):
+        with pytest.raises(TypeError):
+            client.recv_into(buffer)
+    assert client.recv(5) == b"hello"
+
+
+def test_what_is_a_tls_socket_already_is_refused_and_stays_as_it_is(ends: Ends, ca_file: str) -> None:
+    client, server = ends
+    with pytest.raises(ValueError, match="cannot be detached"):
+        make_client_context("ours", ca_file).wrap_socket(client, server_hostname="localhost")
+    gc.collect()
+    client.sendall(b"hello")
+    assert server.recv(5) == b"hello"
+
+
 # ── errors ──
 
 
@@ -977,4 +1150,29 @@ print("done")
     ],
 )
 def test_each_error_is_the_very_class_of_the_stdlib(error: bridge.BridgeError, kind: type[Exception]) -> None:
-    assert type(as_stdlib(error)) is kind
+    made: Any = as_stdlib(error)
+    assert type(made) is kind
+    if isinstance(made, ssl.SSLError):
+        assert made.reason is made.library is None
+
+
+def test_errors_have_the_attributes_that_the_stdlibs_have() -> None:
+    def attributes(call: Callable[[], Any]) -> tuple[Any, ...]:
+        with pytest.raises(ssl.SSLError) as caught:
+            call()
+        error = caught.value
+        return type(error), error.errno, error.reason, error.library
+
+    found = []
+    for module in (our_ssl(), ssl):
+        near, far = tcp_pair()
+        context = module.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        options = {"do_handshake_on_connect": False, "suppress_ragged_eofs": False}
+        with far, context.wrap_socket(near, **options) as client:
+            client.setblocking(False)
+            waits = attributes(client.do_handshake)
+            client.setblocking(True)
+            far.shutdown(socket.SHUT_WR)
+            found.append((waits, attributes(client.do_handshake)))
+    assert found[0] == found[1]
