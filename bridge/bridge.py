@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from OpenSSL import SSL
 
@@ -37,12 +37,14 @@ from bridge.names import PeerName
 from bridge.queues import Inbox, Outbox, ReadCredit, Registry, SessionInbox, Tally, nobody
 from bridge.session import Session
 from bridge.stream import Stream
+from bridge.threads import check_may_wait
 from bridge.totals import Totals, total
 from bridge.transport import Ending, Plan, Transport
 from bridge.worker import Worker
 
 CodecFactory = Callable[[], "codecs.Codec[Any]"]
 AnyContext = Context | SSL.Context
+T = TypeVar("T")
 
 EXIT_SECONDS = 3.0
 """How long a Bridge that was never closed may delay the end of the interpreter."""
@@ -123,6 +125,8 @@ class Bridge:
         self._born = forks.generation()
         self._closing = False
         self._closed = threading.Event()
+        self._closer: threading.Thread | None = None
+        self._feeding = threading.RLock()  # of an inbox, which is attached once
         self._inbox_tally = Tally(self._limits.total_bytes)
         self._outbox_tally = Tally(self._limits.total_bytes)
         self._sessions_tally = Tally(self._limits.sessions)
@@ -305,9 +309,11 @@ class Bridge:
             listener._finished()
 
         acceptor = Acceptor(sock, shown, admit, lambda: self._refuses(listener, bounds), closed)
-        if inbox is not None:
-            self._feed(inbox)
-        self._listeners.add(listener)
+        try:
+            self._count_in(self._listeners, listener, inbox)
+        except BridgeClosed:
+            sock.close()
+            raise
         events.info("listener.started", address=shown)
         worker.post(acceptor, "start")
         return listener
@@ -356,16 +362,20 @@ class Bridge:
             raise RuntimeError(
                 "Bridge.close() was called by a thread of the Bridge itself, which it would wait for"
             )
+        check_may_wait()
         if self._closing:
-            self._closed.wait()
+            if self._closer is not threading.current_thread():  # but a signal handler, in the middle of it
+                self._closed.wait()
             return
-        self._closing = True
+        self._closer, self._closing = threading.current_thread(), True
         try:
             self._close_sessions(timeout)
         finally:  # also when Ctrl-C cut the politeness short
             try:
                 self._stop_threads()
-                for inbox in self._inboxes:
+                with self._feeding:
+                    inboxes = self._inboxes.seal()
+                for inbox in inboxes:
                     inbox._detach()
             finally:
                 _live.discard(self)
@@ -416,9 +426,13 @@ class Bridge:
     ) -> Session:
         bounds = _instance("limits", limits, Limits) or self._limits
         _instance("inbox", inbox, Inbox)
-        if not self._sessions_tally.has_room():
+        if not self._sessions_tally.take_one():
             raise LimitExceeded(f"Limits.sessions is reached: {self._limits.sessions} sessions are open")
-        session = self._wire(plan, codec, inbox, bounds, how)
+        try:
+            session = self._wire(plan, codec, inbox, bounds, how)
+        except BaseException:
+            self._sessions_tally.add(-1)
+            raise
         self._launch(session._channel)
         return session
 
@@ -437,15 +451,14 @@ class Bridge:
         channel.transport = Transport(channel.name, plan, channel.outbox, channel.credit, channel.tell)
         channel.on_closed = self._on_closed
         session = Session(channel, coordinator, plan.timeouts, bounds)
-        if inbox is not None:
-            self._feed(inbox)
-            channel.handle = session
-        self._sessions_tally.add(1)
-        if not self._channels.add(channel):  # `close` has counted the sessions it waits for
+        channel.handle = None if inbox is None else session
+        try:
+            self._count_in(self._channels, channel, inbox)
+        except BridgeClosed:
             channel.outbox.close(SessionClosed("the Bridge was closed"))
             if plan.sock is not None:
                 plan.sock.close()
-            raise BridgeClosed("this Bridge is closed; make a new one")
+            raise
         return session
 
     def _launch(self, channel: Channel) -> None:
@@ -461,9 +474,11 @@ class Bridge:
         on_closed: Callable[[Channel, Ending], None],
     ) -> None:
         """A worker: a client was accepted."""
+        self._sessions_tally.add(1)  # there was room as it was accepted
         try:
             session = self._wire(plan, codec, listener.inbox, bounds, "from")
         except BridgeClosed:
+            self._sessions_tally.add(-1)
             return
         except Exception as error:  # a codec factory of the user's: it costs this client, not the listener
             events.warning(
@@ -471,11 +486,13 @@ class Bridge:
             )
             assert plan.sock is not None
             plan.sock.close()
+            self._sessions_tally.add(-1)
             return
         channel = session._channel
         channel.handle = session
         listener.handshakes.add(1)
         channel.on_open, channel.on_closed = on_open, on_closed
+        channel.transport.on_gone = functools.partial(_no_handshake, listener, channel.transport)
         self._launch(channel)
 
     def _on_client(self, listener: Listener, channel: Channel) -> None:
@@ -488,7 +505,6 @@ class Bridge:
     def _on_client_closed(self, listener: Listener, channel: Channel, ending: Ending) -> None:
         """The coordinator: a client's session is over, or never began."""
         if not isinstance(channel.opened.peek(), SessionInfo):
-            listener.handshakes.add(-1)
             cause, peer = ending.cause, channel.transport.peer
             kind = type(cause).__name__
             events.info("handshake.failed", session=channel.name, peer=peer, cause=kind, error=str(cause))
@@ -515,10 +531,15 @@ class Bridge:
         """Any thread: a stream's socket is closed, or handed back."""
         self._streams.remove(stream, stream.account(ending))
 
-    def _feed(self, inbox: Inbox) -> None:
-        if inbox not in self._inboxes:
-            self._inboxes.add(inbox)
-            inbox._attach()
+    def _count_in(self, members: Registry[T], member: T, inbox: Inbox | None) -> None:
+        """One more to be closed with the bridge, and where it delivers.  BridgeClosed if it is too late."""
+        with self._feeding:
+            if inbox is not None and inbox not in self._inboxes:
+                inbox._attach()
+                if not self._inboxes.add(inbox):
+                    inbox._detach()
+        if not members.add(member):
+            raise BridgeClosed("this Bridge is closed; make a new one")
 
     def _check_open(self) -> None:
         forks.check(self._born)
@@ -537,6 +558,12 @@ def _sided(context: AnyContext, server_side: bool | None) -> tuple[Context, bool
             "an OpenSSL.SSL.Context does not say which side it is: pass server_side=True or False"
         )
     return Context.adopt(context, server_side=server_side), server_side
+
+
+def _no_handshake(listener: Listener, transport: Transport) -> None:
+    """A worker: the socket of a client is closed.  One that failed has counted until now, while it lingered."""
+    if transport.shaken is None:
+        listener.handshakes.add(-1)
 
 
 def _deadline(timeout: float | None) -> float | None:

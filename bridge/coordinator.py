@@ -31,7 +31,7 @@ from bridge.queues import (
     let_go,
     nobody,
 )
-from bridge.threads import check_may_wait, serving_all, this_thread
+from bridge.threads import check_may_wait, interrupts, serving_all, this_thread
 from bridge.transport import Ending, Told, Transport, interrupted
 from bridge.worker import Command, Worker
 
@@ -323,17 +323,19 @@ class Coordinator:
         for channel, what, payload in words:
             try:
                 self._handlers[what](channel, payload)
-            except (
-                Exception
-            ) as error:  # a bug of ours, or of a user's class: it costs this session, not the thread
-                self._fail(channel, error)
+            except BaseException as error:
+                if interrupts(error):
+                    raise
+                self._fail(
+                    channel, error
+                )  # a bug of ours, or of a user's class: it costs this session, not the thread
         if not self._outgoing:
             return
         outgoing, self._outgoing = self._outgoing, {}
         for worker, commands in outgoing.items():
             worker.post_all(commands)
 
-    def _fail(self, channel: Channel, error: Exception) -> None:
+    def _fail(self, channel: Channel, error: BaseException) -> None:
         events.warning("coordinator.failed", session=channel.name, error=repr(error))
         failure = SessionAborted(f"internal error: {error!r}")
         failure.__cause__ = error
@@ -370,7 +372,9 @@ class Coordinator:
             return
         try:
             messages = channel.codec.decode(data)
-        except Exception as error:
+        except BaseException as error:
+            if interrupts(error):
+                raise
             self._deliver(channel, [], len(data))
             self._refuse(channel, error)
             return
@@ -383,7 +387,9 @@ class Coordinator:
         if not channel.ended:
             try:
                 messages = channel.codec.eof()
-            except Exception as error:
+            except BaseException as error:
+                if interrupts(error):
+                    raise
                 self._refuse(channel, error)
             else:
                 self._deliver_all(channel, messages, 0)
@@ -391,12 +397,14 @@ class Coordinator:
 
     def _deliver_all(self, channel: Channel, messages: Iterable[Any], size: int) -> None:
         """Deliver what *size* new bytes were decoded to, also if the codec raises in the middle of it."""
-        failure: Exception | None = None
+        failure: BaseException | None = None
         whole: list[Any] = []
         try:
             for message in messages:
                 whole.append(message)
-        except Exception as error:
+        except BaseException as error:
+            if interrupts(error):
+                raise
             failure = error
         self._deliver(channel, whole, size)
         if failure is not None:
@@ -416,7 +424,7 @@ class Coordinator:
         elif size:
             credit.settle(size)  # part of a message: the codec bounds that, and only more input can end it
 
-    def _refuse(self, channel: Channel, error: Exception) -> None:
+    def _refuse(self, channel: Channel, error: BaseException) -> None:
         """The codec failed: that ends its own session, with its error as the cause."""
         if isinstance(error, CodecError):
             failure = fresh(error)

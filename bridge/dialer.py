@@ -14,6 +14,12 @@ Address = tuple[int, int, int, str, Any]
 """As `socket.getaddrinfo` gives it: family, type, protocol, canonical name, address."""
 
 
+_NOT_YET = (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EALREADY)
+_AF_UNIX = getattr(socket, "AF_UNIX", None)
+RETRY = 0.02
+"""Seconds until a Unix socket whose backlog is full is tried again."""
+
+
 class Dialer:
     """Tries *addresses* in turn until *until* (monotonic; None: as long as the kernel does).
 
@@ -35,11 +41,17 @@ class Dialer:
         if self.sock is not None and self.deadline is not None and now >= self.deadline:
             self._give_up(OSError(errno.ETIMEDOUT, "no answer"))
         while True:
-            failure = self._try(now)
+            try:
+                failure = self._try(now)
+            except OSError as error:
+                self._give_up(error)
+                continue
             if failure in (0, errno.EISCONN):
                 assert self.sock is not None
                 return self.sock
-            if failure in (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EALREADY):
+            if failure in _NOT_YET:
+                if failure == errno.EAGAIN and self._addresses[0][0] == _AF_UNIX:
+                    self._try_later(now)
                 return Want.WRITE
             self._give_up(OSError(failure, os.strerror(failure)))
 
@@ -49,24 +61,30 @@ class Dialer:
             return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or self._still_connecting(address)
         if self._until is not None:
             self.deadline = now + (self._until - now) / len(self._addresses)
-        try:
-            self.sock = socket.socket(family, kind, protocol)
-            self.sock.setblocking(False)
-        except OSError as error:
-            return error.errno or errno.EIO
+        self.sock = socket.socket(family, kind, protocol)
+        self.sock.setblocking(False)
         return self.sock.connect_ex(address)
 
     def _still_connecting(self, address: Any) -> int:
         assert self.sock is not None
         return self.sock.connect_ex(address)
 
-    def _give_up(self, error: OSError) -> None:
-        address = self._addresses.pop(0)[4]
+    def _try_later(self, now: float) -> None:
+        """The backlog is full, of a Unix socket: no attempt is under way, and no poll says when there is room."""
+        self._abandon()
+        self.deadline = now + RETRY if self._until is None else min(now + RETRY, self._until)
+
+    def _abandon(self) -> None:
         if self.sock is not None:
             self._retired.append(self.sock)
             self.sock = None
+
+    def _give_up(self, error: OSError) -> None:
+        address = self._addresses.pop(0)[4]
+        self._abandon()
         if not self._addresses:
-            raise ConnectFailed(f"cannot connect to {show_address(address)}: {error.strerror}") from error
+            why = error.strerror or error
+            raise ConnectFailed(f"cannot connect to {show_address(address)}: {why}") from error
 
 
 def show_address(address: Any) -> str:

@@ -67,7 +67,8 @@ class Limits:
     sessions: int = 20_000
     """Sessions of one Bridge at a time.  A listener at the limit leaves new clients in the kernel's backlog."""
     handshakes: int = 8_192
-    """Unfinished handshakes of one listener.  A client that has said nothing yet costs a socket and little else."""
+    """Unfinished handshakes of one listener, and failed ones whose descriptor lingers.  A client that has said nothing
+    yet costs a socket and little else."""
     inbox_bytes: int = 256 * 1024
     """Received and not yet taken by the application, a session.  Beyond it we stop reading, and TCP the peer."""
     outbox_bytes: int = 256 * 1024

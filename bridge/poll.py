@@ -17,6 +17,7 @@ Three rules keep the sleep honest:
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import io
@@ -106,8 +107,9 @@ class SelectorPoller(Generic[T]):
         self._selector.modify(sock, mask, told)
 
     def forget(self, sock: socket.socket) -> None:
-        """Wait for *sock* no longer; to be called before it is closed or handed on."""
-        self._selector.unregister(sock)
+        """Wait for *sock* no longer; to be called before it is closed or handed on.  No error if that has happened."""
+        with contextlib.suppress(KeyError, OSError, ValueError):
+            self._selector.unregister(sock)
 
     def wait(self, timeout: float | None) -> list[tuple[T, int]]:
         """Sleep until a socket is ready, at most *timeout* seconds (None: for ever, 0: only look), or a day."""
@@ -144,8 +146,9 @@ class EpollPoller(Generic[T]):
     def forget(self, sock: socket.socket) -> None:
         """As `SelectorPoller.forget`."""
         fd = sock.fileno()
-        del self._told[fd]
-        self._epoll.unregister(fd)
+        self._told.pop(fd, None)
+        with contextlib.suppress(OSError, ValueError):
+            self._epoll.unregister(fd)
 
     def wait(self, timeout: float | None) -> list[tuple[T, int]]:
         """As `SelectorPoller.wait`."""

@@ -17,8 +17,9 @@ other.  Only the first put after that rings, so a busy thread is never rung at a
 The locks here are held for a few assignments, never while waiting, never while calling out, and never two at
 a time, except the byte counter of the whole bridge inside an outbox or an inbox.  (Two others are held for a
 turn, a session's and the coordinator's, in this order by a receiver that reads for itself; others only try them.)
-A mailbox's lock is reentrant because a finalizer may put a word at any moment, also in the middle of another
-put by the same thread.
+They are reentrant because finalizers and signal handlers come at any moment, also in the middle of another call of the
+same thread.  A handler that raises (Ctrl-C) does so as a call returns, or a loop goes round: so what must not be half
+done is done in a row of statements without either, and whoever waits lets go of the lock inside of its ``try``.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from bridge import forks
 from bridge.errors import (
+    BridgeError,
     OperationTimeout,
     ReceiveTimeout,
     SendTimeout,
@@ -88,6 +90,12 @@ def let_go(lock: Any) -> None:
         lock.release()
 
 
+def check_not_held(lock: Any) -> None:
+    """RuntimeError if this thread has *lock*, a reentrant one, and is about to wait for who needs it."""
+    if lock._is_owned():
+        raise RuntimeError("a signal handler may not wait for what it has interrupted")
+
+
 def nobody(*_: object) -> None:
     """Does nothing: the one to call where there is no one, or no one any more who need be kept alive for it."""
 
@@ -95,19 +103,19 @@ def nobody(*_: object) -> None:
 class Latch(Generic[T]):
     """A value that is set once and waited for by any number of threads."""
 
-    __slots__ = ("_lock", "_value")
+    __slots__ = ("_gates", "_value")
 
     def __init__(self) -> None:
-        self._lock: Any = threading.Lock()
-        self._lock.acquire()
+        self._gates: list[Gate] | None = []  # of whoever waits
         self._value: T | None = None
 
     def set(self, value: T) -> None:
-        """Let everybody through.  Only the first call counts; called by one thread."""
+        """Let everybody through.  Only the first value counts; to be called again if it was interrupted."""
         if self._value is None:
             self._value = value
-            self._lock.release()
-            self._lock = None  # a hundred bytes; who waits for it still has it
+        for gate in list(self._gates or ()):
+            gate.ring()
+        self._gates = None
 
     def peek(self) -> T | None:
         """The value, or None while it is not set.  Any thread; never waits."""
@@ -115,13 +123,18 @@ class Latch(Generic[T]):
 
     def wait(self, timeout: float | None, what: str) -> T:
         """The value, as soon as it is set.  OperationTimeout, naming *what*, after *timeout* seconds."""
-        lock = self._lock
-        if self._value is None:
+        gates = self._gates
+        if self._value is None and gates is not None:
             check_may_wait()
-            if not lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
-                raise OperationTimeout(f"{what} within {timeout:g} seconds")
-            lock.release()
-        assert self._value is not None
+            gate = Gate()
+            try:
+                gates.append(gate)  # first, and then look again: `set` does it the other way round
+                if self._value is None:
+                    gate.sleep(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+            finally:
+                gates.remove(gate)
+        if self._value is None:
+            raise OperationTimeout(f"{what} within {timeout:g} seconds")
         return self._value
 
 
@@ -173,7 +186,7 @@ class Tally:
     __slots__ = ("_limit", "_lock", "used")
 
     def __init__(self, limit: int) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._limit = limit
         self.used = 0
 
@@ -181,6 +194,13 @@ class Tally:
         """Count *count* in (or, negative, out).  Any thread."""
         with self._lock:
             self.used += count
+
+    def take_one(self) -> bool:
+        """Count one in, if the limit is not reached; whether it was not.  Any thread."""
+        with self._lock:
+            room = self.used < self._limit
+            self.used += room
+        return room
 
     def has_room(self) -> bool:
         """Whether the limit is not reached.  Any thread."""
@@ -235,7 +255,7 @@ class Outbox:
     )
 
     def __init__(self, limit: int, tally: Tally, notify: Callable[[], None]) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._moved: threading.Condition | None = None  # made for the first who flushes
         self._flushing = 0
         self._pending: list[bytes] = []
@@ -259,35 +279,54 @@ class Outbox:
         when the session ended or this side closed it.  With *alone*: False, and nothing handed over, if it had to wait
         and nothing is ahead of it any more, nor behind it: there may be a shorter way.
         """
-        size = len(data)
-        with self._lock:
-            if self._closed is not None:
-                raise fresh(self._closed)
-            if not size:
-                return True
-            if self._held and (self._waiting or not self._fits(size)):
-                return self._wait_for_room(_Ticket(data, alone), timeout)
-            self._accept(data, size)
-            first = len(self._pending) == 1
-        if first:
+        size, ticket, first = len(data), None, False
+        try:
+            with self._lock:
+                if self._closed is not None:
+                    raise fresh(self._closed)
+                if not size:
+                    return True
+                if self._held and (self._waiting or not self._fits(size)):
+                    ticket = _Ticket(data, alone)
+                    self._line_up(ticket)
+                else:
+                    first = self._accept(data, size)
+            if ticket is not None:
+                return self._wait_for_room(ticket, timeout)
+            if first:
+                self._notify()
+        except BridgeError:
+            raise
+        except BaseException:  # Ctrl-C, and nobody knows where: a word too many does no harm
+            if ticket is not None:
+                self._withdraw(ticket)
             self._notify()
+            raise
         return True
 
-    def _accept(self, data: bytes, size: int) -> None:
+    def _accept(self, data: bytes, size: int) -> bool:
+        """Hold *data*; whether it is the first that the coordinator has to take."""
+        first = not self._pending
         self._accepted += size
-        self._change(size)
-        self._pending.append(data)
+        self._held += size
+        self._pending += (data,)
+        self._report()
+        return first
 
     def _fits(self, size: int) -> bool:
         return not self._held or (self._held + size <= self._limit and self._tally.has_room())
 
     def _change(self, count: int) -> None:
         self._held += count
+        self._report()
+
+    def _report(self) -> None:
         if self._reported or self._held >= TALLY_STEP:
             self._reported = self._tally.follow(self._reported, self._held)
 
     def _sleep(self, timeout: float | None) -> bool:
         """Wait, with the lock held, for bytes to leave or for the end; False if neither came in time."""
+        check_may_wait()
         if self._moved is None:
             self._moved = threading.Condition(self._lock)
         self._flushing += 1
@@ -301,25 +340,17 @@ class Outbox:
             assert self._moved is not None
             self._moved.notify_all()
 
-    def _wait_for_room(self, ticket: _Ticket, timeout: float | None) -> bool:
-        """Without the lock, until whoever makes room takes the message out of its sender's hands."""
+    def _line_up(self, ticket: _Ticket) -> None:
         check_may_wait()
         if self._waiting is None:
             self._waiting = collections.deque()
         self._waiting.append(ticket)
-        self._lock.release()
-        try:
-            ticket.gate.sleep(timeout if timeout is None else min(timeout, threading.TIMEOUT_MAX))
-        finally:
-            self._lock.acquire()
-            if ticket in self._waiting:
-                # There may be room by now, just not enough to wake anybody for.
-                notify = self._grant(self._limit)
-                if ticket in self._waiting:
-                    self._waiting.remove(ticket)
-                    notify |= self._grant(self._limit)  # the next in line may be smaller
-                if notify:
-                    self._notify()
+
+    def _wait_for_room(self, ticket: _Ticket, timeout: float | None) -> bool:
+        """Without the lock, until whoever makes room takes the message out of its sender's hands."""
+        check_not_held(self._lock)
+        ticket.gate.sleep(timeout if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        self._withdraw(ticket)
         if ticket.outcome is None:
             if self._closed is not None:
                 raise fresh(self._closed)
@@ -327,6 +358,18 @@ class Outbox:
                 f"no room for {len(ticket.data)} bytes within {timeout:g} seconds; nothing was sent"
             )
         return ticket.outcome
+
+    def _withdraw(self, ticket: _Ticket) -> None:
+        """Its sender waits no more.  There may be room by now, just not enough to wake anybody for."""
+        notify = False
+        with self._lock:
+            if self._waiting and ticket in self._waiting:
+                notify = self._grant(self._limit)
+                if ticket in self._waiting:
+                    self._waiting.remove(ticket)
+                    notify |= self._grant(self._limit)  # the next in line may be smaller
+        if notify:
+            self._notify()
 
     def _grant(self, most: int) -> bool:
         """Take what waits and has room now, unless *most* bytes are held; whether to notify."""
@@ -575,7 +618,7 @@ class _Turn:
                 self._inbox._call()
 
     def __del__(self) -> None:
-        if not forks.abandoned(self._inbox._born):
+        if hasattr(self, "done") and not forks.abandoned(self._inbox._born):  # or Ctrl-C came as it was made
             self.end()
 
 
@@ -603,7 +646,7 @@ class Inbox:
         self._entries: collections.deque[Entry] = collections.deque()
         self._behind: dict[object, collections.deque[Entry] | None] = {}
         self._waiting = 0  # how many those are
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._sleepers: collections.deque[Bed] = collections.deque()  # first come, first woken
         self._called: Bed | None = None  # who was woken for what is here, and has not come yet
         self._over: Exception | None = None
@@ -627,21 +670,24 @@ class Inbox:
             turn = self._handler.turn = _Turn(self)
         if turn.done is not None:
             turn.end()
-        resume = None
-        with self._lock:
-            if turn.session is not None:
-                self._release(turn)
-            if not self._entries:
-                self._wait(timeout if block else 0.0)
-            session, message, credit, cost, turn.done = self._entries.popleft()
-            turn.session = session
-            if self._sleepers:
-                self._call()
-            if credit is not None and credit._charge(0, -cost):
-                resume = credit._resume
+        if not block:
+            timeout = 0.0
+        deadline, resume = deadline_after(timeout), None
+        entry: Entry | None = None
+        while entry is None:
+            with self._lock:
+                if turn.session is not None:
+                    self._release(turn)
+                if self._entries:
+                    entry = self._entries[0]
+                    turn.session, turn.done = entry[0], entry[4]
+                    del self._entries[0]
+                    resume = self._taken(entry)
+            if entry is None:
+                self._wait(timeout, deadline)
         if resume is not None:
             resume()
-        return session, message
+        return entry[0], entry[1]
 
     def task_done(self) -> None:
         """This thread is done with the message it got last; the session's next may go to any handler.
@@ -680,30 +726,36 @@ class Inbox:
         """After what is waiting, `get` raises ShutDown in every thread (as `queue.Queue.shutdown`)."""
         self._finish(ShutDown("the inbox was shut down"))
 
-    def _wait(self, timeout: float | None, deadline: float | None = None) -> None:
-        """With the lock, for a message; at most *timeout* seconds, or what *deadline* has left of them."""
-        deadline = deadline or deadline_after(timeout)
-        while not self._entries:
-            if self._over is not None and not self._waiting:
-                raise fresh(self._over)
-            left = time_left(deadline)
-            if left == 0.0:
-                raise ReceiveTimeout(f"no message within {timeout or 0:g} seconds")
-            self._sleep(left)
-
-    def _sleep(self, timeout: float | None) -> None:
-        """Without the lock, until woken, at most *timeout* seconds."""
-        check_may_wait()
-        gate, slept = Gate(), False
-        self._sleepers.append(gate)
-        self._lock.release()
+    def _wait(self, timeout: float | None, deadline: float | None) -> None:
+        """Until there may be a message.  ReceiveTimeout after the *deadline*, *timeout* seconds after it was set."""
+        gate = Gate()
         try:
-            gate.sleep(timeout)
-            slept = True
-        finally:
-            self._lock.acquire()
-            if not self._rise(gate) and not slept:
-                self._call()  # Ctrl-C: somebody else shall have what this one was woken for
+            with self._lock:
+                if self._entries:
+                    return
+                if self._over is not None and not self._waiting:
+                    raise fresh(self._over)
+                left = time_left(deadline)
+                if left == 0.0:
+                    raise ReceiveTimeout(f"no message within {timeout or 0:g} seconds")
+                check_may_wait()
+                self._sleepers.append(gate)
+            check_not_held(self._lock)
+            gate.sleep(left)
+            with self._lock:
+                self._rise(gate)
+        except BaseException:  # Ctrl-C: somebody else shall have what this one was woken for
+            with self._lock:
+                self._rise(gate)
+                self._call()
+            raise
+
+    def _taken(self, entry: Entry) -> Callable[[], None] | None:
+        """With the lock: *entry* has left, and with it what it cost.  What is to be called without the lock."""
+        if self._sleepers:
+            self._call()
+        credit = entry[2]
+        return credit._resume if credit is not None and credit._charge(0, -entry[3]) else None
 
     def _call(self) -> None:
         """With the lock: wake the next sleeper for what is here, if none is on its way.
@@ -808,30 +860,31 @@ class SessionInbox(Inbox):
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """The next message.  Any thread.  ReceiveTimeout, or how the session ended."""
-        resume = None
-        deadline = None
-        if block and not self._entries:
-            deadline = self._fetch(timeout)
-        with self._lock:
-            if not self._entries:
-                self._wait(timeout if block else 0.0, deadline)
-            _, message, credit, cost, _ = self._entries.popleft()
-            if self._sleepers:
-                self._call()
-            if credit is not None and credit._charge(0, -cost):
-                resume = credit._resume
+        if not block:
+            timeout = 0.0
+        deadline, resume = None if self._entries else self._fetch(timeout), None
+        entry: Entry | None = None
+        while entry is None:
+            with self._lock:
+                if self._entries:
+                    entry = self._entries[0]
+                    del self._entries[0]
+                    resume = self._taken(entry)
+            if entry is None:
+                self._wait(timeout, deadline or deadline_after(timeout))
         if resume is not None:
             resume()
-        return message
+        return entry[1]
 
     def peek(self, timeout: float | None = None) -> Any:
         """As `get`, and the message stays the next one."""
         deadline = self._fetch(timeout)
-        with self._lock:
-            if not self._entries:
-                self._wait(timeout, deadline)
-            self._call()  # this wake-up takes nothing: pass it on
-            return self._entries[0][1]
+        while True:
+            with self._lock:
+                if self._entries:
+                    self._call()  # this wake-up takes nothing: pass it on
+                    return self._entries[0][1]
+            self._wait(timeout, deadline)
 
     def _fetch(self, timeout: float | None) -> float | None:
         """Bring a message in, if that is possible within *timeout* seconds.  When these are over."""

@@ -167,11 +167,13 @@ class Session:
             return
         if abandoned:
             return
-        if not channel.ended and not channel.outbox.closed:
-            warnings.warn(
-                f"session {channel.name} was forgotten and is being closed", ResourceWarning, source=self
-            )
-        self._coordinator.forget(channel)
+        try:
+            if not channel.ended and not channel.outbox.closed:
+                warnings.warn(
+                    f"session {channel.name} was forgotten and is being closed", ResourceWarning, source=self
+                )
+        finally:  # also where warnings are errors
+            self._coordinator.forget(channel)
 
     # Facts.
 

@@ -41,3 +41,11 @@ def check_may_wait() -> None:
             "a codec may not wait: while it runs, its thread serves no other session, so what it waits for might"
             " never come; yield the message, and do this on a thread of your own that receives it"
         )
+
+
+def interrupts(error: BaseException) -> bool:
+    """Whether *error* may be of a signal handler, whose place is the main thread, and is not to be handled here.
+
+    Whatever else comes out of somebody's codec, be it SystemExit, is that codec's failure.
+    """
+    return not isinstance(error, Exception) and threading.current_thread() is threading.main_thread()

@@ -245,6 +245,7 @@ class Transport:
         "mask",
         "name",
         "now",
+        "on_gone",
         "opening",
         "outbox",
         "quiet",
@@ -281,6 +282,7 @@ class Transport:
         self.deadline: float | None = None
         self.finished = False
         self.retired: list[socket.socket] = []
+        self.on_gone: Callable[[], object] = nobody
         # Where the session is.
         self.state = State.CONNECTING
         self.cause: SessionEnded | None = None
@@ -548,6 +550,8 @@ class Transport:
 
     def gone(self) -> None:
         """The socket is closed, or handed on.  The coordinator was told already."""
+        on_gone, self.on_gone = self.on_gone, nobody
+        on_gone()
 
     # Commands, by way of the worker's mailbox.
 

@@ -32,7 +32,7 @@ from bridge import events
 from bridge.errors import SessionAborted, SessionEnded
 from bridge.poll import LENT, NOTHING, READ, Doorbell, Poller, Want
 from bridge.queues import Mailbox
-from bridge.threads import serving_all
+from bridge.threads import interrupts, serving_all
 
 HAND_OVER = 64
 """Events a turn may gather before the coordinator gets the first of them."""
@@ -89,7 +89,7 @@ class Pollable(Protocol):
         """After so many *turns* in vain in the hands of *whose* worker: end, and log where it stood."""
 
 
-def fail(pollable: Pollable, error: Exception, whose: str) -> None:
+def fail(pollable: Pollable, error: BaseException, whose: str) -> None:
     """A turn of *pollable* raised *error*: a bug of ours, or of a callback.  It costs this session, not the thread.
 
     Its owner's thread, called *whose*.
@@ -239,15 +239,24 @@ class Worker:
                             changed = self._take_watched_turn(pollable, watch, mask, now)
                         else:
                             changed = pollable.turn(mask, now)
-                    except Exception as error:
+                    except BaseException as error:
                         changed = True
-                        fail(pollable, error, self.name)
+                        self._fail(pollable, error)
                     if changed:
                         watch.turns += mask != NOTHING
-                        self._attend(pollable, watch)
+                        try:
+                            self._attend(pollable, watch)
+                        except BaseException as error:  # the descriptor is not its own, or not any more
+                            self._fail(pollable, error)
+                            self._runnable[pollable] = AGAIN
             if len(self.produced) >= HAND_OVER:
                 self._flush()
         self._flush()
+
+    def _fail(self, pollable: Pollable, error: BaseException) -> None:
+        if interrupts(error):
+            raise error
+        fail(pollable, error, self.name)
 
     def _look(self, timeout: float | None) -> list[tuple[Pollable | None, int]]:
         if self._runnable or self._line or timeout == 0.0 or not self._mailbox.may_sleep():
@@ -272,7 +281,10 @@ class Worker:
                 self._watched[pollable] = _Watch(pollable)
             with pollable.lock:
                 pollable.now = now
-                getattr(pollable, method)(*arguments)
+                try:
+                    getattr(pollable, method)(*arguments)
+                except BaseException as error:
+                    self._fail(pollable, error)
             runnable.setdefault(pollable, NOTHING)
 
     def _fire_timers(self, runnable: dict[Any, int], now: float) -> None:

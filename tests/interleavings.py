@@ -459,6 +459,10 @@ class Lock:
     def locked(self) -> bool:
         return self.count > 0
 
+    def _is_owned(self) -> bool:
+        name = self._world.me().name if self._world.inside() else "outside"
+        return self.count > 0 and self.owner == name
+
     def __enter__(self) -> bool:
         return self.acquire()
 

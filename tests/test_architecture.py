@@ -97,7 +97,7 @@ OPENSSL_ERRORS = {"engine", "connection", "context", "credentials", "ssl.context
 """Who may catch OpenSSL's exceptions: where sessions' errors are translated, and where contexts are built."""
 
 THREADING = {
-    "threads": {"local"},
+    "threads": {"current_thread", "local", "main_thread"},
     "queues": {"Condition", "Lock", "RLock", "TIMEOUT_MAX", "local"},
     "context": {"Lock"},  # of the sessions to resume, which all workers share
     "connection": {"RLock"},  # a line of the key log, which all workers write
@@ -107,7 +107,7 @@ THREADING = {
     "coordinator": {"RLock"},  # of whose the codecs are for a turn
     "lease": {"RLock"},  # who holds it owns the transport
     "stream": {"RLock", "TIMEOUT_MAX"},  # of writers: one whole write after the other
-    "bridge": {"Event", "Thread", "current_thread"},
+    "bridge": {"Event", "RLock", "Thread", "current_thread"},  # of the inboxes that are attached
     "ssl.process": {"RLock"},  # of making the one bridge
     "ssl.injection": {"Lock"},
     "ssl.contexts": {"RLock"},  # of making a core context, and of the store it shares

@@ -24,10 +24,11 @@ from typing import Any
 import pytest
 from conftest import KeyPair
 from dropin_rig import make_client_context, make_server_context
-from peers import Background
+from peers import Background, until
 from rig import PATIENCE, only, shrink, tcp_pair
 
 import bridge
+from bridge.queues import Gate, Inbox, Latch, Outbox, Tally
 from bridge.stream import Stream
 
 PACKAGE = str(Path(bridge.__file__).parent)
@@ -338,3 +339,97 @@ def _serve(context: Any, sock: socket.socket) -> None:
             pass
         with tls.unwrap() as plain:
             assert plain.recv(1) == b""
+
+
+# ── what crosses between threads ──
+# A `with` that an exception leaves is another matter, in Python 3.10 and 3.14: see `bridge.lease`.
+
+
+def test_an_interrupted_wait_for_a_latch_leaves_it_open_for_others(background: Background) -> None:
+    for number in itertools.count():
+        latch: Latch[int] = Latch()
+        other = background.run(latch.wait, PATIENCE, "it did not open")
+        setter = background.run(lambda held=latch: until(lambda: len(held._gates or ()) == 2) or held.set(1))
+        with Moment("call", number) as moment, contextlib.suppress(Interrupt):
+            latch.wait(PATIENCE, "it did not open")
+        if len(latch._gates or ()) < 2:
+            latch.set(1)
+        assert other.result(PATIENCE) == 1 and latch.wait(0, "it is open") == 1, moment.where
+        if not moment.where:
+            setter.result(PATIENCE)
+            assert number > 5
+            return
+        with contextlib.suppress(AttributeError):
+            latch._gates = [Gate(), Gate()]  # so that the setter ends
+        setter.result(PATIENCE)
+
+
+class Crossing:
+    """An outbox, and what the coordinator and the owner of the socket do with it."""
+
+    def __init__(self, limit: int) -> None:
+        self.words = 0
+        self.outbox = Outbox(limit, Tally(limit * 10), self.notify)
+        self.left: list[bytes] = []
+
+    def notify(self) -> None:
+        self.words += 1
+
+    def carry(self) -> None:
+        """Until there is no word any more."""
+        while self.words:
+            self.words = 0
+            taken = self.outbox.take()
+            self.left += taken
+            self.outbox.give_back(sum(map(len, taken)))
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["with room", "without"])
+def test_an_interrupted_send_is_whole_or_nothing_and_the_next_one_leaves(full: bool) -> None:
+    """And whoever flushes is told."""
+    for number in itertools.count():
+        crossing = Crossing(100)
+        outbox = crossing.outbox
+        if full:
+            outbox.put(bytes(100), None)
+        with Moment("call", number) as moment, contextlib.suppress(Interrupt, bridge.SendTimeout):
+            outbox.put(b"interrupted", 0.001 if full else None)
+        assert not outbox._lock._is_owned() and not outbox._waiting, moment.where
+        crossing.carry()
+        outbox.put(b"next", 0)
+        crossing.carry()
+        outbox.flush(0)
+        assert outbox.held() == 0, moment.where
+        messages = [message for message in crossing.left if message != bytes(100)]
+        assert messages in ([b"next"], [b"interrupted", b"next"]), moment.where
+        if not moment.where:
+            assert number > 5
+            return
+
+
+def test_an_interrupted_receiver_wakes_the_next(background: Background) -> None:
+    for number in itertools.count():
+        inbox = Inbox()
+        with Moment("call", number) as moment, contextlib.suppress(Interrupt, bridge.ReceiveTimeout):
+            inbox.get(timeout=0.001)
+        assert not inbox._lock._is_owned() and not inbox._sleepers, moment.where
+        inbox.put((None, "next"))
+        assert background.run(inbox.get).result(PATIENCE) == (None, "next")
+        if not moment.where:
+            assert number > 5
+            return
+
+
+def test_a_signal_handler_may_not_wait_for_what_it_interrupts_and_may_do_what_does_not_wait() -> None:
+    crossing, inbox = Crossing(10), Inbox()
+    with crossing.outbox._lock:
+        crossing.outbox.put(b"whatever", None)
+        with pytest.raises(RuntimeError, match="may not wait for what it has interrupted"):
+            crossing.outbox.put(b"too much now", None)
+        crossing.outbox.close(bridge.SessionAborted("by the handler"))
+    with inbox._lock:
+        inbox.put((None, "here"))
+        assert inbox.get() == (None, "here")
+        with pytest.raises(RuntimeError, match="may not wait for what it has interrupted"):
+            inbox.get()
+    assert not crossing.outbox._lock._is_owned() and not inbox._lock._is_owned()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import select
 import signal
 import socket
@@ -998,3 +999,257 @@ def test_a_snapshot_tells_what_every_session_is_doing(
         }
         client.abort()
         server.abort()
+
+
+# ── what may not be ──
+
+
+class Closing(bridge.codecs.Raw):
+    """A codec that does what no codec may."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        super().__init__()
+        self.call = call
+
+    def decode(self, data: bytes) -> Any:
+        self.call()
+        return super().decode(data)
+
+
+@contextlib.contextmanager
+def two_pairs(
+    server_ctx: bridge.Context, client_ctx: bridge.Context, call: Callable[[bridge.Bridge], object]
+) -> Iterator[tuple[bridge.Bridge, list[bridge.Session]]]:
+    """A bridge of one worker, a client's and a server's session, the server's with a `Closing` codec, and two more."""
+    with bridge.Bridge(workers=1) as b:
+        odd = b.listen(("127.0.0.1", 0), server_ctx, codec=lambda: Closing(lambda: call(b)))
+        plain = b.listen(("127.0.0.1", 0), server_ctx)
+        ends = []
+        for listener in (odd, plain):
+            ends += [b.connect(listener.address, client_ctx, server_hostname="localhost")]
+            ends += [listener.accept(PATIENCE)]
+        yield b, ends
+
+
+@pytest.mark.parametrize("inside", ["a worker", "a receiver"])
+@pytest.mark.parametrize("what", ["close", "flush"])
+def test_a_codec_may_not_wait_for_the_bridge_it_is_in(
+    server_ctx: bridge.Context, client_ctx: bridge.Context, what: str, inside: str
+) -> None:
+    ends: list[bridge.Session] = []
+
+    def call(b: bridge.Bridge) -> None:
+        if what == "close":
+            b.close()
+        elif inside == "a worker":
+            ends[2].send(bytes(10_000_000))
+            ends[2].flush()
+        else:
+            with ends[1]._channel.outbox._lock:
+                ends[1]._channel.outbox._accepted += 1
+            ends[1].flush()
+
+    with two_pairs(server_ctx, client_ctx, call) as (b, made):
+        ends += made
+        if inside == "a worker":
+            ends[0].send(b"x")
+            until(lambda: ends[1].end is not None)
+        else:
+            with ThreadPoolExecutor(1) as pool:
+                receiving = pool.submit(ends[1].recv, PATIENCE)
+                until(lambda: ends[1]._own_inbox()._sleepers)
+                ends[0].send(b"x")
+                with pytest.raises(bridge.SessionEnded):
+                    receiving.result(PATIENCE)
+        assert isinstance(ends[1].end, bridge.CodecError)
+        assert re.search("may not wait|by a thread of the Bridge itself", str(ends[1].end))
+        assert not b.closed
+        if what == "close":
+            ends[2].send(b"the others live")
+            assert ends[3].recv(PATIENCE) == b"the others live"
+
+
+@pytest.mark.parametrize("method", ["decode", "eof", "a generator"])
+def test_whatever_comes_out_of_a_codec_ends_its_own_session_only(
+    server_ctx: bridge.Context, client_ctx: bridge.Context, method: str
+) -> None:
+    class Exiting(bridge.codecs.Raw):
+        def decode(self, data: bytes) -> Any:
+            if method == "decode":
+                sys.exit("in decode")
+            return self.generated() if method == "a generator" else super().decode(data)
+
+        def eof(self) -> Any:
+            if method == "eof":
+                sys.exit("in eof")
+            return super().eof()
+
+        def generated(self) -> Iterator[bytes]:
+            yield b"first"
+            sys.exit("in a generator")
+
+    with bridge.Bridge(workers=1) as b:
+        listener = b.listen(("127.0.0.1", 0), server_ctx, codec=Exiting)
+        client = b.connect(listener.address, client_ctx, server_hostname="localhost")
+        server = listener.accept(PATIENCE)
+        client.send(b"x")
+        client.send_eof()
+        until(lambda: server.end is not None)
+        assert isinstance(server.end, bridge.CodecError) and "SystemExit" in str(server.end)
+        assert all(thread.is_alive() for thread in b._threads)
+        again = b.connect(listener.address, client_ctx, server_hostname="localhost")
+        accepted = listener.accept(PATIENCE)
+        assert again.info.version == accepted.info.version
+
+
+def test_closing_a_bridge_in_the_middle_of_closing_it_is_nothing(
+    server_ctx: bridge.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a second SIGTERM does, whose handler closes it."""
+    b = bridge.Bridge(workers=1)
+    sessions = b._close_sessions
+
+    def interrupted(timeout: float | None) -> None:
+        b.close()
+        sessions(timeout)
+
+    monkeypatch.setattr(b, "_close_sessions", interrupted)
+    b.close()
+    assert b.closed and not any(thread.is_alive() for thread in b._threads)
+
+
+@pytest.mark.parametrize("call", ["listen", "connect", "adopt"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_meets_the_close_of_its_bridge_is_refused_and_leaves_nobody_waiting(
+    call: str,
+    shared: bool,
+    server_ctx: bridge.Context,
+    client_ctx: bridge.Context,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inbox = bridge.Inbox() if shared else None
+    b = bridge.Bridge(workers=1)
+    closed = []
+
+    def factory() -> bridge.codecs.Raw:
+        if not closed:  # behind the check whether it is open
+            closed.append(b.close())  # type: ignore[func-returns-value]
+        return bridge.codecs.Raw()
+
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as near,
+    ):
+        options: dict[str, Any] = {"codec": factory, "inbox": inbox}
+        with pytest.raises(bridge.BridgeClosed):
+            if call == "listen":
+                b.listen(("127.0.0.1", 0), server_ctx, **options)
+            elif call == "connect":
+                b.connect(server.getsockname(), client_ctx, server_hostname="localhost", **options)
+            else:
+                b.adopt(near, client_ctx, server_hostname="localhost", **options)
+    if inbox is not None:
+        assert not inbox._feeders
+
+
+def test_a_forgotten_session_is_closed_also_where_warnings_are_errors(
+    server_ctx: bridge.Context, client_ctx: bridge.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    with bridge.Bridge(workers=1) as b:
+        listener = b.listen(("127.0.0.1", 0), server_ctx)
+        client = b.connect(listener.address, client_ctx, server_hostname="localhost")
+        server = listener.accept(PATIENCE)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            del client
+            gc.collect()
+        with pytest.raises(bridge.EndOfStream):
+            server.recv(PATIENCE)
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets here")
+def test_a_unix_socket_with_a_full_backlog_is_waited_for(
+    server_ctx: bridge.Context, client_ctx: bridge.Context, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "s")
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(path)
+        listener.listen(0)
+        crowd = []
+        while True:
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+            sock.setblocking(False)
+            if sock.connect_ex(path):
+                break
+            crowd.append(sock)
+        b = stack.enter_context(bridge.Bridge(workers=1))
+        with pytest.raises(bridge.ConnectTimeout):
+            b.connect(path, client_ctx, server_hostname="localhost", timeouts=bridge.Timeouts(connect=0.1))
+        with capture_logs() as logs, ThreadPoolExecutor(1) as pool:
+            connecting = pool.submit(
+                b.connect, path, client_ctx, server_hostname="localhost", timeout=PATIENCE
+            )
+            until(lambda: b.snapshot().sessions)
+            for _ in crowd:
+                stack.enter_context(listener.accept()[0])
+            session = b.adopt(listener.accept()[0], server_ctx)
+            assert connecting.result(PATIENCE).info and session.info
+        assert not [entry for entry in logs if entry["event"] == "session.stalled"]
+
+
+def test_a_path_too_long_for_a_unix_socket_is_said_to_be(client_ctx: bridge.Context) -> None:
+    with bridge.Bridge(workers=1) as b, pytest.raises(bridge.ConnectFailed, match="too long"):
+        b.connect("/tmp/" + 200 * "x", client_ctx, server_hostname="localhost")
+
+
+def test_a_limit_of_sessions_is_never_exceeded_by_those_that_come_at_once(
+    server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    with bridge.Bridge(workers=1) as there, bridge.Bridge(workers=1, limits=bridge.Limits(sessions=1)) as b:
+        listener = there.listen(("127.0.0.1", 0), server_ctx)
+        inside = threading.Barrier(2)
+
+        def factory() -> bridge.codecs.Raw:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                inside.wait(0.2)  # both have asked whether there is room
+            return bridge.codecs.Raw()
+
+        def connect() -> object:
+            try:
+                return b.connect(listener.address, client_ctx, server_hostname="localhost", codec=factory)
+            except bridge.LimitExceeded as error:
+                return error
+
+        with ThreadPoolExecutor(2) as pool:
+            ends = [future.result(PATIENCE) for future in [pool.submit(connect), pool.submit(connect)]]
+        assert sum(isinstance(end, bridge.Session) for end in ends) == 1
+        for end in ends:
+            if isinstance(end, bridge.Session):
+                end.close()
+
+        def broken() -> bridge.codecs.Raw:
+            raise ValueError("no codec")
+
+        with pytest.raises(ValueError, match="no codec"):
+            b.connect(listener.address, client_ctx, server_hostname="localhost", codec=broken)
+        inside.abort()
+        last = connect()
+        assert isinstance(last, bridge.Session), "who fails gives its place back"
+
+
+def test_a_failed_client_counts_as_a_handshake_as_long_as_it_has_a_descriptor(
+    server_ctx: bridge.Context,
+) -> None:
+    """Or strangers could have any number of them linger."""
+    with bridge.Bridge(workers=1) as b:
+        listener = b.listen(("127.0.0.1", 0), server_ctx, limits=bridge.Limits(handshakes=2))
+        with contextlib.ExitStack() as stack:
+            for _ in range(2):
+                sock = stack.enter_context(socket.create_connection(listener.address, PATIENCE))
+                sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                assert sock.recv(100), "an alert"
+            until(lambda: not b.snapshot().sessions)
+            assert listener.handshakes.used == 2
+        until(lambda: not listener.handshakes.used)

@@ -287,8 +287,8 @@ def test_whoever_gives_up_just_when_there_is_room_has_it_after_all() -> None:
     assert outbox.take() == [b"aaaa"]
     ticket = queues._Ticket(b"b", False)
     ticket.gate = Scripted(lambda: outbox.give_back(1))
-    with outbox._lock:
-        assert outbox._wait_for_room(ticket, 0.0) is True
+    outbox._line_up(ticket)
+    assert outbox._wait_for_room(ticket, 0.0) is True
     assert outbox.take() == [b"b"] and told == [1, 1]
 
 

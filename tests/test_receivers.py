@@ -598,7 +598,9 @@ def test_an_interrupted_receiver_loses_nothing_or_its_session(contexts: Any, kin
             transport = server._channel.transport
             assert not transport.lock._is_owned(), moment.where  # type: ignore[attr-defined]
             assert not server._coordinator._lock._is_owned(), moment.where  # type: ignore[attr-defined]
-            assert not server._own_inbox()._lock.locked() and not server._own_inbox()._sleepers, moment.where
+            assert not server._own_inbox()._lock._is_owned() and not server._own_inbox()._sleepers, (
+                moment.where
+            )
             threads.check_may_wait()
             client.send(b"2")
             left = until_received(rig, server, b"2")

@@ -504,11 +504,37 @@ def test_stop_ends_what_is_left_twice_and_closes_everything(
     assert worker._poller._epoll.closed and worker._doorbell._ear.closed  # type: ignore[union-attr]
 
 
-def test_a_bug_of_the_worker_ends_what_is_left_too(worker: Worker) -> None:
+def test_a_command_that_raises_ends_its_own_session_only(worker: Worker) -> None:
+    ill, well = Thing(), Thing()
+    given(worker, ill, well)
+    worker.post(ill, "no such command")
+    with capture_logs() as logs:
+        assert worker.step()
+    structlog.reset_defaults()
+    assert len(ill.ends) == 1 and not well.ends and [entry["event"] for entry in logs] == ["worker.failed"]
+
+
+def test_a_descriptor_that_another_session_has_ends_its_own_session_only(
+    worker: Worker, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    near = pair[0]
+    twin = socket.socket(fileno=near.fileno())
+    one, other = Thing(near, Want.READ), Thing(twin, Want.READ)
+    other.act = lambda: setattr(other, "finished", bool(other.ends))
+    with capture_logs():
+        given(worker, one, other)
+        worker.step()
+    structlog.reset_defaults()
+    assert other.ends and not one.ends and worker.load() == 1
+    twin.detach()
+
+
+def test_a_bug_of_the_worker_ends_what_is_left_too(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     thing = Thing()
     given(worker, thing)
-    worker.post(thing, "no such command")
-    with pytest.raises(AttributeError):
+    monkeypatch.setattr(worker, "_line_up", None)
+    worker.post(thing, "poke")
+    with pytest.raises(TypeError):
         worker.run()
     assert len(thing.ends) == 2
     worker._stopping = True

@@ -508,11 +508,13 @@ class SSLSocket(ssl.SSLSocket):
         if "_connected" not in vars(self):  # `wrap_socket` has raised, and nobody ever had it
             socket.socket.close(self)
             return
-        warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self)
-        if self._wire is None:
-            socket.socket.close(self)
-        else:
-            self._give_up(self._wire).forget()
+        try:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self)
+        finally:  # also where warnings are errors
+            if self._wire is None:
+                socket.socket.close(self)
+            else:
+                self._give_up(self._wire).forget()
 
     # Servers.
 
