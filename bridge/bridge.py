@@ -37,7 +37,7 @@ from bridge.names import PeerName
 from bridge.queues import Inbox, Outbox, ReadCredit, Registry, SessionInbox, Tally, nobody
 from bridge.session import Session
 from bridge.stream import Stream
-from bridge.threads import check_may_wait
+from bridge.threads import check_may_wait, interrupts
 from bridge.totals import Totals, total
 from bridge.transport import Ending, Plan, Transport
 from bridge.worker import Worker
@@ -426,13 +426,9 @@ class Bridge:
     ) -> Session:
         bounds = _instance("limits", limits, Limits) or self._limits
         _instance("inbox", inbox, Inbox)
-        if not self._sessions_tally.take_one():
-            raise LimitExceeded(f"Limits.sessions is reached: {self._limits.sessions} sessions are open")
-        try:
-            session = self._wire(plan, codec, inbox, bounds, how)
-        except BaseException:
-            self._sessions_tally.add(-1)
-            raise
+        if not self._sessions_tally.has_room():
+            raise self._full()
+        session = self._wire(plan, codec, inbox, bounds, how)
         self._launch(session._channel)
         return session
 
@@ -453,13 +449,24 @@ class Bridge:
         session = Session(channel, coordinator, plan.timeouts, bounds)
         channel.handle = None if inbox is None else session
         try:
-            self._count_in(self._channels, channel, inbox)
-        except BridgeClosed:
+            if how == "from":
+                self._sessions_tally.add(1)  # there was room as it was accepted
+            elif not self._sessions_tally.take_one():
+                raise self._full()
+            try:
+                self._count_in(self._channels, channel, inbox)
+            except BridgeClosed:
+                self._sessions_tally.add(-1)
+                raise
+        except (BridgeClosed, LimitExceeded):
             channel.outbox.close(SessionClosed("the Bridge was closed"))
             if plan.sock is not None:
                 plan.sock.close()
             raise
         return session
+
+    def _full(self) -> LimitExceeded:
+        return LimitExceeded(f"Limits.sessions is reached: {self._limits.sessions} sessions are open")
 
     def _launch(self, channel: Channel) -> None:
         channel.worker.post(channel.transport, "start")
@@ -474,19 +481,20 @@ class Bridge:
         on_closed: Callable[[Channel, Ending], None],
     ) -> None:
         """A worker: a client was accepted."""
-        self._sessions_tally.add(1)  # there was room as it was accepted
         try:
             session = self._wire(plan, codec, listener.inbox, bounds, "from")
         except BridgeClosed:
-            self._sessions_tally.add(-1)
             return
-        except Exception as error:  # a codec factory of the user's: it costs this client, not the listener
+        except (
+            BaseException
+        ) as error:  # a codec factory of the user's: it costs this client, not the listener
             events.warning(
                 "handshake.failed", session=str(listener.address), cause="codec", error=repr(error)
             )
             assert plan.sock is not None
             plan.sock.close()
-            self._sessions_tally.add(-1)
+            if interrupts(error):
+                raise
             return
         channel = session._channel
         channel.handle = session
@@ -524,8 +532,8 @@ class Bridge:
 
     def _on_closed(self, channel: Channel, ending: Ending) -> None:
         """The coordinator: a session is over."""
-        self._channels.remove(channel, channel.transport.account(ending))
-        self._sessions_tally.add(-1)
+        if self._channels.remove(channel, channel.transport.account(ending)):
+            self._sessions_tally.add(-1)
 
     def _on_gone(self, stream: Stream, ending: Ending) -> None:
         """Any thread: a stream's socket is closed, or handed back."""
@@ -535,8 +543,9 @@ class Bridge:
         """One more to be closed with the bridge, and where it delivers.  BridgeClosed if it is too late."""
         with self._feeding:
             if inbox is not None and inbox not in self._inboxes:
+                fed = self._inboxes.add(inbox)
                 inbox._attach()
-                if not self._inboxes.add(inbox):
+                if not fed:  # whoever waits there already learns that it is over
                     inbox._detach()
         if not members.add(member):
             raise BridgeClosed("this Bridge is closed; make a new one")

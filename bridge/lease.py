@@ -76,11 +76,11 @@ class Lease:
     """
 
     __slots__ = (
-        "_attended",
         "_caretaker",
         "_sleepers",
         "_transport",
         "_worker",
+        "attended",
         "changes",
         "closing",
         "lock",
@@ -95,7 +95,8 @@ class Lease:
         self._worker = worker
         self._sleepers: dict[Sleeper | Cot, int] = {}  # and what each has its socket polled for
         self._caretaker = Caretaker(self, transport, leaving, gone)
-        self._attended = False  # whether the worker knows of it
+        self.attended = False
+        """The worker knows of it."""
         self.changes = 0
         """Counted up by whoever is told something by the transport that a sleeper may wait for."""
         self.closing = False
@@ -259,10 +260,10 @@ class Lease:
 
     def _delegate(self) -> None:
         """Somebody has to go on: a sleeper that polls for it already, or else the worker."""
-        if self.closing and self._transport.finished and not self._attended:
+        if self.closing and self._transport.finished and not self.attended:
             if not self._sleepers:
                 self._caretaker.bury()
-                self._attended = True
+                self.attended = True
             return
         if not self.closing and not self._transport.again:
             chores = self.chores()
@@ -271,7 +272,7 @@ class Lease:
         self._send_for_worker("close" if self.closing else "wake")
 
     def _send_for_worker(self, what: str) -> None:
-        self._attended = True
+        self.attended = True
         self._worker.post(self._caretaker, what)
 
 

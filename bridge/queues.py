@@ -18,8 +18,9 @@ The locks here are held for a few assignments, never while waiting, never while 
 a time, except the byte counter of the whole bridge inside an outbox or an inbox.  (Two others are held for a
 turn, a session's and the coordinator's, in this order by a receiver that reads for itself; others only try them.)
 They are reentrant because finalizers and signal handlers come at any moment, also in the middle of another call of the
-same thread.  A handler that raises (Ctrl-C) does so as a call returns, or a loop goes round: so what must not be half
-done is done in a row of statements without either, and whoever waits lets go of the lock inside of its ``try``.
+same thread.  A handler that raises (Ctrl-C) does so as a function is entered, a call returns, or a loop goes round: so
+what must not be half done is done in a row of statements without any; what has been left undone is done by an
+``except``; and nobody waits inside of a ``with``, which could not tell whether the lock was taken again.
 """
 
 from __future__ import annotations
@@ -96,6 +97,15 @@ def check_not_held(lock: Any) -> None:
         raise RuntimeError("a signal handler may not wait for what it has interrupted")
 
 
+def _surely(call: Callable[[], None]) -> None:
+    """*call*, which may be called twice, also if Ctrl-C comes just now."""
+    try:
+        call()
+    except BaseException:
+        call()
+        raise
+
+
 def nobody(*_: object) -> None:
     """Does nothing: the one to call where there is no one, or no one any more who need be kept alive for it."""
 
@@ -113,9 +123,11 @@ class Latch(Generic[T]):
         """Let everybody through.  Only the first value counts; to be called again if it was interrupted."""
         if self._value is None:
             self._value = value
-        for gate in list(self._gates or ()):
-            gate.ring()
-        self._gates = None
+        gates = self._gates
+        if gates is not None:
+            for gate in list(gates):
+                gate.ring()
+            self._gates = None
 
     def peek(self) -> T | None:
         """The value, or None while it is not set.  Any thread; never waits."""
@@ -304,12 +316,15 @@ class Outbox:
             raise
         return True
 
-    def _accept(self, data: bytes, size: int) -> bool:
-        """Hold *data*; whether it is the first that the coordinator has to take."""
+    def _accept(self, data: bytes, size: int, ticket: _Ticket | None = None) -> bool:
+        """Hold *data*, whose *ticket* is the first in line; whether it is all that the coordinator has to take."""
         first = not self._pending
         self._accepted += size
         self._held += size
         self._pending += (data,)
+        if ticket is not None:
+            ticket.outcome = True
+            del self._waiting[0]  # type: ignore[union-attr]
         self._report()
         return first
 
@@ -355,7 +370,7 @@ class Outbox:
             if self._closed is not None:
                 raise fresh(self._closed)
             raise SendTimeout(
-                f"no room for {len(ticket.data)} bytes within {timeout:g} seconds; nothing was sent"
+                f"no room for {len(ticket.data)} bytes within {timeout or 0:g} seconds; nothing was sent"
             )
         return ticket.outcome
 
@@ -376,16 +391,15 @@ class Outbox:
         waiting, before = self._waiting, len(self._pending)
         while waiting and self._held <= most:
             ticket = waiting[0]
-            if ticket.alone and len(waiting) == 1:
-                if self._held:
-                    break
-                ticket.outcome = False
-            elif self._fits(len(ticket.data)):
-                self._accept(ticket.data, len(ticket.data))
-                ticket.outcome = True
-            else:
+            alone = ticket.alone and len(waiting) == 1
+            if self._held if alone else not self._fits(len(ticket.data)):
                 break
-            waiting.popleft().gate.ring()
+            ticket.gate.ring()  # first; its sender waits for the lock then
+            if not alone:
+                self._accept(ticket.data, len(ticket.data), ticket)
+            else:
+                ticket.outcome = False
+                del waiting[0]
         return not before and bool(self._pending)
 
     def flush(self, timeout: float | None) -> None:
@@ -393,6 +407,7 @@ class Outbox:
 
         OperationTimeout after *timeout* seconds; the cause, if the session ended before that.
         """
+        check_not_held(self._lock)
         deadline = deadline_after(timeout)
         with self._lock:
             target = self._accepted
@@ -472,7 +487,8 @@ class Outbox:
     def _turn_away(self, why: SessionEnded) -> None:
         self._closed = self._closed or why
         while self._waiting:
-            self._waiting.popleft().gate.ring()
+            self._waiting[0].gate.ring()
+            del self._waiting[0]
 
 
 class ReadCredit:
@@ -674,19 +690,23 @@ class Inbox:
             timeout = 0.0
         deadline, resume = deadline_after(timeout), None
         entry: Entry | None = None
-        while entry is None:
-            with self._lock:
-                if turn.session is not None:
-                    self._release(turn)
-                if self._entries:
-                    entry = self._entries[0]
-                    turn.session, turn.done = entry[0], entry[4]
-                    del self._entries[0]
-                    resume = self._taken(entry)
-            if entry is None:
-                self._wait(timeout, deadline)
+        try:
+            while entry is None:
+                with self._lock:
+                    if turn.session is not None:
+                        self._release(turn)
+                    if self._entries:
+                        entry = self._entries[0]
+                        turn.session, turn.done = entry[0], entry[4]
+                        del self._entries[0]
+                        resume = self._taken(entry)
+                if entry is None:
+                    self._wait(timeout, deadline)
+        except BaseException:
+            self._pass_on()
+            raise
         if resume is not None:
-            resume()
+            _surely(resume)
         return entry[0], entry[1]
 
     def task_done(self) -> None:
@@ -744,11 +764,15 @@ class Inbox:
             gate.sleep(left)
             with self._lock:
                 self._rise(gate)
-        except BaseException:  # Ctrl-C: somebody else shall have what this one was woken for
+        except BaseException:  # Ctrl-C, and nobody knows where
             with self._lock:
                 self._rise(gate)
-                self._call()
             raise
+
+    def _pass_on(self) -> None:
+        """Who was woken takes nothing, be it for Ctrl-C: somebody else shall have what is here."""
+        with self._lock:
+            self._call()
 
     def _taken(self, entry: Entry) -> Callable[[], None] | None:
         """With the lock: *entry* has left, and with it what it cost.  What is to be called without the lock."""
@@ -764,8 +788,10 @@ class Inbox:
         up than have something to do; a message each would wake all of them for what one can do.
         """
         if self._entries and self._sleepers and self._called is None:
-            self._called = self._sleepers.popleft()
-            self._called.ring()
+            bed = self._sleepers[0]
+            bed.ring()  # first: a ring too many does no harm
+            self._called = bed
+            del self._sleepers[0]
 
     def _rise(self, bed: Bed) -> bool:
         """With the lock: nobody sleeps in *bed* any more.  Whether nobody has woken it."""
@@ -778,7 +804,8 @@ class Inbox:
 
     def _wake_all(self) -> None:
         while self._sleepers:
-            self._sleepers.popleft().ring()
+            self._sleepers[0].ring()
+            del self._sleepers[0]
 
     # Called by the coordinator, and by the wiring.
 
@@ -815,13 +842,15 @@ class Inbox:
 
     def _release(self, turn: _Turn) -> None:
         """A handler's *turn* is over, so the session's next entry is ready."""
-        session, turn.session = turn.session, None
+        session = turn.session
         behind = self._behind[session]
         if behind:
-            self._entries.append(behind.popleft())
+            self._entries += (behind[0],)
+            del behind[0]
             self._waiting -= 1
         else:
             del self._behind[session]
+        turn.session = None
         if self._over is not None:
             self._wake_all()
 
@@ -862,29 +891,35 @@ class SessionInbox(Inbox):
         """The next message.  Any thread.  ReceiveTimeout, or how the session ended."""
         if not block:
             timeout = 0.0
-        deadline, resume = None if self._entries else self._fetch(timeout), None
+        deadline, resume = deadline_after(timeout) if self._entries else self._fetch(timeout), None
         entry: Entry | None = None
-        while entry is None:
-            with self._lock:
-                if self._entries:
-                    entry = self._entries[0]
-                    del self._entries[0]
-                    resume = self._taken(entry)
-            if entry is None:
-                self._wait(timeout, deadline or deadline_after(timeout))
+        try:
+            while entry is None:
+                with self._lock:
+                    if self._entries:
+                        entry = self._entries[0]
+                        del self._entries[0]
+                        resume = self._taken(entry)
+                if entry is None:
+                    self._wait(timeout, deadline)
+        except BaseException:
+            self._pass_on()
+            raise
         if resume is not None:
-            resume()
+            _surely(resume)
         return entry[1]
 
     def peek(self, timeout: float | None = None) -> Any:
         """As `get`, and the message stays the next one."""
         deadline = self._fetch(timeout)
-        while True:
-            with self._lock:
-                if self._entries:
-                    self._call()  # this wake-up takes nothing: pass it on
-                    return self._entries[0][1]
-            self._wait(timeout, deadline)
+        try:
+            while True:
+                with self._lock:
+                    if self._entries:
+                        return self._entries[0][1]
+                self._wait(timeout, deadline)
+        finally:
+            self._pass_on()  # this wake-up takes nothing
 
     def _fetch(self, timeout: float | None) -> float | None:
         """Bring a message in, if that is possible within *timeout* seconds.  When these are over."""
@@ -930,13 +965,15 @@ class Registry(Generic[T]):
                 self._members[member] = None
             return not self._sealed
 
-    def remove(self, member: T, account: dict[tuple[str, ...], float] | None = None) -> None:
-        """One less, whose counts are kept."""
+    def remove(self, member: T, account: dict[tuple[str, ...], float] | None = None) -> bool:
+        """One less, whose counts are kept.  Whether it was a member."""
         with self._lock:
-            if member in self._members:
+            found = member in self._members
+            if found:
                 del self._members[member]
                 for key, count in (account or {}).items():
                     self._left[key] = self._left.get(key, 0) + count
+        return found
 
     def census(self) -> tuple[list[T], dict[tuple[str, ...], float]]:
         """Who is a member, and the counts of all that have left: nobody is in both, or in neither."""

@@ -7,6 +7,7 @@ the thread of whoever asks (see `bridge.lease`).  Every method may be called by 
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import socket
 import threading
@@ -40,6 +41,8 @@ PIECE_BYTES = 16 * RECORD_BYTES
 """How much of a large write is handed to the transport at a time: what one turn may write."""
 AHEAD_BYTES = 1024 * 1024
 """How much may be read that nobody asked for, to get at a close_notify behind it."""
+LEAVING_SECONDS = 1.0
+"""How long a socket that is handed back may wait for the worker's next step."""
 ANYTHING = Want.READ | Want.WRITE
 _TOO_LATE = "The write operation timed out"
 P = ParamSpec("P")
@@ -483,9 +486,11 @@ class Stream:
         hangs up.  Application data that still came before the peer's close_notify is lost.
         """
         unwrapped = self._unwrap(timeout)
-        self.gone.wait(
-            None, "unwrap"
-        )  # for a worker that may have been polling must not meet a closed descriptor
+        if self._lease.attended:
+            # A worker that was polling must not meet a closed descriptor.  In a signal handler that has interrupted a
+            # sleeper of this very session it is in vain.
+            with contextlib.suppress(OperationTimeout):
+                self.gone.wait(LEAVING_SECONDS, "unwrap")
         return unwrapped
 
     @_leased

@@ -16,6 +16,7 @@ import itertools
 import socket
 import ssl
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
@@ -417,6 +418,31 @@ def test_an_interrupted_receiver_wakes_the_next(background: Background) -> None:
         assert background.run(inbox.get).result(PATIENCE) == (None, "next")
         if not moment.where:
             assert number > 5
+            return
+
+
+def test_what_an_interrupted_receiver_was_woken_for_wakes_the_next(background: Background) -> None:
+    for number in itertools.count():
+        inbox, over = Inbox(), threading.Event()
+
+        def feed(inbox: Inbox = inbox, over: threading.Event = over) -> Any:
+            until(lambda: inbox._sleepers or over.is_set())
+            other = background.run(inbox.get, True, PATIENCE)
+            until(lambda: len(inbox._sleepers) == 2 or over.is_set())
+            inbox.put((None, "message"))
+            return other
+
+        feeding, taken = background.run(feed), None
+        with Moment("call", number) as moment, contextlib.suppress(Interrupt):
+            taken = inbox.get(timeout=PATIENCE)
+        over.set()
+        other = feeding.result(PATIENCE)
+        if taken is None:  # then nobody else need come for the other one to have it
+            until(lambda other=other, inbox=inbox: other.done() or not inbox.qsize())  # type: ignore[misc]
+        inbox.put((None, "next"))
+        assert other.result(PATIENCE)[1] in ("message", "next"), moment.where
+        if not moment.where:
+            assert number > 10
             return
 
 

@@ -797,6 +797,27 @@ def test_a_socket_is_handed_back_when_the_worker_has_left_it(
     assert all(stream.handshake(PATIENCE) for stream in others), "the worker lives"
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that send signals")
+def test_a_signal_handler_may_unwrap_what_its_thread_reads(pair: Pair, background: Background) -> None:
+    client, server = pair
+    far = background.run(server.unwrap, PATIENCE)
+    found = []
+
+    def handler(*_: object) -> None:
+        found.append(client.unwrap(PATIENCE))
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with contextlib.suppress(bridge.SessionEnded):
+            assert client.read(1, PATIENCE) == b""
+        until(lambda: found)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    for sock, _ in (*found, far.result(PATIENCE)):
+        sock.close()
+
+
 def test_unwrap_gives_up_in_time(pair: Pair) -> None:
     with pytest.raises(bridge.OperationTimeout):
         pair[0].unwrap(0.01)

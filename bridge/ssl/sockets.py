@@ -314,9 +314,8 @@ class SSLSocket(ssl.SSLSocket):
         try:
             return super()._real_connect(*arguments)  # type: ignore[misc]
         except (OSError, ValueError):
-            self._sslobj = (
-                self._wire
-            )  # which has the descriptor, if the handshake has failed and not the connection
+            if self._sslobj is None:  # but the wire has the descriptor, if the handshake has failed
+                self._sslobj = self._wire
             raise
 
     # Bytes: the shortest way to the wire.

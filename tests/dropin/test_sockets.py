@@ -1042,6 +1042,19 @@ def test_a_failed_handshake_leaves_the_descriptor_to_the_bridge(
     served.result(PATIENCE)
 
 
+@pytest.mark.parametrize("method", ["connect", "connect_ex"])
+def test_to_connect_a_connected_socket_leaves_it_as_it_is(method: str, ca_file: str) -> None:
+    near, far = tcp_pair()
+    context = make_client_context("ours", ca_file)
+    with far, context.wrap_socket(near, server_hostname="localhost", do_handshake_on_connect=False) as client:
+        with pytest.raises(ValueError, match="already-connected"):
+            getattr(client, method)(far.getsockname())
+        client.settimeout(0.01)
+        with pytest.raises(TimeoutError):
+            client.sendall(b"in plain text?")
+        assert far.recv(100)[:1] == b"\x16", "a ClientHello"
+
+
 @pytest.mark.parametrize("method", ["send", "sendall", "write", "recv", "read"])
 def test_the_first_call_heeds_the_time_out(method: str, ca_file: str) -> None:
     near, far = tcp_pair()
