@@ -298,11 +298,12 @@ class Bridge:
 
         on_open = functools.partial(self._on_client, listener)
         on_closed = functools.partial(self._on_client_closed, listener)
+        on_gone = functools.partial(_no_handshake, listener)
 
         def admit(accepted: socket.socket, address: Any) -> None:
             peer = show_address(address or "")  # none on macOS if it has gone already
             plan = Plan(listener.context, server_hostname=None, timeouts=timeouts, sock=accepted, peer=peer)
-            self._admit(listener, plan, codec, bounds, on_open, on_closed)
+            self._admit(listener, plan, codec, bounds, on_open, on_closed, on_gone)
 
         def closed() -> None:
             self._listeners.remove(listener)
@@ -479,6 +480,7 @@ class Bridge:
         bounds: Limits,
         on_open: Callable[[Channel], None],
         on_closed: Callable[[Channel, Ending], None],
+        on_gone: Callable[[Transport], None],
     ) -> None:
         """A worker: a client was accepted."""
         try:
@@ -500,7 +502,7 @@ class Bridge:
         channel.handle = session
         listener.handshakes.add(1)
         channel.on_open, channel.on_closed = on_open, on_closed
-        channel.transport.on_gone = functools.partial(_no_handshake, listener, channel.transport)
+        channel.transport.on_gone = on_gone
         self._launch(channel)
 
     def _on_client(self, listener: Listener, channel: Channel) -> None:

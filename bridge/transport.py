@@ -282,7 +282,7 @@ class Transport:
         self.deadline: float | None = None
         self.finished = False
         self.retired: list[socket.socket] = []
-        self.on_gone: Callable[[], object] = nobody
+        self.on_gone: Callable[[Transport], object] = nobody
         # Where the session is.
         self.state = State.CONNECTING
         self.cause: SessionEnded | None = None
@@ -550,8 +550,7 @@ class Transport:
 
     def gone(self) -> None:
         """The socket is closed, or handed on.  The coordinator was told already."""
-        on_gone, self.on_gone = self.on_gone, nobody
-        on_gone()
+        self.on_gone(self)
 
     # Commands, by way of the worker's mailbox.
 
