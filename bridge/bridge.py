@@ -454,13 +454,11 @@ class Bridge:
                 self._sessions_tally.add(1)  # there was room as it was accepted
             elif not self._sessions_tally.take_one():
                 raise self._full()
-            try:
-                self._count_in(self._channels, channel, inbox)
-            except BridgeClosed:
+            self._count_in(self._channels, channel, inbox)
+        except (BridgeClosed, LimitExceeded) as error:
+            if isinstance(error, BridgeClosed):
                 self._sessions_tally.add(-1)
-                raise
-        except (BridgeClosed, LimitExceeded):
-            channel.outbox.close(SessionClosed("the Bridge was closed"))
+            channel.outbox.close(SessionClosed(str(error)))
             if plan.sock is not None:
                 plan.sock.close()
             raise
@@ -487,9 +485,8 @@ class Bridge:
             session = self._wire(plan, codec, listener.inbox, bounds, "from")
         except BridgeClosed:
             return
-        except (
-            BaseException
-        ) as error:  # a codec factory of the user's: it costs this client, not the listener
+        except BaseException as error:
+            # A codec factory of the user's: it costs this client, not the listener.
             events.warning(
                 "handshake.failed", session=str(listener.address), cause="codec", error=repr(error)
             )

@@ -326,9 +326,8 @@ class Coordinator:
             except BaseException as error:
                 if interrupts(error):
                     raise
-                self._fail(
-                    channel, error
-                )  # a bug of ours, or of a user's class: it costs this session, not the thread
+                # A bug of ours, or of a user's class: it costs this session, not the thread.
+                self._fail(channel, error)
         if not self._outgoing:
             return
         outgoing, self._outgoing = self._outgoing, {}
