@@ -42,7 +42,7 @@ from typing import Any, TypeVar
 
 from bridge import forks
 from bridge.errors import SessionEnded
-from bridge.poll import LONGEST_SLEEP, NOTHING, Sleeper, Want, look, my_sleeper
+from bridge.poll import NOTHING, Sleeper, Want, look, my_sleeper
 from bridge.queues import Gate, let_go
 from bridge.transport import Transport, interrupted
 from bridge.worker import Worker, fail
@@ -63,7 +63,7 @@ class Cot:
 
     def sleep(self, sock: object, mask: int, timeout: float | None) -> int:
         """Sleep until rung, at most *timeout* seconds; nothing is left to do then for which a socket was ready."""
-        self._gate.sleep(None if timeout is None else min(timeout, LONGEST_SLEEP))
+        self._gate.sleep(timeout)
         forks.check(self._born)
         return NOTHING
 

@@ -82,7 +82,7 @@ class Gate:
 
     def sleep(self, timeout: float | None) -> None:
         """Sleep until rung, at most *timeout* seconds."""
-        self._lock.acquire(timeout=-1 if timeout is None else timeout)
+        self._lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
 
 
 def let_go(lock: Any) -> None:
@@ -142,7 +142,7 @@ class Latch(Generic[T]):
             try:
                 gates.append(gate)  # first, and then look again: `set` does it the other way round
                 if self._value is None:
-                    gate.sleep(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+                    gate.sleep(timeout)
             finally:
                 gates.remove(gate)
         if self._value is None:
@@ -364,7 +364,7 @@ class Outbox:
     def _wait_for_room(self, ticket: _Ticket, timeout: float | None) -> bool:
         """Without the lock, until whoever makes room takes the message out of its sender's hands."""
         check_not_held(self._lock)
-        ticket.gate.sleep(timeout if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        ticket.gate.sleep(timeout)
         self._withdraw(ticket)
         if ticket.outcome is None:
             if self._closed is not None:
@@ -688,25 +688,7 @@ class Inbox:
             turn.end()
         if not block:
             timeout = 0.0
-        deadline, resume = deadline_after(timeout), None
-        entry: Entry | None = None
-        try:
-            while entry is None:
-                with self._lock:
-                    if turn.session is not None:
-                        self._release(turn)
-                    if self._entries:
-                        entry = self._entries[0]
-                        turn.session, turn.done = entry[0], entry[4]
-                        del self._entries[0]
-                        resume = self._taken(entry)
-                if entry is None:
-                    self._wait(timeout, deadline)
-        except BaseException:
-            self._pass_on()
-            raise
-        if resume is not None:
-            _surely(resume)
+        entry = self._next(timeout, deadline_after(timeout), turn)
         return entry[0], entry[1]
 
     def task_done(self) -> None:
@@ -745,6 +727,29 @@ class Inbox:
     def shutdown(self) -> None:
         """After what is waiting, `get` raises ShutDown in every thread (as `queue.Queue.shutdown`)."""
         self._finish(ShutDown("the inbox was shut down"))
+
+    def _next(self, timeout: float | None, deadline: float | None, turn: _Turn | None) -> Entry:
+        """The next entry, which has left; with *turn*, in place of the one that its thread was given last."""
+        entry, resume = None, None
+        try:
+            while entry is None:
+                with self._lock:
+                    if turn is not None and turn.session is not None:
+                        self._release(turn)
+                    if self._entries:
+                        entry = self._entries[0]
+                        if turn is not None:
+                            turn.session, turn.done = entry[0], entry[4]
+                        del self._entries[0]
+                        resume = self._taken(entry)
+                if entry is None:
+                    self._wait(timeout, deadline)
+        except BaseException:
+            self._pass_on()
+            raise
+        if resume is not None:
+            _surely(resume)
+        return entry
 
     def _wait(self, timeout: float | None, deadline: float | None) -> None:
         """Until there may be a message.  ReceiveTimeout after the *deadline*, *timeout* seconds after it was set."""
@@ -891,23 +896,8 @@ class SessionInbox(Inbox):
         """The next message.  Any thread.  ReceiveTimeout, or how the session ended."""
         if not block:
             timeout = 0.0
-        deadline, resume = deadline_after(timeout) if self._entries else self._fetch(timeout), None
-        entry: Entry | None = None
-        try:
-            while entry is None:
-                with self._lock:
-                    if self._entries:
-                        entry = self._entries[0]
-                        del self._entries[0]
-                        resume = self._taken(entry)
-                if entry is None:
-                    self._wait(timeout, deadline)
-        except BaseException:
-            self._pass_on()
-            raise
-        if resume is not None:
-            _surely(resume)
-        return entry[1]
+        deadline = deadline_after(timeout) if self._entries else self._fetch(timeout)
+        return self._next(timeout, deadline, None)[1]
 
     def peek(self, timeout: float | None = None) -> Any:
         """As `get`, and the message stays the next one."""

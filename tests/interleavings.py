@@ -4,8 +4,8 @@ Theory of operation
 -------------------
 A *scenario* makes objects of the code under test and a few threads that use them.  Only one of these threads runs
 at a time; at each *point* the one that runs chooses who goes on.  A point is each line (or each bytecode) of the
-files under test, and each place where a lock, a condition or a bed is waited for; the locks are ours (`World`
-stands in for the module `threading`), so that who waits is known and nobody waits for real.
+files under test that may touch what is shared, and each place where a lock, a condition or a bed is waited for; the
+locks are ours (`World` stands in for the module `threading`), so that who waits is known and nobody waits for real.
 
 A run is a list of choices.  The first run always takes the first; every other possibility is noted and tried later,
 depth first, by running the scenario again from its start.  Where a run comes to a state that was seen before, it
@@ -27,6 +27,7 @@ import dataclasses
 import dis
 import functools
 import gc
+import re
 import select
 import sys
 import threading
@@ -42,6 +43,12 @@ LONGEST_RUN = 20_000
 """Points of one run, beyond which it is taken for endless."""
 _TOUCHING = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "CALL", "BINARY_SUBSCR", "STORE_SUBSCR", "BINARY_OP")
 """Bytecodes that may touch what is shared; between two of them nobody else can notice anything."""
+_PRIVATE = re.compile(
+    "RESUME|NOP|CACHE|EXTENDED_ARG|PUSH_NULL|POP_TOP|COPY|SWAP|IS_OP|LOAD_FAST|STORE_FAST|LOAD_CONST|LOAD_GLOBAL|"
+    "JUMP|POP_JUMP_(FORWARD_|BACKWARD_)?IF_(NOT_)?NONE|RETURN_VALUE|RETURN_CONST|"
+    "SETUP_FINALLY|POP_BLOCK|PUSH_EXC_INFO|CHECK_EXC_MATCH|POP_EXCEPT|RERAISE|RAISE_VARARGS"
+)
+"""Bytecodes that touch nothing but the locals of their thread: a line of nothing else is no point."""
 _PLAIN = {int, str, bytes, bool, float, type(None)}
 
 
@@ -182,7 +189,7 @@ class Actor:
     def _step(self, frame: types.FrameType, event: str, _: Any) -> Any:
         if event == "line":
             self.trail.clear()
-            if not self.world.opcodes:
+            if not self.world.opcodes and frame.f_lineno in _public(frame.f_code):
                 self.world.stop_at(self, frame.f_lineno, frame)
         elif event == "opcode" and frame.f_lasti in _touching(frame.f_code):
             self.world.stop_at(self, frame.f_lineno, frame)
@@ -192,6 +199,17 @@ class Actor:
 @functools.cache
 def _touching(code: types.CodeType) -> frozenset[int]:
     return frozenset(one.offset for one in dis.get_instructions(code) if one.opname.startswith(_TOUCHING))
+
+
+@functools.cache
+def _public(code: types.CodeType) -> frozenset[int]:
+    """The lines that do anything another thread could notice."""
+    starts, line, public = dict(dis.findlinestarts(code)), 0, set()
+    for one in dis.get_instructions(code):
+        line = starts.get(one.offset) or line
+        if not _PRIVATE.match(one.opname):
+            public.add(line)
+    return frozenset(public)
 
 
 class World:

@@ -286,9 +286,13 @@ def reading(world: World, credit: type[ReadCredit] = ReadCredit, messages: int =
 
 
 def receiving(
-    world: World, inbox: type[SessionInbox] = SessionInbox, peek: bool = False, ends: bool = True
+    world: World,
+    inbox: type[SessionInbox] = SessionInbox,
+    peek: bool = False,
+    ends: bool = True,
+    batches: tuple[tuple[int, ...], ...] = ((1,), (2,)),
 ) -> None:
-    """Two receivers, one who delivers, and the end; with *peek* one of them only looks.
+    """Two receivers, one who delivers *batches*, and the end; with *peek* one of them only looks.
 
     Unless it *ends*, each takes one message, and must be woken by nothing but that.
     """
@@ -304,8 +308,8 @@ def receiving(
                 got.append(box.get())
 
     def deliver() -> None:
-        box._deliver(session, [1], None, 0, 0)
-        box._deliver(session, [2], None, 0, 0)
+        for batch in batches:
+            box._deliver(session, list(batch), None, 0, 0)
         if ends:
             box._end(session, GONE, True, lambda: None)
 
@@ -353,7 +357,7 @@ SMALL: dict[str, Callable[[World], None]] = {
     "flushing": lambda world: sending(world, plans=((b"aa",),), flush=True),
     "ending": ending,
     "reading": lambda world: reading(world, messages=2),
-    "receiving": lambda world: receiving(world, ends=False),
+    "receiving": lambda world: receiving(world, ends=False, batches=((1, 2),)),
     "waiting": waiting,
 }
 LARGE: dict[str, Callable[[World], None]] = {
@@ -361,6 +365,7 @@ LARGE: dict[str, Callable[[World], None]] = {
     "worker": worker,
     "coordinator": coordinator,
     "receiving": receiving,
+    "receiving without end": lambda world: receiving(world, ends=False),
     "three putters": lambda world: words(world, plans=((1,), (2,), (3,))),
     "sending": sending,
     "flushing": lambda world: sending(world, flush=True),
