@@ -65,9 +65,9 @@ from bridge.errors import (
     WouldBlock,
     WriteStalled,
 )
+from bridge.inbox import Inbox
 from bridge.limits import Limits, Timeouts
 from bridge.listener import Listener
-from bridge.queues import Inbox
 from bridge.session import Session
 from bridge.stream import Stream
 from bridge.tap import TraceEvent

@@ -21,6 +21,7 @@ from bridge import codecs, events, forks
 from bridge.acceptor import Acceptor
 from bridge.context import Context
 from bridge.coordinator import Channel, Coordinator
+from bridge.crossing import Registry, Tally, nobody
 from bridge.dialer import Address, show_address
 from bridge.engine import SessionInfo
 from bridge.errors import (
@@ -31,10 +32,11 @@ from bridge.errors import (
     OperationTimeout,
     SessionClosed,
 )
+from bridge.inbox import Inbox, ReadCredit, SessionInbox
 from bridge.limits import Limits, Timeouts, check_timeout
 from bridge.listener import Listener
 from bridge.names import PeerName
-from bridge.queues import Inbox, Outbox, ReadCredit, Registry, SessionInbox, Tally, nobody
+from bridge.outbox import Outbox
 from bridge.session import Session
 from bridge.stream import Stream
 from bridge.threads import check_may_wait, interrupts

@@ -4,7 +4,7 @@ The parser lives here and nowhere else: whatever woke a worker, and whichever Op
 produce plaintext, the bytes come here, in order, and meet their session's codec.  Which thread that is, the
 coordinator's or that of a worker which found it idle, or of a receiver that has read its message itself, makes no
 difference: a lock lets one in at a time.  Nothing here waits: inboxes take what they are given, because reading stops
-long before they could grow (see `queues`).
+long before they could grow (see `crossing`).
 """
 
 from __future__ import annotations
@@ -16,21 +16,13 @@ from typing import Any, Final
 
 from bridge import events
 from bridge.codecs import Codec
+from bridge.crossing import Gate, Latch, Mailbox, let_go, nobody
 from bridge.engine import SessionInfo
 from bridge.errors import CodecError, EndOfStream, SessionAborted, SessionClosed, SessionEnded, fresh
+from bridge.inbox import Inbox, ReadCredit, SessionInbox
 from bridge.limits import RECORD_BYTES
+from bridge.outbox import Outbox
 from bridge.poll import READ, my_sleeper
-from bridge.queues import (
-    Gate,
-    Inbox,
-    Latch,
-    Mailbox,
-    Outbox,
-    ReadCredit,
-    SessionInbox,
-    let_go,
-    nobody,
-)
 from bridge.threads import check_may_wait, interrupts, serving_all, this_thread
 from bridge.transport import Ending, Told, Transport, interrupted
 from bridge.worker import Command, Worker

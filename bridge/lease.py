@@ -41,9 +41,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from bridge import forks
+from bridge.crossing import Gate, let_go
 from bridge.errors import SessionEnded
 from bridge.poll import NOTHING, Sleeper, Want, look, my_sleeper
-from bridge.queues import Gate, let_go
 from bridge.transport import Transport, interrupted
 from bridge.worker import Worker, fail
 

@@ -9,10 +9,11 @@ from OpenSSL import SSL
 
 from bridge import events, forks
 from bridge.context import Context
+from bridge.crossing import Latch, Tally
 from bridge.dialer import show_address
 from bridge.errors import ConfigurationError, ReceiveTimeout, ShutDown
+from bridge.inbox import Inbox, SessionInbox
 from bridge.limits import check_timeout
-from bridge.queues import Inbox, Latch, SessionInbox, Tally
 
 if TYPE_CHECKING:
     from bridge.session import Session

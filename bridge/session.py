@@ -9,10 +9,11 @@ from typing import Any
 
 from bridge import forks
 from bridge.coordinator import Ask, Channel, Coordinator
+from bridge.crossing import deadline_after, time_left
 from bridge.engine import SessionInfo
 from bridge.errors import ConfigurationError, EndOfStream, SessionAborted, SessionClosed, SessionEnded, fresh
+from bridge.inbox import SessionInbox
 from bridge.limits import RECORD_BYTES, Limits, Timeouts, check_timeout
-from bridge.queues import SessionInbox, deadline_after, time_left
 from bridge.transport import CloseReport
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from bridge import forks
+from bridge.crossing import Latch, let_go
 from bridge.engine import SessionInfo
 from bridge.errors import (
     BridgeError,
@@ -29,7 +30,6 @@ from bridge.errors import (
 from bridge.lease import Lease
 from bridge.limits import RECORD_BYTES
 from bridge.poll import Want
-from bridge.queues import Latch, let_go
 from bridge.totals import Account
 from bridge.transport import CloseReport, Ending, Plan, Told, Transport
 from bridge.worker import Worker

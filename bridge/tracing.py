@@ -21,9 +21,9 @@ from typing import Any
 from OpenSSL import SSL
 
 from bridge.context import Context
+from bridge.crossing import Gate, Mailbox
 from bridge.errors import ConfigurationError
 from bridge.poll import Poller, Sleeper, Want
-from bridge.queues import Gate, Mailbox
 from bridge.session import Session
 from bridge.tap import TappedConnection, TraceEvent
 

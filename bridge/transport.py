@@ -48,6 +48,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from bridge import events
 from bridge.context import Context
+from bridge.crossing import nobody
 from bridge.dialer import Address, Dialer
 from bridge.engine import TLSEngine
 from bridge.errors import (
@@ -70,7 +71,6 @@ from bridge.errors import (
 )
 from bridge.limits import RECORD_BYTES, Timeouts
 from bridge.poll import NOTHING, READ, Want
-from bridge.queues import nobody
 from bridge.states import TRANSITIONS, State
 from bridge.totals import Account, account
 
@@ -105,7 +105,7 @@ class Told:
 
 
 class SendCredit(Protocol):
-    """Who is told what becomes of the bytes a transport was given: `bridge.queues.Outbox`, mostly."""
+    """Who is told what becomes of the bytes a transport was given: `bridge.outbox.Outbox`, mostly."""
 
     def give_back(self, count: int) -> None:
         """The kernel took *count* bytes."""
@@ -118,7 +118,7 @@ class SendCredit(Protocol):
 
 
 class ReceiveCredit(Protocol):
-    """How much a transport may read: `bridge.queues.ReadCredit`, mostly."""
+    """How much a transport may read: `bridge.inbox.ReadCredit`, mostly."""
 
     kept: int
     """Bytes of a message that is not whole yet."""

@@ -29,9 +29,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from bridge import events
+from bridge.crossing import Mailbox
 from bridge.errors import SessionAborted, SessionEnded
 from bridge.poll import LENT, NOTHING, READ, Doorbell, Poller, Want
-from bridge.queues import Mailbox
 from bridge.threads import interrupts, serving_all
 
 HAND_OVER = 64

@@ -11,10 +11,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from bridge.crossing import Mailbox
 from bridge.engine import TLSEngine
 from bridge.errors import TLSError, Truncated
+from bridge.inbox import ReadCredit
 from bridge.lease import Lease
-from bridge.queues import Mailbox, Outbox, ReadCredit
+from bridge.outbox import Outbox
 from bridge.transport import Transport
 
 _kept: list[socket.socket] = []

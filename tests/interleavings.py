@@ -36,7 +36,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bridge import poll, queues, worker
+from bridge import crossing, inbox, outbox, worker
 from bridge.poll import Doorbell, Poller
 
 LONGEST_RUN = 20_000
@@ -267,11 +267,13 @@ class World:
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         clock = types.SimpleNamespace(monotonic=lambda: 0.0)
-        queues.threading, queues.time, worker.time = self, clock, clock  # type: ignore[assignment,attr-defined]
+        crossing.threading = outbox.threading = inbox.threading = self  # type: ignore[assignment,attr-defined]
+        crossing.time = worker.time = clock  # type: ignore[assignment,attr-defined]
         try:
             yield
         finally:
-            queues.threading, queues.time, worker.time = threading, time, time  # type: ignore[attr-defined]
+            crossing.threading = outbox.threading = inbox.threading = threading  # type: ignore[attr-defined]
+            crossing.time = worker.time = time  # type: ignore[attr-defined]
             for close in self._closing:
                 close()
 
@@ -620,4 +622,4 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
     yield from getattr(value, "__dict__", {}).items()
 
 
-QUEUES, POLL, WORKER = queues.__file__, poll.__file__, worker.__file__
+CROSSING = (crossing.__file__, outbox.__file__, inbox.__file__)

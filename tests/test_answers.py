@@ -40,8 +40,10 @@ from rig import (
 
 import bridge
 from bridge import codecs
+from bridge.crossing import Tally
+from bridge.inbox import Inbox, ReadCredit, SessionInbox
+from bridge.outbox import Outbox
 from bridge.poll import Want
-from bridge.queues import Inbox, Outbox, ReadCredit, SessionInbox, Tally
 from bridge.session import Session
 from bridge.threads import check_may_wait
 

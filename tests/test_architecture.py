@@ -38,7 +38,7 @@ FLOORS = (
         "dialer",
         "picture",
     ),  # one thread
-    ("queues",),  # crossing
+    ("crossing", "outbox", "inbox"),  # what crosses
     ("transport", "acceptor", "worker", "lease", "coordinator"),  # threads
     ("session", "stream", "listener", "tracing", "bridge"),  # handles, and the only wiring
     # the drop-in: what the stdlib's classes are made of, and under their names
@@ -98,7 +98,9 @@ OPENSSL_ERRORS = {"engine", "connection", "context", "credentials", "ssl.context
 
 THREADING = {
     "threads": {"current_thread", "local", "main_thread"},
-    "queues": {"Condition", "Lock", "RLock", "TIMEOUT_MAX", "local"},
+    "crossing": {"Lock", "RLock", "TIMEOUT_MAX"},
+    "outbox": {"Condition", "RLock"},
+    "inbox": {"RLock", "local"},
     "context": {"Lock"},  # of the sessions to resume, which all workers share
     "connection": {"RLock"},  # a line of the key log, which all workers write
     "tap": {"Lock", "local"},  # of making a connection; the connection a thread is in
@@ -224,7 +226,9 @@ def test_the_drop_in_does_not_reach_past_the_handles() -> None:
         "worker",
         "lease",
         "coordinator",
-        "queues",
+        "crossing",
+        "outbox",
+        "inbox",
         "acceptor",
         "dialer",
         "codecs",
@@ -402,9 +406,9 @@ OWNERSHIP = {
     "coordinator's mailbox": ["coordinator.Coordinator._mailbox"],
     "channels, codecs' decode": ["coordinator.Channel.codec", "codecs.Codec.decode"],
     "codecs' encode": ["codecs.Codec.encode"],
-    "session inbox (messages)": ["queues.SessionInbox.get", "coordinator.Channel.inbox"],
-    "send credit (outbox)": ["queues.Outbox.put", "queues.Outbox.take", "queues.Outbox.give_back"],
-    "read credit": ["queues.ReadCredit.spend", "queues.ReadCredit.room", "queues.ReadCredit._charge"],
+    "session inbox (messages)": ["inbox.SessionInbox.get", "coordinator.Channel.inbox"],
+    "send credit (outbox)": ["outbox.Outbox.put", "outbox.Outbox.take", "outbox.Outbox.give_back"],
+    "read credit": ["inbox.ReadCredit.spend", "inbox.ReadCredit.room", "inbox.ReadCredit._charge"],
     "worker's mailbox + doorbell": [
         "worker.Worker._mailbox",
         "worker.Worker._doorbell",

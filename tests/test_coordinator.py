@@ -15,10 +15,12 @@ from structlog.testing import capture_logs
 import bridge
 from bridge.codecs import Codec, LengthPrefixed, Raw
 from bridge.coordinator import MESSAGE_BYTES, Ask, Channel, Coordinator
+from bridge.crossing import Tally
 from bridge.engine import SessionInfo
 from bridge.errors import EndOfStream, SessionAborted, SessionClosed, Truncated
+from bridge.inbox import Inbox, ReadCredit, SessionInbox
 from bridge.limits import RECORD_BYTES
-from bridge.queues import Inbox, Outbox, ReadCredit, SessionInbox, Tally
+from bridge.outbox import Outbox
 from bridge.transport import CloseReport, Ending, Told
 
 INFO = SessionInfo("TLSv1.3", "some", 256, None, None, (), None, None, False)

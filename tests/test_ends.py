@@ -22,7 +22,8 @@ from peers import Checker, Pattern, until
 import bridge
 from bridge import codecs
 from bridge.coordinator import Channel
-from bridge.queues import Outbox, ReadCredit
+from bridge.inbox import ReadCredit
+from bridge.outbox import Outbox
 from bridge.transport import Transport
 
 PATIENCE = 30.0

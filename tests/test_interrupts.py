@@ -29,7 +29,9 @@ from peers import Background, until
 from rig import PATIENCE, only, shrink, tcp_pair
 
 import bridge
-from bridge.queues import Gate, Inbox, Latch, Outbox, Tally
+from bridge.crossing import Gate, Latch, Tally
+from bridge.inbox import Inbox
+from bridge.outbox import Outbox
 from bridge.stream import Stream
 
 PACKAGE = str(Path(bridge.__file__).parent)

@@ -27,7 +27,7 @@ from peers import until
 from structlog.testing import capture_logs
 
 import bridge
-from bridge.queues import Latch
+from bridge.crossing import Latch
 
 PATIENCE = 30.0
 ROOT = str(Path(bridge.__file__).parents[1])

@@ -2,10 +2,10 @@
 
 What is covered: `Mailbox` with `Doorbell` (a worker) and with `Gate` (the coordinator), `Worker.step` and
 `Coordinator.run` on top of them, `Outbox`, `ReadCredit`, `Tally`, `SessionInbox`, `Latch`; two or three
-threads with one to three operations each; a switch of threads possible at every line of `bridge.queues`, with the
-small ones at every bytecode that touches an attribute (as on a Python without a GIL, but for the order of memory).
-For all of it: nobody sleeps for ever, no bound is broken, nothing is lost, repeated or reordered.  Not covered: more
-threads, the turns of a shared `Inbox`, OpenSSL, and the operating system's own queues.
+threads with one to three operations each; a switch of threads possible at every line of `bridge.crossing`, `outbox`
+and `inbox`, with the small ones at every bytecode that touches an attribute (as on a Python without a GIL, but for the
+order of memory).  For all of it: nobody sleeps for ever, no bound is broken, nothing is lost, repeated or reordered.
+Not covered: more threads, the turns of a shared `Inbox`, OpenSSL, and the operating system's own queues.
 
 `tests/interleavings.py` says how it is done.  The last tests plant faults, and every one is found.
 """
@@ -18,12 +18,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from interleavings import QUEUES, Bed, Refuted, Report, World, explore, rung
+from interleavings import CROSSING, Bed, Refuted, Report, World, explore, rung
 
 import bridge
 from bridge.coordinator import Coordinator
+from bridge.crossing import Latch, Mailbox, Tally
+from bridge.inbox import Inbox, ReadCredit, SessionInbox, _Turn
+from bridge.outbox import Outbox
 from bridge.poll import Doorbell
-from bridge.queues import Inbox, Latch, Mailbox, Outbox, ReadCredit, SessionInbox, Tally, _Turn
 from bridge.worker import Worker
 
 GONE = bridge.SessionAborted("gone")
@@ -388,7 +390,7 @@ def shown(report: Report) -> None:
 @pytest.mark.timeout(180)  # it computes all the time, and shares the machine with others
 @pytest.mark.parametrize("name", SMALL)
 def test_every_interleaving_keeps_every_promise(name: str) -> None:
-    shown(explore(SMALL[name], QUEUES))
+    shown(explore(SMALL[name], *CROSSING))
 
 
 def test_the_garbage_collector_has_no_turn_in_a_run() -> None:
@@ -399,10 +401,10 @@ def test_the_garbage_collector_has_no_turn_in_a_run() -> None:
         loop.append(loop)
         SMALL["flushing"](world)
 
-    clean, threshold = explore(SMALL["flushing"], QUEUES), gc.get_threshold()
+    clean, threshold = explore(SMALL["flushing"], *CROSSING), gc.get_threshold()
     gc.set_threshold(20)
     try:
-        assert explore(littered, QUEUES) == clean
+        assert explore(littered, *CROSSING) == clean
     finally:
         gc.set_threshold(*threshold)
 
@@ -411,14 +413,14 @@ def test_the_garbage_collector_has_no_turn_in_a_run() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", LARGE)
 def test_so_it_does_with_more_threads_and_words(name: str) -> None:
-    shown(explore(LARGE[name], QUEUES))
+    shown(explore(LARGE[name], *CROSSING))
 
 
 @pytest.mark.stress
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", BYTECODE)
 def test_so_it_does_with_a_switch_at_every_bytecode(name: str) -> None:
-    shown(explore(BYTECODE[name], QUEUES, opcodes=True))
+    shown(explore(BYTECODE[name], *CROSSING, opcodes=True))
 
 
 # ── it can fail ──
@@ -487,4 +489,4 @@ class CallsOneForAll(SessionInbox):
 )
 def test_a_planted_fault_is_found(scenario: Callable[[World], None], words_of_the_story: str) -> None:
     with pytest.raises(Refuted, match=words_of_the_story):
-        explore(scenario, QUEUES, __file__)
+        explore(scenario, *CROSSING, __file__)

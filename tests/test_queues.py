@@ -11,19 +11,11 @@ import pytest
 from peers import PATIENCE, Background
 
 import bridge
-from bridge import forks, queues
+from bridge import forks
 from bridge.codecs import LengthPrefixed
-from bridge.queues import (
-    TALLY_STEP,
-    Gate,
-    Inbox,
-    Mailbox,
-    Outbox,
-    ReadCredit,
-    Registry,
-    SessionInbox,
-    Tally,
-)
+from bridge.crossing import TALLY_STEP, Gate, Mailbox, Registry, Tally
+from bridge.inbox import Inbox, ReadCredit, SessionInbox
+from bridge.outbox import Outbox, _Ticket
 
 
 def test_an_outbox_is_full_when_not_one_byte_more_fits() -> None:
@@ -141,7 +133,7 @@ def test_whoever_comes_calls_the_next(
             inbox.put((None, word))
         assert list(inbox._sleepers) == gates[1:]
 
-    monkeypatch.setattr(queues, "Gate", lambda: Scripted(asleep))
+    monkeypatch.setattr("bridge.inbox.Gate", lambda: Scripted(asleep))
     got = [inbox.get(), *(other.result(PATIENCE) for other in others)]
     assert sorted(got) == sorted((None, word) if kind is Inbox else word for word in "abc")
     assert not inbox._sleepers and inbox._called is None
@@ -162,7 +154,7 @@ def test_what_an_interrupted_receiver_was_woken_for_is_somebody_else_s(
         inbox.put((None, "a word"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(queues, "Gate", lambda: Scripted(wake_and_interrupt))
+    monkeypatch.setattr("bridge.inbox.Gate", lambda: Scripted(wake_and_interrupt))
     with pytest.raises(KeyboardInterrupt):
         inbox.get()
     assert others[0].result(PATIENCE) == "a word"
@@ -285,7 +277,7 @@ def test_whoever_gives_up_just_when_there_is_room_has_it_after_all() -> None:
     outbox, told = outbox_of(4)
     outbox.put(b"aaaa", None)
     assert outbox.take() == [b"aaaa"]
-    ticket = queues._Ticket(b"b", False)
+    ticket = _Ticket(b"b", False)
     ticket.gate = Scripted(lambda: outbox.give_back(1))
     outbox._line_up(ticket)
     assert outbox._wait_for_room(ticket, 0.0) is True

@@ -608,7 +608,7 @@ def test_an_interrupted_receiver_loses_nothing_or_its_session(contexts: Any, kin
                 assert isinstance(server.end, bridge.SessionAborted), moment.where
                 assert moment.where
             else:
-                popped = moment.where.startswith(("queues.py", "session.py"))  # as with any queue
+                popped = moment.where.startswith(("inbox.py", "session.py"))  # as with any queue
                 assert taken + left == [b"1", b"2"] or (popped and left == [b"2"]), moment.where
         if not moment.where:
             assert number or kind != "call"

@@ -1,0 +1,472 @@
+"""The way of messages from the coordinator to the threads that take them, and the credit that bounds it."""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from bridge import forks
+from bridge.crossing import (
+    TALLY_STEP,
+    Bed,
+    Gate,
+    Tally,
+    check_not_held,
+    deadline_after,
+    nobody,
+    surely,
+    time_left,
+)
+from bridge.errors import ReceiveTimeout, SessionEnded, ShutDown, fresh
+from bridge.limits import check_timeout
+from bridge.threads import check_may_wait
+
+
+class ReadCredit:
+    """How much more one session may read before the application takes what is there.
+
+    The owner of the socket `spend`s, the inbox charges what messages cost and gives it back as they are taken.
+    When the owner stops for want of credit, the change that makes enough room calls *resume*, once.
+
+    What was read and has not come to the coordinator yet is the difference of two counts, each with one writer, so
+    the owner needs no lock for it; the rest is guarded by the lock of the inbox, which holds it then anyway.
+    """
+
+    __slots__ = (
+        "_decoded",
+        "_forfeit",
+        "_limit",
+        "_lock",
+        "_paused",
+        "_read",
+        "_reported",
+        "_resume",
+        "_tally",
+        "_used",
+        "kept",
+    )
+
+    def __init__(self, limit: int, tally: Tally, resume: Callable[[], None], inbox: Inbox) -> None:
+        self._lock = inbox._lock
+        self._limit = limit
+        self._tally = tally
+        self._resume = resume
+        self._read = 0  # bytes since the beginning; the owner alone counts them
+        # Guarded by the lock.
+        self._decoded = 0  # of these, with the coordinator
+        self._used = 0  # what the messages in the inbox cost
+        self._reported = 0  # to the tally
+        self._paused = False
+        self._forfeit = False
+        self.kept = 0
+
+    # Called by the owner of the socket.
+
+    def room(self) -> int:
+        """How many bytes may be read.  If none, the owner will be called back."""
+        held = self._read - self._decoded + self._used  # in this order: what moves just now counts twice
+        if not held or (held < self._limit and self._tally.has_room()):
+            return self._limit - held
+        with self._lock:
+            self._paused = self.held() > 0
+            return 0 if self._paused else self._limit
+
+    def spend(self, count: int) -> None:
+        """*count* bytes were read."""
+        self._read += count
+        if self._read - self._decoded >= TALLY_STEP:
+            with self._lock:
+                self._report()
+
+    # Called by the coordinator.
+
+    def settle(self, count: int) -> None:
+        """*count* bytes were read that cost nothing: they are part of a message, or nobody wants them."""
+        with self._lock:
+            resume = self._charge(count, 0)
+        if resume:
+            self._resume()
+
+    def keep(self, count: int) -> None:
+        """The codec holds *count* bytes of a message that is not whole.
+
+        They count for the whole bridge, and not for this session: only by reading on can it get rid of them.
+        """
+        with self._lock:
+            self._tally.add(count - self.kept)
+            self.kept = count
+
+    def conclude(self) -> None:
+        """Nothing more will be read: the codec holds nothing, and there is nobody to be called back."""
+        self.keep(0)
+        self._resume = nobody
+
+    def forfeit(self) -> None:
+        """Nobody will ever take what is in the inbox."""
+        with self._lock:
+            self._charge(0, -self._used)
+            self._forfeit = True
+
+    # Called by any thread.
+
+    def settled(self) -> bool:
+        """Whether all that was read has been decoded, so that what is read next may be decoded next."""
+        return self._read == self._decoded
+
+    def held(self) -> int:
+        """What is read and not taken, in bytes."""
+        return -self._decoded + self._read + self._used  # in this order it is never less than nothing
+
+    def overdraft(self) -> int:
+        """By how much more was read than may be."""
+        return self.held() - self._limit
+
+    # Called with the lock.
+
+    def _charge(self, count: int, cost: int) -> bool:
+        """Of what was read, *count* bytes have become messages that cost *cost*.  Whether to resume reading."""
+        self._decoded += count
+        if not self._forfeit:
+            self._used += cost
+        if self._reported or self._used >= TALLY_STEP:
+            self._report()
+        if not self._paused or self.held() > self._limit // 2:
+            return False
+        self._paused = False
+        return True
+
+    def _report(self) -> None:
+        self._reported = self._tally.follow(self._reported, self.held())
+
+
+Entry = tuple[Any, Any, "ReadCredit | None", int, "Callable[[], None] | None"]
+"""One message on its way to the application: session, message, the credit and how much of it comes back when
+the message is taken, and what to call when the handler comes back for the next one."""
+
+
+class _Turn:
+    """The turn that one handler thread has with one session: until it comes back, or the thread ends."""
+
+    __slots__ = ("_inbox", "done", "session")
+
+    def __init__(self, inbox: Inbox) -> None:
+        self._inbox = inbox
+        self.session: object = None
+        self.done: Callable[[], None] | None = None
+
+    def end(self) -> None:
+        """Let another handler have the session; close it, if it has ended."""
+        done, self.done = self.done, None
+        if done is not None:
+            done()
+        if self.session is not None:
+            with self._inbox._lock:
+                self._inbox._release(self)
+                self._inbox._call()
+
+    def __del__(self) -> None:
+        if hasattr(self, "done") and not forks.abandoned(self._inbox._born):  # or Ctrl-C came as it was made
+            self.end()
+
+
+class Inbox:
+    """Messages of any number of sessions, for any number of handler threads.
+
+    `get` returns ``(session, message)``, and ``(session, None)`` once when the session has ended
+    (`session.end` says how).  The messages of one session go to one handler at a time, in order: the next
+    one waits until the thread that took the last comes back for more, calls `task_done`, or ends.  So a pool
+    does not reorder a session's answers, and a session that stalls holds one handler and no more.
+
+    It is bounded by the sessions' read credit: a session whose messages are not
+    taken stops reading, and the others go on.  Otherwise as `queue.Queue`; when every Bridge that feeds it
+    is closed and all is taken, `get` raises ShutDown.
+
+    A handler that has been given ``(session, None)`` may still send (the peer may have closed only its
+    half).  When it comes back for the next message it is done, and the session is closed for it.
+    """
+
+    _in_turns = True
+    """Whether each session has one handler at a time."""
+
+    def __init__(self) -> None:
+        # Of each session at most one entry is ready or in a handler's hands; the others wait behind it.
+        self._entries: collections.deque[Entry] = collections.deque()
+        self._behind: dict[object, collections.deque[Entry] | None] = {}
+        self._waiting = 0  # how many those are
+        self._lock = threading.RLock()
+        self._sleepers: collections.deque[Bed] = collections.deque()  # first come, first woken
+        self._called: Bed | None = None  # who was woken for what is here, and has not come yet
+        self._over: Exception | None = None
+        self._feeders = 0
+        self._handler = threading.local()
+        self._born = forks.generation()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        """The next ``(session, message)``.  Any thread.
+
+        Raises ReceiveTimeout (a `queue.Empty` and a `TimeoutError`) if nothing arrived within *timeout*
+        seconds, or at once if *block* is false; ShutDown after the end.
+        """
+        if self._born != forks.current:
+            forks.check(self._born)
+        if timeout is not None:
+            check_timeout("timeout", timeout)
+        try:
+            turn: _Turn = self._handler.turn
+        except AttributeError:
+            turn = self._handler.turn = _Turn(self)
+        if turn.done is not None:
+            turn.end()
+        if not block:
+            timeout = 0.0
+        entry = self._next(timeout, deadline_after(timeout), turn)
+        return entry[0], entry[1]
+
+    def task_done(self) -> None:
+        """This thread is done with the message it got last; the session's next may go to any handler.
+
+        `get` implies it.  Only a thread that goes on to something else has to call it.
+        """
+        turn = getattr(self._handler, "turn", None)
+        if turn is not None:
+            turn.end()
+
+    def get_nowait(self) -> Any:
+        """`get`, without waiting."""
+        return self.get(block=False)
+
+    def put(self, item: tuple[Any, Any]) -> None:
+        """Add *item*, a pair, as if its session had delivered it: a word to the handlers.  Never waits.
+
+        If its session is None, it is a word to any handler, and waits for no other.
+        """
+        session, message = item
+        self._deliver(session, [message], None, 0, 0)
+
+    def qsize(self) -> int:
+        """How many messages are waiting."""
+        return len(self._entries) + self._waiting
+
+    def empty(self) -> bool:
+        """Whether nothing is waiting."""
+        return not self.qsize()
+
+    def full(self) -> bool:
+        """False: room is counted in bytes and for each session."""
+        return False
+
+    def shutdown(self) -> None:
+        """After what is waiting, `get` raises ShutDown in every thread (as `queue.Queue.shutdown`)."""
+        self._finish(ShutDown("the inbox was shut down"))
+
+    def _next(self, timeout: float | None, deadline: float | None, turn: _Turn | None) -> Entry:
+        """The next entry, which has left; with *turn*, in place of the one that its thread was given last."""
+        entry, resume = None, None
+        try:
+            while entry is None:
+                with self._lock:
+                    if turn is not None and turn.session is not None:
+                        self._release(turn)
+                    if self._entries:
+                        entry = self._entries[0]
+                        if turn is not None:
+                            turn.session, turn.done = entry[0], entry[4]
+                        del self._entries[0]
+                        resume = self._taken(entry)
+                if entry is None:
+                    self._wait(timeout, deadline)
+        except BaseException:
+            self._pass_on()
+            raise
+        if resume is not None:
+            surely(resume)
+        return entry
+
+    def _wait(self, timeout: float | None, deadline: float | None) -> None:
+        """Until there may be a message.  ReceiveTimeout after the *deadline*, *timeout* seconds after it was set."""
+        gate = Gate()
+        try:
+            with self._lock:
+                if self._entries:
+                    return
+                if self._over is not None and not self._waiting:
+                    raise fresh(self._over)
+                left = time_left(deadline)
+                if left == 0.0:
+                    raise ReceiveTimeout(f"no message within {timeout or 0:g} seconds")
+                check_may_wait()
+                self._sleepers.append(gate)
+            check_not_held(self._lock)
+            gate.sleep(left)
+            with self._lock:
+                self._rise(gate)
+        except BaseException:  # Ctrl-C, and nobody knows where
+            with self._lock:
+                self._rise(gate)
+            raise
+
+    def _pass_on(self) -> None:
+        """Who was woken takes nothing, be it for Ctrl-C: somebody else shall have what is here."""
+        with self._lock:
+            self._call()
+
+    def _taken(self, entry: Entry) -> Callable[[], None] | None:
+        """With the lock: *entry* has left, and with it what it cost.  What is to be called without the lock."""
+        if self._sleepers:
+            self._call()
+        credit = entry[2]
+        return credit._resume if credit is not None and credit._charge(0, -entry[3]) else None
+
+    def _call(self) -> None:
+        """With the lock: wake the next sleeper for what is here, if none is on its way.
+
+        One at a time, for whoever takes something and leaves something calls the next.  So of a large pool no more are
+        up than have something to do; a message each would wake all of them for what one can do.
+        """
+        if self._entries and self._sleepers and self._called is None:
+            bed = self._sleepers[0]
+            bed.ring()  # first: a ring too many does no harm
+            self._called = bed
+            del self._sleepers[0]
+
+    def _rise(self, bed: Bed) -> bool:
+        """With the lock: nobody sleeps in *bed* any more.  Whether nobody has woken it."""
+        if self._called is bed:
+            self._called = None
+        if bed not in self._sleepers:
+            return False
+        self._sleepers.remove(bed)
+        return True
+
+    def _wake_all(self) -> None:
+        while self._sleepers:
+            self._sleepers[0].ring()
+            del self._sleepers[0]
+
+    # Called by the coordinator, and by the wiring.
+
+    def _deliver(
+        self,
+        session: Any,
+        messages: list[Any],
+        credit: ReadCredit | None,
+        size: int,
+        share: int,
+        done: Callable[[], None] | None = None,
+    ) -> None:
+        """Put *messages* in, which *size* bytes of *credit* have become, and each of which is to cost *share*."""
+        if not self._in_turns:
+            session = None
+        with self._lock:
+            resume = credit is not None and credit._charge(size, share * len(messages))
+            for message in messages:
+                if session not in self._behind:
+                    self._entries.append((session, message, credit, share, done))
+                    if session is not None:
+                        self._behind[session] = None
+                else:
+                    behind = self._behind[session]
+                    if behind is None:
+                        behind = self._behind[session] = collections.deque()
+                    behind.append((session, message, credit, share, done))
+                    self._waiting += 1
+            if self._sleepers:
+                self._call()
+        if resume:
+            assert credit is not None
+            credit._resume()
+
+    def _release(self, turn: _Turn) -> None:
+        """A handler's *turn* is over, so the session's next entry is ready."""
+        session = turn.session
+        behind = self._behind[session]
+        if behind:
+            self._entries += (behind[0],)
+            del behind[0]
+            self._waiting -= 1
+        else:
+            del self._behind[session]
+        turn.session = None
+        if self._over is not None:
+            self._wake_all()
+
+    def _finish(self, why: Exception) -> None:
+        with self._lock:
+            self._over = self._over or why
+            self._wake_all()
+
+    def _attach(self) -> None:
+        with self._lock:
+            self._feeders += 1
+            self._over = None
+
+    def _detach(self) -> None:
+        with self._lock:
+            self._feeders -= 1
+            if self._feeders:
+                return
+        self._finish(ShutDown("every Bridge that fed this inbox is closed"))
+
+    def _end(self, session: Any, why: SessionEnded, opened: bool, done: Callable[[], None]) -> None:
+        """A session that feeds this inbox has ended."""
+        if opened:  # one that never opened was never here: its `connect` raises, its listener logs
+            self._deliver(session, [None], None, 0, 0, done)
+
+
+class SessionInbox(Inbox):
+    """One session's own inbox: `get` returns just the message, and raises the cause after the end."""
+
+    _in_turns = False  # its receivers take whatever is next
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend: Callable[[SessionInbox, float | None], bool] | None = None
+        """What brings messages in on the thread of a receiver that would wait for them; false if it may not."""
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        """The next message.  Any thread.  ReceiveTimeout, or how the session ended."""
+        if not block:
+            timeout = 0.0
+        deadline = deadline_after(timeout) if self._entries else self._fetch(timeout)
+        return self._next(timeout, deadline, None)[1]
+
+    def peek(self, timeout: float | None = None) -> Any:
+        """As `get`, and the message stays the next one."""
+        deadline = self._fetch(timeout)
+        try:
+            while True:
+                with self._lock:
+                    if self._entries:
+                        return self._entries[0][1]
+                self._wait(timeout, deadline)
+        finally:
+            self._pass_on()  # this wake-up takes nothing
+
+    def _fetch(self, timeout: float | None) -> float | None:
+        """Bring a message in, if that is possible within *timeout* seconds.  When these are over."""
+        deadline = deadline_after(timeout)
+        while not self._entries and timeout != 0.0 and (attend := self.attend) and attend(self, timeout):
+            timeout = time_left(deadline)
+        return deadline
+
+    def lie_down(self, bed: Bed) -> bool:
+        """From now on whatever comes rings *bed*; False if something is here, or somebody else waits for it."""
+        with self._lock:
+            if self._entries or self._sleepers or self._over is not None:
+                return False
+            self._sleepers.append(bed)
+            return True
+
+    def get_up(self, bed: Bed, in_vain: bool = False) -> bool:
+        """No longer.  Whether nothing has come; if so *in_vain*, it is for the next sleeper."""
+        with self._lock:
+            asleep = self._rise(bed)
+            if in_vain and not asleep:
+                self._call()
+            return asleep
+
+    def _end(self, session: Any, why: SessionEnded, opened: bool, done: Callable[[], None]) -> None:
+        self.attend = None
+        self._finish(why)
