@@ -39,7 +39,7 @@ from bridge.names import PeerName
 from bridge.outbox import Outbox
 from bridge.session import Session
 from bridge.stream import Stream
-from bridge.threads import check_may_wait, interrupts
+from bridge.threads import check_may_wait, let_through
 from bridge.totals import Totals, total
 from bridge.transport import Ending, Plan, Transport
 from bridge.worker import Worker
@@ -51,6 +51,7 @@ T = TypeVar("T")
 EXIT_SECONDS = 3.0
 """How long a Bridge that was never closed may delay the end of the interpreter."""
 
+_CLOSED = "this Bridge is closed; make a new one"
 _names = itertools.count(1)
 _live: weakref.WeakSet[Bridge] = weakref.WeakSet()
 
@@ -125,7 +126,6 @@ class Bridge:
         self._timeouts = _instance("timeouts", timeouts, Timeouts) or Timeouts()
         self._limits = _instance("limits", limits, Limits) or Limits()
         self._born = forks.generation()
-        self._closing = False
         self._closed = threading.Event()
         self._closer: threading.Thread | None = None
         self._feeding = threading.RLock()  # of an inbox, which is attached once
@@ -259,9 +259,11 @@ class Bridge:
             owner=owner,
         )
         stream = Stream(f"{next(_names)} over {plan.peer}", plan, next(self._turns), self._on_gone)
-        if not self._streams.add(stream):
+        try:
+            self._count_in(self._streams, stream, None)
+        except BridgeClosed:
             stream.close()
-            raise BridgeClosed("this Bridge is closed; make a new one")
+            raise
         return stream
 
     def listen(
@@ -366,11 +368,11 @@ class Bridge:
                 "Bridge.close() was called by a thread of the Bridge itself, which it would wait for"
             )
         check_may_wait()
-        if self._closing:
+        if self._closer is not None:
             if self._closer is not threading.current_thread():  # but a signal handler, in the middle of it
                 self._closed.wait()
             return
-        self._closer, self._closing = threading.current_thread(), True
+        self._closer = threading.current_thread()
         try:
             self._close_sessions(timeout)
         finally:  # also when Ctrl-C cut the politeness short
@@ -414,7 +416,7 @@ class Bridge:
     @property
     def closed(self) -> bool:
         """Whether `close` was called: nothing new can start."""
-        return self._closing
+        return self._closer is not None
 
     def __enter__(self) -> Bridge:
         return self
@@ -494,8 +496,7 @@ class Bridge:
             )
             assert plan.sock is not None
             plan.sock.close()
-            if interrupts(error):
-                raise
+            let_through(error)
             return
         channel = session._channel
         channel.handle = session
@@ -549,12 +550,12 @@ class Bridge:
                 if not fed:  # whoever waits there already learns that it is over
                     inbox._detach()
         if not members.add(member):
-            raise BridgeClosed("this Bridge is closed; make a new one")
+            raise BridgeClosed(_CLOSED)
 
     def _check_open(self) -> None:
         forks.check(self._born)
-        if self._closing:
-            raise BridgeClosed("this Bridge is closed; make a new one")
+        if self._closer is not None:
+            raise BridgeClosed(_CLOSED)
 
     def _nearest_timeouts(self, timeouts: Timeouts | None) -> Timeouts:
         return _instance("timeouts", timeouts, Timeouts) or self._timeouts

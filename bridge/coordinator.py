@@ -23,7 +23,7 @@ from bridge.inbox import Inbox, ReadCredit, SessionInbox
 from bridge.limits import RECORD_BYTES
 from bridge.outbox import Outbox
 from bridge.poll import READ, my_sleeper
-from bridge.threads import check_may_wait, interrupts, serving_all, this_thread
+from bridge.threads import check_may_wait, let_through, serving_all, this_thread
 from bridge.transport import Ending, Told, Transport, interrupted
 from bridge.worker import Command, Worker
 
@@ -316,8 +316,7 @@ class Coordinator:
             try:
                 self._handlers[what](channel, payload)
             except BaseException as error:
-                if interrupts(error):
-                    raise
+                let_through(error)
                 # A bug of ours, or of a user's class: it costs this session, not the thread.
                 self._fail(channel, error)
         if not self._outgoing:
@@ -364,8 +363,7 @@ class Coordinator:
         try:
             messages = channel.codec.decode(data)
         except BaseException as error:
-            if interrupts(error):
-                raise
+            let_through(error)
             self._deliver(channel, [], len(data))
             self._refuse(channel, error)
             return
@@ -379,8 +377,7 @@ class Coordinator:
             try:
                 messages = channel.codec.eof()
             except BaseException as error:
-                if interrupts(error):
-                    raise
+                let_through(error)
                 self._refuse(channel, error)
             else:
                 self._deliver_all(channel, messages, 0)
@@ -394,8 +391,7 @@ class Coordinator:
             for message in messages:
                 whole.append(message)
         except BaseException as error:
-            if interrupts(error):
-                raise
+            let_through(error)
             failure = error
         self._deliver(channel, whole, size)
         if failure is not None:

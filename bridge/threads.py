@@ -43,9 +43,10 @@ def check_may_wait() -> None:
         )
 
 
-def interrupts(error: BaseException) -> bool:
-    """Whether *error* may be of a signal handler, whose place is the main thread, and is not to be handled here.
+def let_through(error: BaseException) -> None:
+    """Raise *error* if it may be of a signal handler, whose place is the main thread: it is not to be handled here.
 
     Whatever else comes out of somebody's codec, be it SystemExit, is that codec's failure.
     """
-    return not isinstance(error, Exception) and threading.current_thread() is threading.main_thread()
+    if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+        raise error

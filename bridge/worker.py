@@ -32,7 +32,7 @@ from bridge import events
 from bridge.crossing import Mailbox
 from bridge.errors import SessionAborted, SessionEnded
 from bridge.poll import LENT, NOTHING, READ, Doorbell, Poller, Want
-from bridge.threads import interrupts, serving_all
+from bridge.threads import let_through, serving_all
 
 HAND_OVER = 64
 """Events a turn may gather before the coordinator gets the first of them."""
@@ -254,8 +254,7 @@ class Worker:
         self._flush()
 
     def _fail(self, pollable: Pollable, error: BaseException) -> None:
-        if interrupts(error):
-            raise error
+        let_through(error)
         fail(pollable, error, self.name)
 
     def _look(self, timeout: float | None) -> list[tuple[Pollable | None, int]]:
