@@ -448,7 +448,13 @@ class Bridge:
         channel = Channel(f"{next(_names)} {how} {plan.peer}", made, inbox or SessionInbox(), coordinator)
         channel.worker = next(self._turns)
         channel.outbox = Outbox(bounds.outbox_bytes, self._outbox_tally, channel.has_sent)
-        channel.credit = ReadCredit(bounds.inbox_bytes, self._inbox_tally, channel.resume, channel.inbox)
+        channel.credit = ReadCredit(
+            bounds.inbox_bytes,
+            self._inbox_tally,
+            channel.resume,
+            channel.inbox,
+            stepwise=type(made).decode is not codecs.Raw.decode,
+        )
         channel.transport = Transport(channel.name, plan, channel.outbox, channel.credit, channel.tell)
         channel.on_closed = self._on_closed
         session = Session(channel, coordinator, plan.timeouts, bounds)
@@ -528,8 +534,8 @@ class Bridge:
             return f"Limits.handshakes is reached ({bounds.handshakes})"
         if listener.inbox is None and listener.waiting() >= bounds.backlog:
             return f"Limits.backlog is reached: {bounds.backlog} sessions wait for accept()"
-        if listener.inbox is not None and listener.waiting() >= self._limits.sessions:
-            return f"{self._limits.sessions} messages wait in the shared inbox"
+        if listener.inbox is not None and listener.inbox._ends >= self._limits.sessions:
+            return f"of {self._limits.sessions} sessions in the shared inbox no handler has seen the end"
         return None
 
     def _on_closed(self, channel: Channel, ending: Ending) -> None:

@@ -98,7 +98,10 @@ class Channel:
 
     def tell(self, kind: str, payload: Any) -> None:
         """For the transport: note an event.  The worker's thread."""
-        self.worker.produced.append((self, kind, payload))
+        worker = self.worker
+        worker.produced.append((self, kind, payload))
+        if kind is Told.DATA and self.credit.stepwise and len(payload) >= RECORD_BYTES:
+            worker.flush()  # more may be read at once if this is decoded at once
 
     def has_sent(self) -> None:
         """The outbox has something for the coordinator.  Any thread; never waits."""

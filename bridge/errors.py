@@ -38,7 +38,6 @@ who asks later is given a copy of it, so tracebacks of different threads do not 
 
 from __future__ import annotations
 
-import copy
 import errno
 import queue
 import ssl
@@ -197,7 +196,16 @@ _E = TypeVar("_E", bound=BaseException)
 
 
 def fresh(error: _E) -> _E:
-    """A copy of *error*, without its traceback, for one more thread to raise.  Any thread."""
-    clone = copy.copy(error)
+    """A copy of *error*, without its traceback, for one more thread to raise.  Any thread.
+
+    Its class is not called: a user's may take other arguments than it passes on.
+    """
+    kind = type(error)
+    try:
+        clone = kind.__new__(kind, *error.args)
+    except Exception:  # it has a __new__ of its own: better one for all than none
+        return error.with_traceback(None)
+    clone.args = error.args
+    vars(clone).update(vars(error))
     clone.__cause__ = error.__cause__
     return clone

@@ -32,6 +32,9 @@ class ReadCredit:
 
     What was read and has not come to the coordinator yet is the difference of two counts, each with one writer, so
     the owner needs no lock for it; the rest is guarded by the lock of the inbox, which holds it then anyway.
+
+    A byte may become a message, which costs 64 times as much.  So where bytes can become many messages it is read
+    *stepwise*: a record, and no more before the coordinator has said what has become of it.
     """
 
     __slots__ = (
@@ -46,13 +49,17 @@ class ReadCredit:
         "_tally",
         "_used",
         "kept",
+        "stepwise",
     )
 
-    def __init__(self, limit: int, tally: Tally, resume: Callable[[], None], inbox: Inbox) -> None:
+    def __init__(
+        self, limit: int, tally: Tally, resume: Callable[[], None], inbox: Inbox, stepwise: bool = False
+    ) -> None:
         self._lock = inbox._lock
         self._limit = limit
         self._tally = tally
         self._resume = resume
+        self.stepwise = stepwise
         self._read = 0  # bytes since the beginning; the owner alone counts them
         # Guarded by the lock.
         self._decoded = 0  # of these, with the coordinator
@@ -65,13 +72,23 @@ class ReadCredit:
     # Called by the owner of the socket.
 
     def room(self) -> int:
-        """How many bytes may be read.  If none, the owner will be called back."""
-        held = self._read - self._decoded + self._used  # in this order: what moves just now counts twice
-        if not held or (held < self._limit and self._tally.has_room()):
-            return self._limit - held
-        with self._lock:
-            self._paused = self.held() > 0
-            return 0 if self._paused else self._limit
+        """How many bytes may be read, or a record more.  If none, the owner will be called back."""
+        room = self._room()
+        if room <= 0:
+            with self._lock:
+                room = self._room()
+                self._paused = room <= 0
+        return room
+
+    def _room(self) -> int:
+        undecoded = self._read - self._decoded
+        held = undecoded + self._used  # in this order: what moves just now counts twice
+        scarce = not self._tally.has_room()
+        if held and (scarce or held >= self._limit):
+            return 0
+        if self.stepwise and undecoded:
+            return 0
+        return 1 if scarce or self.stepwise else self._limit - held
 
     def spend(self, count: int) -> None:
         """*count* bytes were read."""
@@ -127,9 +144,9 @@ class ReadCredit:
 
     def _charge(self, count: int, cost: int) -> bool:
         """Of what was read, *count* bytes have become messages that cost *cost*.  Whether to resume reading."""
-        self._decoded += count
         if not self._forfeit:
             self._used += cost
+        self._decoded += count  # last: see `_room`
         if self._reported or self._used >= TALLY_STEP:
             self._report()
         if not self._paused or self.held() > self._limit // 2:
@@ -195,6 +212,7 @@ class Inbox:
         self._entries: collections.deque[Entry] = collections.deque()
         self._behind: dict[object, collections.deque[Entry] | None] = {}
         self._waiting = 0  # how many those are
+        self._ends = 0  # of all entries, how many say that a session has ended
         self._lock = threading.RLock()
         self._sleepers: collections.deque[Bed] = collections.deque()  # first come, first woken
         self._called: Bed | None = None  # who was woken for what is here, and has not come yet
@@ -316,6 +334,8 @@ class Inbox:
         """With the lock: *entry* has left, and with it what it cost.  What is to be called without the lock."""
         if self._sleepers:
             self._call()
+        if entry[4] is not None:
+            self._ends -= 1
         credit = entry[2]
         return credit._resume if credit is not None and credit._charge(0, -entry[3]) else None
 
@@ -412,6 +432,8 @@ class Inbox:
     def _end(self, session: Any, why: SessionEnded, opened: bool, done: Callable[[], None]) -> None:
         """A session that feeds this inbox has ended."""
         if opened:  # one that never opened was never here: its `connect` raises, its listener logs
+            with self._lock:
+                self._ends += 1
             self._deliver(session, [None], None, 0, 0, done)
 
 

@@ -47,7 +47,6 @@ class Outbox:
         "_limit",
         "_lock",
         "_lost",
-        "_moved",
         "_notify",
         "_pending",
         "_reported",
@@ -57,8 +56,7 @@ class Outbox:
 
     def __init__(self, limit: int, tally: Tally, notify: Callable[[], None]) -> None:
         self._lock = threading.RLock()
-        self._moved: threading.Condition | None = None  # made for the first who flushes
-        self._flushing = 0
+        self._flushing: tuple[tuple[int, Gate], ...] = ()  # up to which byte, and who waits for that
         self._pending: list[bytes] = []
         self._waiting: collections.deque[_Ticket] | None = None  # first come, first served
         self._limit = limit
@@ -88,6 +86,8 @@ class Outbox:
                 if not size:
                     return True
                 if self._held and (self._waiting or not self._fits(size)):
+                    if timeout != 0.0:
+                        check_may_wait()
                     ticket = _Ticket(data, alone)
                     self._line_up(ticket)
                 else:
@@ -128,24 +128,7 @@ class Outbox:
         if self._reported or self._held >= TALLY_STEP:
             self._reported = self._tally.follow(self._reported, self._held)
 
-    def _sleep(self, timeout: float | None) -> bool:
-        """Wait, with the lock held, for bytes to leave or for the end; False if neither came in time."""
-        check_may_wait()
-        if self._moved is None:
-            self._moved = threading.Condition(self._lock)
-        self._flushing += 1
-        try:
-            return timeout != 0.0 and self._moved.wait(timeout)
-        finally:
-            self._flushing -= 1
-
-    def _wake_flushing(self) -> None:
-        if self._flushing:
-            assert self._moved is not None
-            self._moved.notify_all()
-
     def _line_up(self, ticket: _Ticket) -> None:
-        check_may_wait()
         if self._waiting is None:
             self._waiting = collections.deque()
         self._waiting.append(ticket)
@@ -197,14 +180,36 @@ class Outbox:
         OperationTimeout after *timeout* seconds; the cause, if the session ended before that.
         """
         check_not_held(self._lock)
-        deadline = deadline_after(timeout)
+        deadline, flusher = deadline_after(timeout), (self._accepted, Gate())
+        try:
+            while not self._has_left(flusher, timeout, deadline):
+                flusher[1].sleep(time_left(deadline))
+        finally:
+            with self._lock:
+                self._flushing = tuple(one for one in self._flushing if one is not flusher)
+
+    def _has_left(self, flusher: tuple[int, Gate], timeout: float | None, deadline: float | None) -> bool:
+        """Whether that many bytes have.  If not, the gate is rung when they have, or when they never will."""
         with self._lock:
-            target = self._accepted
-            while (behind := target - self._gone) > 0:
-                if self._lost is not None:
-                    raise fresh(self._lost)
-                if not self._sleep(time_left(deadline)) and self._gone < target and self._lost is None:
-                    raise OperationTimeout(f"flush: {behind} bytes had not left within {timeout:g} seconds")
+            behind = flusher[0] - self._gone
+            if behind <= 0:
+                return True
+            if self._lost is not None:
+                raise fresh(self._lost)
+            if time_left(deadline) == 0.0:
+                raise OperationTimeout(f"flush: {behind} bytes had not left within {timeout:g} seconds")
+            check_may_wait()
+            if flusher not in self._flushing:
+                self._flushing += (flusher,)
+            return False
+
+    def _wake_flushing(self) -> None:
+        if self._flushing:
+            last = self._gone if self._lost is None else self._accepted
+            for target, gate in self._flushing:
+                if target <= last:
+                    gate.ring()
+            self._flushing = tuple(one for one in self._flushing if one[0] > last)
 
     def held(self) -> int:
         """Bytes accepted and not yet taken by the kernel."""

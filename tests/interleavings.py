@@ -433,9 +433,6 @@ class World:
     def RLock(self) -> Lock:
         return Lock(self, reentrant=True)
 
-    def Condition(self, lock: Lock) -> Condition:
-        return Condition(self, lock)
-
     def local(self) -> Local:
         made = Local(self)
         self.closing(made.values.clear)  # so that what has a finalizer does not end up in another run
@@ -491,34 +488,6 @@ class Lock:
             self.count = max(0, self.count - 1)
         else:
             self.release()
-
-
-class Condition:
-    """As `threading.Condition`."""
-
-    def __init__(self, world: World, lock: Lock) -> None:
-        self._world, self._lock = world, lock
-        self._waiters: collections.deque[list[bool]] = collections.deque()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        assert self._lock.count == 1 and self._lock.owner == self._world.me().name
-        ticket = [False]
-        self._waiters.append(ticket)
-        self._lock.count = 0
-        notified = self._world.block(lambda: ticket[0], "wait for a condition", timeout is not None)
-        if not notified:
-            self._waiters = collections.deque(one for one in self._waiters if one is not ticket)
-        self._world.block(self._lock._free, "wait for a lock again")
-        self._lock.owner, self._lock.count = self._world.me().name, 1
-        return notified
-
-    def notify(self, n: int = 1) -> None:
-        assert self._lock.count
-        for _ in range(min(n, len(self._waiters))):
-            self._waiters.popleft()[0] = True
-
-    def notify_all(self) -> None:
-        self.notify(len(self._waiters))
 
 
 class Local:

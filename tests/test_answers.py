@@ -496,7 +496,7 @@ def test_flush_waits_for_its_own_bytes_and_not_for_as_many_of_an_answer() -> Non
     box.put(b"x" * 10, 0)
     with ThreadPoolExecutor(1) as pool:
         flushed = pool.submit(box.flush, PATIENCE)
-        until(lambda: box._flushing == 1)
+        until(lambda: len(box._flushing) == 1)
         box.hold(100)
         box.give_back(100)
         with pytest.raises(bridge.OperationTimeout):

@@ -99,7 +99,7 @@ OPENSSL_ERRORS = {"engine", "connection", "context", "credentials", "ssl.context
 THREADING = {
     "threads": {"current_thread", "local", "main_thread"},
     "crossing": {"Lock", "RLock", "TIMEOUT_MAX"},
-    "outbox": {"Condition", "RLock"},
+    "outbox": {"RLock"},
     "inbox": {"RLock", "local"},
     "context": {"Lock"},  # of the sessions to resume, which all workers share
     "connection": {"RLock"},  # a line of the key log, which all workers write

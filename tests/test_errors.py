@@ -189,6 +189,57 @@ def test_a_codec_that_raises_ends_its_own_session_only(pair: Pair, logs: list[An
     assert not [entry for entry in logs if entry["event"] in ("worker.failed", "coordinator.failed")]
 
 
+class BadCommand(bridge.CodecError):
+    """Takes other arguments than it passes on."""
+
+    def __init__(self, command: str, position: int) -> None:
+        super().__init__(f"bad command {command!r} at {position}")
+        self.position = position
+
+
+class BadWord(bridge.CodecError):
+    """Makes its text of what it is given."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__(f"bad word {word!r}")
+
+
+class Fussy(bridge.CodecError):
+    """As `BadCommand`, and before it is made."""
+
+    def __new__(cls, command: str, position: int) -> Fussy:
+        return super().__new__(cls, command)
+
+    def __init__(self, command: str, position: int) -> None:
+        super().__init__(f"fussy about {command!r}")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (BadCommand("HELO", 7), "bad command 'HELO' at 7"),
+        (BadWord("poison"), "bad word 'poison'"),
+        (Fussy("HELO", 7), "fussy about 'HELO'"),
+    ],
+    ids=["two arguments", "one argument", "its own __new__"],
+)
+def test_a_codec_s_own_kind_of_codec_error_is_raised_as_it_is(
+    pair: Pair, logs: list[Any], error: bridge.CodecError, text: str
+) -> None:
+    class Refusing(codecs.Raw):
+        def decode(self, data: bytes) -> list[bytes]:
+            raise error
+
+    client, server = pair(codecs.Raw, Refusing)
+    client.send(b"x")
+    for _ in range(3):  # a copy for each
+        with pytest.raises(type(error)) as caught:
+            server.recv(PATIENCE)
+        assert str(caught.value) == text and vars(caught.value) == vars(error)
+    assert not [entry for entry in logs if entry["event"] == "coordinator.failed"]
+    client.abort()
+
+
 @pytest.mark.parametrize("wait", ["recv", "send", "connect", "inbox"])
 def test_a_codec_that_waits_is_told_not_to(
     b: bridge.Bridge, pair: Pair, wait: str, server_ctx: bridge.Context, client_ctx: bridge.Context

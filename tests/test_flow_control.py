@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from conftest import KeyPair
 from peers import Checker, Pattern, until
+from rig import Lockstep, Raw, raw_context
 
 import bridge
 from bridge import codecs
+from bridge.codecs import Codec
 from bridge.coordinator import MESSAGE_BYTES
 from bridge.limits import RECORD_BYTES
 
@@ -141,6 +143,55 @@ def test_a_reader_that_stops_stops_the_peer_within_bounds_and_then_gets_every_by
                 checker.feed(session.recv(DEADLINE))
             rest.result(DEADLINE)
             assert checker.received == total and session.inbox.empty() and not session.inbox.full()
+            session.abort()
+
+
+@pytest.mark.parametrize("total", [1 << 30, 1], ids=["there is room in all", "there is none"])
+@pytest.mark.parametrize("codec", [bridge.codecs.Lines, bridge.codecs.Raw])
+def test_messages_of_one_byte_stay_within_bounds(
+    server_ctx: bridge.Context, tls_version: str, codec: type[Codec[Any]], total: int
+) -> None:
+    """A message costs 64 bytes at least, so a byte may; before it is known no more than a record is read.
+
+    So it is also where all sessions together have no room: none may starve, and none may have more than that.
+    """
+    with Lockstep() as lockstep:
+        near, far = lockstep.large_pair()
+        limits = bridge.Limits(inbox_bytes=64 * 1024, total_bytes=total)
+        ours = lockstep.bridge(limits=limits)
+        ours._inbox_tally.add(1)  # somebody else's
+        session = ours.adopt(near, server_ctx, codec=codec, wait=False)
+        peer = Raw(raw_context(tls_version), far, False)
+        lockstep.until(lambda: peer.handshake() is None)
+        assert peer.write_until_stuck(b"\n" * RECORD_BYTES) > 8 * RECORD_BYTES
+        lockstep.settle()
+        held = ours.snapshot().sessions[0].inbox_bytes
+        if codec is bridge.codecs.Lines:
+            assert session.inbox.qsize() == RECORD_BYTES and held == MESSAGE_BYTES * RECORD_BYTES
+        elif total == 1:
+            assert held == RECORD_BYTES
+        else:
+            assert limits.inbox_bytes <= held <= limits.inbox_bytes + RECORD_BYTES
+        session.abort()
+        lockstep.settle()
+
+
+@pytest.mark.parametrize("messages", [1, 100])
+def test_many_short_messages_at_once_are_read_to_the_end(
+    server_ctx: bridge.Context, stdlib_client: ssl.SSLContext, messages: int
+) -> None:
+    """Reading record by record stops and goes on with the one who takes them."""
+    with (
+        bridge.Bridge(workers=1, limits=bridge.Limits(inbox_bytes=messages)) as b,
+        tcp_pair() as (ours, theirs),
+        ThreadPoolExecutor() as pool,
+    ):
+        session = b.adopt(ours, server_ctx, codec=bridge.codecs.Lines, wait=False)
+        with stdlib_client.wrap_socket(theirs, server_hostname="localhost") as peer:
+            lines = [str(number) for number in range(20_000)]
+            sent = pool.submit(peer.sendall, "".join(f"{line}\n" for line in lines).encode())
+            assert [session.recv(DEADLINE) for _ in lines] == lines
+            sent.result(DEADLINE)
             session.abort()
 
 

@@ -410,6 +410,21 @@ def test_an_interrupted_send_is_whole_or_nothing_and_the_next_one_leaves(full: b
             return
 
 
+def test_an_interrupted_flush_raises_just_that_and_leaves_nothing() -> None:
+    for number in itertools.count():
+        crossing = Crossing(100)
+        outbox = crossing.outbox
+        outbox.put(b"stuck", None)
+        with Moment("call", number) as moment, contextlib.suppress(Interrupt, bridge.OperationTimeout):
+            outbox.flush(0.001)
+        assert not outbox._lock._is_owned(), moment.where
+        crossing.carry()
+        assert not outbox._flushing, moment.where
+        if not moment.where:
+            assert number > 5
+            return
+
+
 def test_an_interrupted_receiver_wakes_the_next(background: Background) -> None:
     for number in itertools.count():
         inbox = Inbox()

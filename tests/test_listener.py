@@ -253,16 +253,33 @@ def test_the_limit_of_sessions_pauses_accepting(
 def test_a_shared_inbox_that_nobody_empties_pauses_accepting(
     far: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context, logs: list[Any]
 ) -> None:
+    """Or else clients that come, say something and go would fill it without bound."""
     shared = bridge.Inbox()
     with bridge.Bridge(workers=1, timeouts=QUICK, limits=bridge.Limits(sessions=2)) as b:
         listener = b.listen(("127.0.0.1", 0), server_ctx, inbox=shared)
+        for number in (1, 2):
+            far.connect(listener.address, client_ctx, server_hostname="localhost").abort()
+            until(lambda: shared._ends == number)  # noqa: B023
+        with socket.create_connection(listener.address):
+            until(lambda: named(logs, "listener.paused"))
+        assert "2 sessions in the shared inbox" in named(logs, "listener.paused")[0]["reason"]
+        assert shared.get_nowait()[1] is None
+        with far.connect(listener.address, client_ctx, server_hostname="localhost"):
+            pass
+
+
+def test_many_messages_of_a_few_sessions_keep_nobody_out(
+    far: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    shared = bridge.Inbox()
+    with bridge.Bridge(workers=1, timeouts=QUICK, limits=bridge.Limits(sessions=4)) as b:
+        listener = b.listen(("127.0.0.1", 0), server_ctx, codec=bridge.codecs.Lines, inbox=shared)
         with far.connect(listener.address, client_ctx, server_hostname="localhost") as client:
-            client.send(b"x")
-            until(lambda: shared.qsize() == 1)
-            shared.put((None, "a word"))
-            with socket.create_connection(listener.address):
-                until(lambda: named(logs, "listener.paused"))
-        assert named(logs, "listener.paused")[0]["reason"] == "2 messages wait in the shared inbox"
+            client.send(b"\n" * 100)
+            until(lambda: shared.qsize() == 100)
+            with far.connect(listener.address, client_ctx, server_hostname="localhost"):
+                pass
+            client.abort()
 
 
 def test_a_crowd_of_clients_is_let_in_by_and_by(server_ctx: bridge.Context) -> None:

@@ -259,7 +259,7 @@ def reading(world: World, credit: type[ReadCredit] = ReadCredit, messages: int =
     account = credit(2, tally, lambda: woken.__setitem__(0, 1), box)
     taken: list[int] = []
     world.share(account, tally, woken, box, taken)
-    world.always(lambda: account.held() <= 2 + 1)
+    world.always(lambda: account.held() <= 2 * 2)  # what moves just now counts twice
 
     def owner() -> None:
         number = 0

@@ -374,13 +374,16 @@ def test_who_waits_for_room_is_woken_when_half_of_it_is_free(background: Backgro
 def test_a_flush_that_is_done_just_in_time_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     outbox, _ = outbox_of(6)
     outbox.put(b"aaaaaa", None)
+    late = [False]
 
-    def too_late(self: Outbox, timeout: float | None) -> bool:
-        self._gone += 6
-        return False
+    def too_late() -> None:
+        late[0] = True
+        outbox.give_back(6)
 
-    monkeypatch.setattr(Outbox, "_sleep", too_late)
+    monkeypatch.setattr("bridge.outbox.Gate", lambda: Scripted(too_late))
+    monkeypatch.setattr("bridge.outbox.time_left", lambda deadline: 0.0 if late[0] else 1.0)
     outbox.flush(1.0)
+    assert late[0]
 
 
 def test_nobody_is_counted_as_flushing_who_is_not() -> None:
@@ -388,7 +391,7 @@ def test_nobody_is_counted_as_flushing_who_is_not() -> None:
     outbox.put(b"aaaaaa", None)
     with pytest.raises(bridge.OperationTimeout):
         outbox.flush(0.001)
-    assert outbox._flushing == 0
+    assert outbox._flushing == ()
 
 
 class Meanwhile:
