@@ -11,6 +11,7 @@ import socket
 import ssl
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -169,7 +170,7 @@ class Bridge:
         *address*.  *timeout* is total, in seconds, name resolution included (which happens on this thread and
         cannot be interrupted); `Timeouts.connect` and `Timeouts.handshake` hold besides.
         With ``wait=False`` returns before the handshake: messages sent meanwhile leave after it, and if it
-        fails `recv` says why.
+        fails `recv` says why, or the shared inbox that the session has ended.
 
         Raises ConfigurationError for unusable arguments, OSError for an unknown host, ConnectFailed,
         ConnectTimeout, HandshakeTimeout, CertificateError, HostnameMismatch, TLSError, NotTLS.
@@ -188,7 +189,7 @@ class Bridge:
             resume_key=(name, addresses[0][4]),
             peer=show_address(address),
         )
-        session = self._make(plan, codec, inbox, limits, "to")
+        session = self._make(plan, codec, inbox, limits, "to", given=not wait)
         return _opened(session, deadline, timeout) if wait else session
 
     def adopt(
@@ -225,7 +226,7 @@ class Bridge:
             resume_key=(server_hostname,) if server_hostname is not None else None,
             peer=peer,
         )
-        session = self._make(plan, codec, inbox, limits, "over")
+        session = self._make(plan, codec, inbox, limits, "over", given=not wait)
         return _opened(session, deadline, timeout) if wait else session
 
     def stream(
@@ -327,6 +328,7 @@ class Bridge:
 
     def snapshot(self) -> Snapshot:
         """What every session is doing now.  Cheap; any thread; takes no part in anything."""
+        forks.check(self._born)
         now = time.monotonic()
         sessions = []
         seen = [(c.name, c.worker.name, c.transport.describe()) for c in self._channels]
@@ -348,6 +350,7 @@ class Bridge:
 
     def totals(self) -> Totals:
         """What all sessions have done, since the beginning.  As cheap as `snapshot`; any thread."""
+        forks.check(self._born)
         channels, left = self._channels.census()
         streams, gone = self._streams.census()
         accounts = [left, gone]
@@ -424,16 +427,39 @@ class Bridge:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        # May run in any thread, at any moment.  No session and no listener is left, or they would keep it alive.
+        try:
+            forgotten = (
+                self._closer is None and self._threads[0].is_alive() and not forks.abandoned(self._born)
+            )
+        except AttributeError:
+            return
+        if forgotten:
+            try:
+                warnings.warn("a Bridge was forgotten, and ends its threads", ResourceWarning, source=self)
+            finally:  # also where warnings are errors
+                for worker in self._workers:
+                    worker.stop()
+                self._coordinator.stop()
+
     # Wiring.
 
     def _make(
-        self, plan: Plan, codec: CodecFactory, inbox: Inbox | None, limits: Limits | None, how: str
+        self,
+        plan: Plan,
+        codec: CodecFactory,
+        inbox: Inbox | None,
+        limits: Limits | None,
+        how: str,
+        given: bool,
     ) -> Session:
         bounds = _instance("limits", limits, Limits) or self._limits
         _instance("inbox", inbox, Inbox)
         if not self._sessions_tally.has_room():
             raise self._full()
         session = self._wire(plan, codec, inbox, bounds, how)
+        session._channel.given = given
         self._launch(session._channel)
         return session
 

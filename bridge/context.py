@@ -325,13 +325,18 @@ class _Sessions:
             return session
 
 
-def _route(routes: Routes, connection: SSL.Connection) -> None:
+def _route(connection: SSL.Connection) -> None:
     """SSL_CTX_set_tlsext_servername_callback(3): switch to the context for the name that the client asks for.
 
-    Called again after a HelloRetryRequest, hence it may also have to switch back.
+    Called again after a HelloRetryRequest, hence it may also have to switch back.  It is set where there is nothing to
+    switch to as well: without it a resumed session of TLS 1.2 does not know its name.
     """
-    record: Record = connection.get_app_data()
-    target = routes.find(connection.get_servername(), record.context)
+    record = connection.get_app_data()
+    if record is None:  # a connection that somebody else has made with our context
+        return
+    target = context = record.context
+    if context._routes:
+        target = context._routes.find(connection.get_servername(), context)
     if target is not record.routed:
         target.take_over(connection, record)
 
@@ -436,8 +441,7 @@ def server_context(
     raw.set_verify(mode, note_verification)
     if protocols:
         raw.set_alpn_select_callback(functools.partial(select_alpn, protocols))
-    if routes:
-        raw.set_tlsext_servername_callback(functools.partial(_route, routes))
+    raw.set_tlsext_servername_callback(_route)
     if ocsp_staple is not None:
         _check_ocsp_staple(ocsp_staple)
         raw.set_ocsp_server_callback(functools.partial(staple, ocsp_staple))

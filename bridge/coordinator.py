@@ -59,6 +59,7 @@ class Channel:
         "credit",
         "end",
         "ended",
+        "given",
         "handle",
         "inbox",
         "name",
@@ -82,6 +83,8 @@ class Channel:
         self.inbox = inbox
         self.handle: Any = None
         """The application's handle, while nobody but the channel keeps it alive."""
+        self.given = False
+        """The application has the handle, whatever becomes of the handshake."""
         self.on_open: Callable[[Channel], None] = nobody
         self.on_closed: Callable[[Channel, Ending], None] = nobody
         self.opened: Latch[SessionInfo | SessionEnded] = Latch()
@@ -350,6 +353,8 @@ class Coordinator:
             self._command(channel, method, *(() if payload is None else payload))
             if method == "close":
                 self._end(channel, SessionClosed("this side closed the session"))
+            elif method == "abort":
+                self._end(channel, payload[0])
 
         return forward
 
@@ -435,8 +440,8 @@ class Coordinator:
         if not channel.ended:
             channel.ended = True
             channel.end = cause
-            opened = isinstance(channel.opened.peek(), SessionInfo)
-            channel.inbox._end(channel.handle, cause, opened, lambda: self.close(channel, None))
+            known = channel.given or isinstance(channel.opened.peek(), SessionInfo)
+            channel.inbox._end(channel.handle, cause, known, lambda: self.close(channel, None))
             channel.forget_handle()
 
     def _closed(self, channel: Channel, ending: Ending) -> None:

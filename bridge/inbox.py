@@ -260,6 +260,7 @@ class Inbox:
 
         If its session is None, it is a word to any handler, and waits for no other.
         """
+        forks.check(self._born)
         session, message = item
         self._deliver(session, [message], None, 0, 0)
 
@@ -429,9 +430,9 @@ class Inbox:
                 return
         self._finish(ShutDown("every Bridge that fed this inbox is closed"))
 
-    def _end(self, session: Any, why: SessionEnded, opened: bool, done: Callable[[], None]) -> None:
+    def _end(self, session: Any, why: SessionEnded, known: bool, done: Callable[[], None]) -> None:
         """A session that feeds this inbox has ended."""
-        if opened:  # one that never opened was never here: its `connect` raises, its listener logs
+        if known:  # one that never opened was never here: its `connect` raises, its listener logs
             with self._lock:
                 self._ends += 1
             self._deliver(session, [None], None, 0, 0, done)
@@ -489,6 +490,6 @@ class SessionInbox(Inbox):
                 self._call()
             return asleep
 
-    def _end(self, session: Any, why: SessionEnded, opened: bool, done: Callable[[], None]) -> None:
+    def _end(self, session: Any, why: SessionEnded, known: bool, done: Callable[[], None]) -> None:
         self.attend = None
         self._finish(why)

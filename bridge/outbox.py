@@ -226,7 +226,7 @@ class Outbox:
 
     def full(self) -> bool:
         """Whether even one more byte would have to wait."""
-        return not self._fits(1)
+        return bool(self._waiting) or not self._fits(1)
 
     # Called by whoever has the session's transport, for a message that did not go this way.
 

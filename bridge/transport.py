@@ -713,6 +713,7 @@ class Transport:
     def _read_some(self) -> bool:
         """Read what there is, and hand it over in one piece; also what came before an error or the end."""
         received: list[bytes] = []
+        first = self._read_left == READ_BUDGET
         try:
             self._read_into(received, self._room())
         finally:
@@ -723,7 +724,7 @@ class Transport:
                     self.credit.spend(len(data))
                     self._touch()
                     self.answerable = True
-                    self.brief = len(data) < RECORD_BYTES
+                    self.brief = first and len(data) < RECORD_BYTES
                     self._tell(Told.DATA, data)
         if self._peer_closed:
             self._on_peer_closed()
@@ -879,13 +880,13 @@ class Transport:
         if not self._engine.unflushed():
             self._shutdown.rest()
             self._sent_close = True
+            self._lift_deadline(CloseTimeout)  # what comes next has its own
             self.outbox.give_back(0)  # whoever waits for this looks again
             self._after_close_notify()
         return True
 
     def _after_close_notify(self) -> None:
         """Ours is sent.  Wait for the peer's: for good after send_eof(), for a while otherwise."""
-        self._lift_deadline(CloseTimeout)
         if self._discarding or self._half_closing:
             self._half_close()
         if self._peer_closed:
@@ -990,9 +991,9 @@ class Transport:
     def _set_deadline(
         self, kind: type[DeadlineExceeded], seconds: float | None, at_most: float | None = None
     ) -> None:
-        when = min(
-            math.inf if seconds is None else self.now + seconds, math.inf if at_most is None else at_most
-        )
+        """*seconds* from now, or *at_most*; what is set already may come nearer, and not go further away."""
+        when = math.inf if seconds is None else self.now + seconds
+        when = min(when, math.inf if at_most is None else at_most, self._deadlines.get(kind, math.inf))
         if when < math.inf:
             self._deadlines[kind] = when
 

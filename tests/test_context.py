@@ -1132,6 +1132,9 @@ def resumption(context: Context, peer: Context, name: str = "a.example", key: ob
     close(a, b)
     context.remember(a.connection, key)
     assert a.resumed == b.resumed
+    assert b.connection.get_servername() == name.encode(), (
+        "also without sni=, and of a session that is resumed"
+    )
     return a.resumed
 
 

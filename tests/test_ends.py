@@ -409,6 +409,18 @@ def test_abort_reports_what_was_lost_and_the_peer_sees_a_reset(facing: Facing) -
         session.flush()
 
 
+@pytest.mark.parametrize("then", ["close", "abort", "wait"])
+def test_after_abort_that_is_the_cause_whoever_asks(facing: Facing, then: str) -> None:
+    session, _ = facing()
+    session.abort()
+    if then != "wait":
+        getattr(session, then)()
+    for ask in (session.recv, lambda: session.send(b"x"), session.unwrap, session.inbox.get):
+        with pytest.raises(bridge.SessionAborted, match="this side aborted the session"):
+            ask()
+    assert isinstance(session.end, bridge.SessionAborted)
+
+
 @pytest.mark.parametrize("failing", [False, True])
 def test_a_session_as_a_context_manager(facing: Facing, pool: ThreadPoolExecutor, failing: bool) -> None:
     session, peer = facing()

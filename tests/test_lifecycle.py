@@ -338,6 +338,35 @@ def test_a_forgotten_session_is_closed_with_a_warning_and_a_clean_end(
         until(lambda: not b.snapshot().sessions)
 
 
+def test_a_forgotten_bridge_ends_its_threads_with_a_warning() -> None:
+    before = set(threading.enumerate())
+    forgotten = bridge.Bridge(workers=2)
+    threads = set(threading.enumerate()) - before
+    assert len(threads) == 3
+    with pytest.warns(ResourceWarning, match="a Bridge was forgotten"):
+        del forgotten
+        gc.collect()
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+def test_a_bridge_with_a_session_or_a_listener_is_not_forgotten(
+    server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    listener = bridge.Bridge(workers=1).listen(("127.0.0.1", 0), server_ctx)
+    client = bridge.Bridge(workers=1).connect(listener.address, client_ctx, server_hostname="localhost")
+    server = listener.accept(PATIENCE)
+    gc.collect()
+    client.send(b"x")
+    assert server.recv(PATIENCE) == b"x"
+    with pytest.warns(ResourceWarning, match="a Bridge was forgotten"):
+        for one in (client, server, listener):
+            one.close()
+        del client, server, listener, one
+        gc.collect()
+
+
 def test_a_closed_session_is_forgotten_in_silence(
     server_ctx: bridge.Context, client_ctx: bridge.Context
 ) -> None:
@@ -743,6 +772,9 @@ calls = {
     "replace_context": lambda: listener.replace_context(server_ctx),
     "listener.close": listener.close,
     "shared.get": lambda: shared.get(timeout=1),
+    "shared.put": lambda: shared.put((None, "from the child")),
+    "snapshot": b.snapshot,
+    "totals": b.totals,
     "bridge.close": b.close,
 }
 pid = os.fork()

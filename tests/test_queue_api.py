@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import queue
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from peers import until
 
 import bridge
 from bridge import codecs
+from bridge.crossing import Tally
+from bridge.outbox import Outbox
 
 PATIENCE = 30.0
 QUICK = bridge.Timeouts(close_notify=0.3)
@@ -101,6 +104,37 @@ def test_an_inbox_after_the_end_is_as_a_queue_that_was_shut_down(
             get()
         assert type(caught.value) is bridge.EndOfStream and not isinstance(caught.value, queue.Empty)
     assert server.inbox.empty()
+
+
+def test_an_outbox_is_full_while_somebody_waits_for_room() -> None:
+    """Whoever comes next has to wait behind."""
+    outbox = Outbox(10, Tally(1000), lambda: None)
+    outbox.put(b"123456789", None)
+    assert not outbox.full()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(outbox.put, b"ab", PATIENCE)
+        until(lambda: outbox._waiting)
+        assert outbox.full()
+        with pytest.raises(queue.Full):
+            outbox.put(b"a", 0)
+        outbox.give_back(9)
+        assert waiting.result(PATIENCE)
+    assert not outbox.full()
+
+
+def test_a_session_that_fails_unseen_says_so_in_the_shared_inbox(
+    b: bridge.Bridge, client_ctx: bridge.Context
+) -> None:
+    """Its `connect` has returned before that, and nobody can ask it."""
+    shared = bridge.Inbox()
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        address = nobody.getsockname()
+    session = b.connect(address, client_ctx, server_hostname="localhost", inbox=shared, wait=False)
+    assert shared.get(timeout=PATIENCE) == (session, None)
+    assert isinstance(session.end, bridge.ConnectFailed)
+    with pytest.raises(bridge.ConnectFailed):
+        b.connect(address, client_ctx, server_hostname="localhost", inbox=shared)
+    assert shared.empty(), "who waits for it has been told"
 
 
 def test_an_outbox_behaves_as_a_queue(pair: tuple[bridge.Session, bridge.Session]) -> None:

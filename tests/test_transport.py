@@ -113,6 +113,32 @@ def test_what_comes_after_an_abort_changes_nothing(lockstep: Lockstep, contexts:
     assert str(client.end) == "first" and near.fileno() == -1
 
 
+@pytest.mark.parametrize("method", ["close", "unwrap"])
+@pytest.mark.parametrize("stuck", [False, True], ids=["the peer's answer", "what is to leave"])
+def test_the_deadline_of_an_end_is_not_restarted_by_asking_again(
+    lockstep: Lockstep, contexts: Contexts, method: str, stuck: bool
+) -> None:
+    """It may come nearer."""
+    near, far = lockstep.small_pair()
+    client = lockstep.session(contexts[0], near)
+    server = lockstep.session(contexts[1], far)
+    lockstep.until(lambda: is_open(client) and is_open(server))
+    mute = lockstep.bridges.pop()
+    channel = client._channel
+    if stuck:
+        client.send(bytes(200_000))
+    deadlines = []
+    for timeout in (None, None, 1000.0, 0.5):
+        channel.worker.post(channel.transport, method, timeout)
+        lockstep.settle()
+        assert channel.transport.said_close() is not stuck
+        deadlines.append(channel.transport._deadlines[bridge.CloseTimeout])
+    assert deadlines[0] == deadlines[1] == deadlines[2] > deadlines[3]
+    lockstep.bridges.append(mute)
+    client.abort()
+    server.abort()
+
+
 def test_idleness_with_a_write_under_way_ends_without_a_close_notify(
     lockstep: Lockstep, contexts: Contexts
 ) -> None:
