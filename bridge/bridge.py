@@ -18,7 +18,7 @@ from OpenSSL import SSL
 
 from bridge import codecs, events, forks
 from bridge.acceptor import Acceptor
-from bridge.addresses import connected_to, listening_socket, resolve, take_over
+from bridge.addresses import Place, connected_to, listening_socket, resolve, take_over
 from bridge.context import Context
 from bridge.coordinator import Channel, Coordinator
 from bridge.crossing import Registry, Tally, nobody
@@ -151,7 +151,7 @@ class Bridge:
 
     def connect(
         self,
-        address: tuple[str, int] | str,
+        address: Place,
         context: AnyContext,
         *,
         server_hostname: str | None = None,
@@ -164,6 +164,7 @@ class Bridge:
     ) -> Session:
         """A client session to *address*, ``(host, port)`` or the path of a Unix socket, its handshake done.
 
+        *address* may be all that a listener's can: also bytes, ``"\\0"`` and an abstract name, or four items of IPv6.
         *server_hostname* is who the peer must prove to be, and goes into SNI; by default the host of
         *address*.  *timeout* is total, in seconds, name resolution included (which happens on this thread and
         cannot be interrupted); `Timeouts.connect` and `Timeouts.handshake` hold besides.
@@ -267,7 +268,7 @@ class Bridge:
 
     def listen(
         self,
-        address: tuple[str, int] | str | socket.socket,
+        address: Place | socket.socket,
         context: AnyContext,
         *,
         codec: CodecFactory = codecs.Raw,
@@ -276,6 +277,8 @@ class Bridge:
         limits: Limits | None = None,
     ) -> Listener:
         """Listen on *address*: ``(host, port)``, the path of a Unix socket, or a bound socket to take over.
+
+        The host ``""`` is every interface.  A Unix socket may have an abstract name: ``"\\0"``, then the name.
 
         Clients' handshakes are done by the workers, `Limits.handshakes` at a time; one that fails is
         logged (``handshake.failed``) and never seen here.  With *inbox* the sessions deliver there; without,

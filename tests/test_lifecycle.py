@@ -1219,9 +1219,14 @@ def test_a_unix_socket_with_a_full_backlog_is_waited_for(
         assert not [entry for entry in logs if entry["event"] == "session.stalled"]
 
 
-def test_a_path_too_long_for_a_unix_socket_is_said_to_be(client_ctx: bridge.Context) -> None:
-    with bridge.Bridge(workers=1) as b, pytest.raises(bridge.ConnectFailed, match="too long"):
-        b.connect("/tmp/" + 200 * "x", client_ctx, server_hostname="localhost")
+def test_a_path_too_long_for_a_unix_socket_is_said_to_be(
+    server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    with bridge.Bridge(workers=1) as b:
+        with pytest.raises(bridge.ConnectFailed, match="too long"):
+            b.connect("/tmp/" + 200 * "x", client_ctx, server_hostname="localhost")
+        with pytest.raises(OSError, match="cannot listen on .*too long"):
+            b.listen("/tmp/" + 200 * "x", server_ctx)
 
 
 def test_a_limit_of_sessions_is_never_exceeded_by_those_that_come_at_once(
