@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import re
 import select
@@ -929,6 +930,32 @@ def test_a_log_that_fails_harms_no_session(
     finally:
         structlog.reset_defaults()
     assert "a log processor failed on event session.state" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        structlog.BoundLogger,
+        structlog.stdlib.BoundLogger,
+        structlog.make_filtering_bound_logger(logging.INFO),
+    ],
+    ids=["generic", "stdlib", "filtering"],
+)
+def test_every_logger_of_structlog_gets_the_events(
+    wrapper: Any, server_ctx: bridge.Context, caplog: pytest.LogCaptureFixture
+) -> None:
+    capture = structlog.testing.LogCapture()
+    structlog.configure(
+        wrapper_class=wrapper, processors=[capture], logger_factory=structlog.stdlib.LoggerFactory()
+    )
+    try:
+        with bridge.Bridge(workers=1) as b, b.listen(("127.0.0.1", 0), server_ctx):
+            pass
+    finally:
+        structlog.reset_defaults()
+    told = [(entry["event"], entry["log_level"]) for entry in capture.entries]
+    assert told[:2] == [("listener.started", "info"), ("listener.closed", "info")]
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("level", [None, "INFO", "DEBUG"])
