@@ -18,6 +18,9 @@ from bridge.names import PeerName
 Place = tuple[str, int] | tuple[str, int, int, int] | str | bytes
 """Where to connect or to listen, as `socket.socket.getsockname` tells it: of IP, or a path, or an abstract name."""
 
+_MOST_WAITING = 2**31 - 1
+"""As listen(2) counts; no kernel comes near."""
+
 
 def resolve(address: Place, passive: bool = False) -> tuple[str | None, tuple[Address, ...]]:
     """The host of *address*, if it has one, and all that its name stands for, in the order to be tried.
@@ -90,6 +93,7 @@ def _scoped(found: Address, more: Sequence[int]) -> Address:
 
 def listening_socket(address: Place | socket.socket, backlog: int) -> socket.socket:
     """A socket that listens on *address*, or *address* itself, taken over.  OSError names what cannot be had."""
+    backlog = min(backlog, _MOST_WAITING)
     if isinstance(address, socket.socket):
         _check_socket(address)
         sock = take_over(address)

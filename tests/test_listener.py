@@ -547,6 +547,20 @@ def test_ipv6(
         server.abort()
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_a_backlog_beyond_what_the_kernel_counts(
+    b: bridge.Bridge, far: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context, own: bool
+) -> None:
+    where: Any = ("127.0.0.1", 0)
+    if own:
+        where = socket.socket()
+        where.bind(("127.0.0.1", 0))
+    with b.listen(where, server_ctx, limits=bridge.Limits(backlog=2**31)) as listener:
+        client = far.connect(listener.address, client_ctx, server_hostname="localhost")
+        exchange_with_the_next(client, listener)
+        client.abort()
+
+
 @pytest.mark.parametrize("listening", [False, True], ids=["bound", "listening"])
 def test_a_socket_of_the_user_s_own(
     b: bridge.Bridge,
