@@ -602,6 +602,29 @@ def test_a_key_that_is_not_the_certificate_s(tmp_path: Path) -> None:
         server_context([other, certificate], key)
 
 
+def test_a_trusted_certificate_is_read_from_the_path_of_a_cafile_and_refused_elsewhere(
+    tmp_path: Path,
+) -> None:
+    certificate, key = self_signed()
+    trusted = to_pem(certificate).replace(b"CERTIFICATE", b"TRUSTED CERTIFICATE")
+    path = as_file(tmp_path, trusted)
+    meet(
+        Ours(client_context(path, check_hostname=False)),
+        Ours(server_context(certificate, key)),
+    )
+    unusable: list[Callable[[], Context]] = [
+        lambda: client_context(trusted),
+        lambda: server_context(path, key),
+        lambda: server_context(trusted + to_pem(certificate), key),
+        lambda: server(client_ca=path),
+    ]
+    for make in unusable:
+        with pytest.raises(
+            ConfigurationError, match="TRUSTED CERTIFICATE.*whose path is given as cafile.*openssl x509"
+        ):
+            make()
+
+
 @pytest.mark.parametrize(
     ("certfile", "keyfile", "words"),
     [
@@ -906,6 +929,8 @@ def test_a_session_that_missed_its_routing_is_refused() -> None:
         (lambda: {"b.example": server(), "B.example.": server()}, ["twice"]),
         (lambda: {"b.example": server(sni={"c.example": server()})}, ["one level"]),
         (lambda: {"b.example": server(minimum_version="TLSv1.3")}, ["minimum_version", "b.example"]),
+        (lambda: [("b.example", server())], ["sni must be a dict", "not list"]),
+        (lambda: "", ["sni must be a dict", "not str"]),
     ],
 )
 def test_unusable_sni(make: Callable[[], Any], words: list[str]) -> None:
