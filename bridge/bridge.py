@@ -8,7 +8,6 @@ import functools
 import itertools
 import os
 import socket
-import ssl
 import threading
 import time
 import warnings
@@ -20,10 +19,11 @@ from OpenSSL import SSL
 
 from bridge import codecs, events, forks
 from bridge.acceptor import Acceptor
+from bridge.addresses import Place, connected_to, listening_socket, resolve, take_over
 from bridge.context import Context
 from bridge.coordinator import Channel, Coordinator
 from bridge.crossing import Registry, Tally, nobody
-from bridge.dialer import Address, show_address
+from bridge.dialer import show_address
 from bridge.engine import SessionInfo
 from bridge.errors import (
     BridgeClosed,
@@ -36,7 +36,6 @@ from bridge.errors import (
 from bridge.inbox import Inbox, ReadCredit, SessionInbox
 from bridge.limits import Limits, Timeouts, check_timeout
 from bridge.listener import Listener
-from bridge.names import PeerName
 from bridge.outbox import Outbox
 from bridge.session import Session
 from bridge.stream import Stream
@@ -153,7 +152,7 @@ class Bridge:
 
     def connect(
         self,
-        address: tuple[str, int] | str,
+        address: Place,
         context: AnyContext,
         *,
         server_hostname: str | None = None,
@@ -166,6 +165,7 @@ class Bridge:
     ) -> Session:
         """A client session to *address*, ``(host, port)`` or the path of a Unix socket, its handshake done.
 
+        *address* may be all that a listener's can: also bytes, ``"\\0"`` and an abstract name, or four items of IPv6.
         *server_hostname* is who the peer must prove to be, and goes into SNI; by default the host of
         *address*.  *timeout* is total, in seconds, name resolution included (which happens on this thread and
         cannot be interrupted); `Timeouts.connect` and `Timeouts.handshake` hold besides.
@@ -178,7 +178,7 @@ class Bridge:
         self._check_open()
         deadline = _deadline(timeout)
         config = Context.adopt(context, server_side=False)
-        host, addresses = _resolve(address)
+        host, addresses = resolve(address)
         name = host if server_hostname is None else server_hostname
         config.peer_name(name)
         plan = Plan(
@@ -217,7 +217,7 @@ class Bridge:
         config, server_side = _sided(context, server_side)
         if not server_side:
             config.peer_name(server_hostname)
-        peer = show_address(_connected_to(sock))
+        peer = show_address(connected_to(sock))
         plan = Plan(
             context=config,
             server_hostname=server_hostname,
@@ -249,12 +249,12 @@ class Bridge:
         config, server_side = _sided(context, server_side)
         if not server_side:
             config.peer_name(server_hostname)
-        peer = show_address(_connected_to(sock))
+        peer = show_address(connected_to(sock))
         plan = Plan(
             context=config,
             server_hostname=server_hostname,
             timeouts=self._nearest_timeouts(timeouts),
-            sock=_take_over(sock),
+            sock=take_over(sock),
             peer=peer,
             resume=resume,
             owner=owner,
@@ -269,7 +269,7 @@ class Bridge:
 
     def listen(
         self,
-        address: tuple[str, int] | str | socket.socket,
+        address: Place | socket.socket,
         context: AnyContext,
         *,
         codec: CodecFactory = codecs.Raw,
@@ -278,6 +278,8 @@ class Bridge:
         limits: Limits | None = None,
     ) -> Listener:
         """Listen on *address*: ``(host, port)``, the path of a Unix socket, or a bound socket to take over.
+
+        The host ``""`` is every interface.  A Unix socket may have an abstract name: ``"\\0"``, then the name.
 
         Clients' handshakes are done by the workers, `Limits.handshakes` at a time; one that fails is
         logged (``handshake.failed``) and never seen here.  With *inbox* the sessions deliver there; without,
@@ -288,9 +290,9 @@ class Bridge:
         config = Context.adopt(context, server_side=True)
         timeouts = self._nearest_timeouts(timeouts)
         bounds = _instance("limits", limits, Limits) or self._limits
-        _check_codec(codec)
+        codecs.made_by(codec)
         _instance("inbox", inbox, Inbox)
-        sock = _listening_socket(address, bounds.backlog)
+        sock = listening_socket(address, bounds.backlog)
         shown = show_address(sock.getsockname())
         worker = next(self._turns)
 
@@ -467,9 +469,9 @@ class Bridge:
         self, plan: Plan, codec: CodecFactory, inbox: Inbox | None, bounds: Limits, how: str
     ) -> Session:
         """One session and everything that hangs on it; nothing has started yet."""
-        made = _check_codec(codec)
+        made = codecs.made_by(codec)
         if plan.sock is not None and how == "over":  # somebody's, until now
-            plan = dataclasses.replace(plan, sock=_take_over(plan.sock))
+            plan = dataclasses.replace(plan, sock=take_over(plan.sock))
         coordinator = self._coordinator
         channel = Channel(f"{next(_names)} {how} {plan.peer}", made, inbox or SessionInbox(), coordinator)
         channel.worker = next(self._turns)
@@ -631,110 +633,6 @@ def _instance(name: str, value: Any, kind: type[Any]) -> Any:
     if value is not None and not isinstance(value, kind):
         raise ConfigurationError(f"{name} must be a bridge.{kind.__name__}, not {value!r}")
     return value
-
-
-def _check_codec(factory: CodecFactory) -> codecs.Codec[Any]:
-    if not callable(factory):
-        raise ConfigurationError(
-            f"codec must be a factory, a class or a function that makes one codec a session, not {factory!r}"
-        )
-    made = factory()
-    missing = [name for name in ("decode", "encode", "eof") if not callable(getattr(made, name, None))]
-    if missing or isinstance(made, type):
-        raise ConfigurationError(
-            f"codec made {made!r}, which is no codec: it lacks {', '.join(missing) or 'an instance'}"
-        )
-    return made
-
-
-def _resolve(address: tuple[str, int] | str) -> tuple[str | None, tuple[Address, ...]]:
-    if isinstance(address, str):
-        before, colon, after = address.rpartition(":")
-        if colon and after.isdigit() and "/" not in address:
-            raise ConfigurationError(
-                f"address must be (host, port), as ({before!r}, {after}), or the path of a Unix socket, not {address!r}"
-            )
-        family = getattr(socket, "AF_UNIX", None)
-        if family is None:
-            raise ConfigurationError(
-                f"this system has no Unix sockets: address must be (host, port), not {address!r}"
-            )
-        return None, ((family, socket.SOCK_STREAM, 0, "", address),)
-    try:
-        host, port = address[:2]
-    except (TypeError, ValueError):
-        raise ConfigurationError(
-            f"address must be (host, port) or the path of a Unix socket, not {address!r}"
-        ) from None
-    number = isinstance(port, int) and not isinstance(port, bool) and 0 <= port <= 65535
-    if not number and not isinstance(port, str):  # which is the name of a service
-        raise ConfigurationError(f"the port must be a whole number from 0 to 65535, not {port!r}")
-    if not isinstance(host, str):
-        raise ConfigurationError(f"the host must be a str, not {host!r}")
-    try:  # Python itself encodes by IDNA 2003, and so would ask for another name than certificates hold
-        name = host if host.isascii() else PeerName.parse(host).ascii
-        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot resolve {host!r}: {error.strerror}") from error
-    except UnicodeError as error:
-        raise ConfigurationError(f"{host!r} is no host name: {error.__cause__ or error}") from error
-    return host, tuple(found)
-
-
-def _listening_socket(address: tuple[str, int] | str | socket.socket, backlog: int) -> socket.socket:
-    if isinstance(address, socket.socket):
-        _check_socket(address)
-        sock = _take_over(address)
-        try:
-            sock.listen(backlog)
-        except OSError as error:
-            sock.close()
-            raise OSError(error.errno, f"cannot listen on the socket given: {error.strerror}") from error
-        return sock
-    host, addresses = _resolve(address)
-    family, kind, protocol, _, where = addresses[0]
-    sock = socket.socket(family, kind, protocol)
-    try:
-        if host is not None and os.name == "posix":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(where)
-        sock.listen(backlog)
-        sock.setblocking(False)
-    except OSError as error:
-        sock.close()
-        raise OSError(error.errno, f"cannot listen on {show_address(where)}: {error.strerror}") from error
-    return sock
-
-
-def _check_socket(sock: socket.socket) -> None:
-    if isinstance(sock, ssl.SSLSocket):
-        raise ConfigurationError(
-            "sock is an ssl.SSLSocket, which does TLS already; pass the plain socket under it"
-        )
-    if not isinstance(sock, socket.socket):
-        raise ConfigurationError(f"sock must be a socket.socket, not {sock!r}")
-    if sock.fileno() == -1:
-        raise ConfigurationError("sock is closed")
-    if sock.type != socket.SOCK_STREAM:
-        raise ConfigurationError(f"sock must be a stream socket, not {sock.type!r}: TLS runs over streams")
-
-
-def _connected_to(sock: socket.socket) -> Any:
-    """Its peer's address; a ConfigurationError for what could never be a session's socket."""
-    _check_socket(sock)
-    try:
-        return sock.getpeername()
-    except OSError as error:
-        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            # It was connected, until the peer reset it: that is the session's end, and no fault of the call.
-            return "a peer that has gone already"
-        raise ConfigurationError(f"sock is not connected ({error.strerror}); use Bridge.connect") from error
-
-
-def _take_over(sock: socket.socket) -> socket.socket:
-    taken = socket.socket(fileno=sock.detach())
-    taken.setblocking(False)
-    return taken
 
 
 @atexit.register

@@ -21,8 +21,8 @@ do they hold more than the limit, the framing, and one chunk.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from bridge.errors import CodecError, ConfigurationError, MessageTooLarge, fresh
 
@@ -411,6 +411,21 @@ class Delimited(_Terminated[bytes]):
 
     def _unfinished(self) -> str:
         return f"the stream ended inside a message: {len(self._held)} bytes came, but not {self._end!r}"
+
+
+def made_by(factory: Callable[[], Codec[Any]]) -> Codec[Any]:
+    """The codec of one session; ConfigurationError if *factory* makes none.  Any thread."""
+    if not callable(factory):
+        raise ConfigurationError(
+            f"codec must be a factory, a class or a function that makes one codec a session, not {factory!r}"
+        )
+    made = factory()
+    missing = [name for name in ("decode", "encode", "eof") if not callable(getattr(made, name, None))]
+    if missing or isinstance(made, type):
+        raise ConfigurationError(
+            f"codec made {made!r}, which is no codec: it lacks {', '.join(missing) or 'an instance'}"
+        )
+    return made
 
 
 def _followed_by(messages: list[M], failure: CodecError) -> Iterator[M]:

@@ -149,8 +149,8 @@ def describe(info: bridge.SessionInfo, verified: bool) -> dict[str, Any]:
 
 def _certificate(certificate: x509.Certificate) -> dict[str, Any]:
     return {
-        "subject": certificate.subject.rfc4514_string(),
-        "issuer": certificate.issuer.rfc4514_string(),
+        "subject": _distinguished(certificate, "subject"),
+        "issuer": _distinguished(certificate, "issuer"),
         "names": list(_names(certificate)),
         "not_before": certificate.not_valid_before_utc.isoformat(),
         "not_after": certificate.not_valid_after_utc.isoformat(),
@@ -159,10 +159,23 @@ def _certificate(certificate: x509.Certificate) -> dict[str, Any]:
     }
 
 
+def _distinguished(certificate: x509.Certificate, whose: str) -> str:
+    try:
+        name: x509.Name = getattr(certificate, whose)
+        return name.rfc4514_string()
+    except ValueError:
+        return "(a name that cannot be read)"
+
+
 def _names(certificate: x509.Certificate) -> Iterator[str]:
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
+    except (
+        x509.ExtensionNotFound,
+        x509.UnsupportedGeneralNameType,
+        x509.DuplicateExtension,
+        ValueError,
+    ):
         return
     for name in names:
         if isinstance(name, x509.DNSName | x509.IPAddress | x509.RFC822Name | x509.UniformResourceIdentifier):

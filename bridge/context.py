@@ -345,6 +345,10 @@ class Routes(Mapping[str, Context]):
     """A listener's contexts by SNI name: exact ones first, then those with ``*`` as the left-most label."""
 
     def __init__(self, sni: Mapping[str, Context | SSL.Context]) -> None:
+        if not isinstance(sni, Mapping):
+            raise ConfigurationError(
+                f"sni must be a dict of contexts by name, as {{'a.example': context}}, not {type(sni).__name__}"
+            )
         self._contexts: dict[str, Context] = {}
         for name, given in sni.items():
             if not isinstance(name, str):
@@ -424,7 +428,7 @@ def server_context(
     any of the contexts asks for client certificates.
     """
     mode = _client_verification(client_ca, client_cert)
-    routes = Routes(sni or {})
+    routes = Routes({} if sni is None else sni)
     protocols = _alpn_names(alpn)
     versions = _version_range(minimum_version, maximum_version)
     _check_versions(routes, versions)

@@ -43,6 +43,7 @@ Key = str | bytes | os.PathLike[str] | PrivateKey
 Password = str | bytes | Callable[[], str | bytes]
 
 _BEGIN_CERTIFICATE = re.compile(rb"-----BEGIN (X509 |TRUSTED )?CERTIFICATE-----")
+_TRUSTED = b"-----BEGIN TRUSTED CERTIFICATE-----"
 _PRIVATE_KEY = re.compile(rb"-----BEGIN (([A-Z0-9]+ )*PRIVATE KEY)-----.*?-----END \1-----", re.DOTALL)
 _HASHED_NAME = re.compile(r"[0-9a-f]{8}\.\d+")
 _DEFAULT_DIRECTORIES = os.pathsep.join({ssl.get_default_verify_paths().openssl_capath, "/etc/ssl/certs"})
@@ -101,6 +102,11 @@ def certificates(source: Certificates, what: str) -> list[x509.Certificate]:
 def _parse(pem: bytes, name: str) -> list[x509.Certificate]:
     if not _BEGIN_CERTIFICATE.search(pem):
         raise ConfigurationError(f"{name} holds no certificate (no '-----BEGIN CERTIFICATE-----' line)")
+    if _TRUSTED in pem:
+        raise ConfigurationError(
+            f"{name} holds a TRUSTED CERTIFICATE, a form of OpenSSL's own, which is only read from a file whose path"
+            " is given as cafile; `openssl x509 -in FILE` prints it as an ordinary one"
+        )
     try:
         return x509.load_pem_x509_certificates(pem)
     except (ValueError, x509.InvalidVersion) as error:

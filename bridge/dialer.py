@@ -88,8 +88,9 @@ class Dialer:
 
 
 def show_address(address: Any) -> str:
-    """*address* as a person writes it: host:port, [v6]:port, or a path."""
+    """*address* as a person writes it: host:port, [v6]:port, a path, or the @name of an abstract Unix socket."""
     if isinstance(address, tuple) and len(address) >= 2:
         host, port = address[:2]
         return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
-    return str(address)
+    text = address.decode(errors="backslashreplace") if isinstance(address, bytes) else str(address)
+    return "@" + text[1:] if text.startswith("\0") else text

@@ -42,7 +42,7 @@ import errno
 import queue
 import ssl
 import sys
-from typing import TypeVar
+from typing import Any, TypeVar
 
 if sys.version_info >= (3, 13):
     ShutDown = queue.ShutDown
@@ -89,6 +89,9 @@ class WouldBlock(BridgeError, BlockingIOError):
         )
         self.want = want
         """For what to wait before calling again: `selectors.EVENT_READ` or `selectors.EVENT_WRITE`."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.want,), self.__dict__
 
 
 class LimitExceeded(BridgeError, RuntimeError):

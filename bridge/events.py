@@ -30,6 +30,8 @@ import structlog
 
 _LOGGER = logging.getLogger("bridge")
 _LOGGER.addHandler(logging.NullHandler())
+_METHODS = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warning"}
+"""What every logger of structlog has for each level; not all of them have `log`."""
 _RENDER = structlog.processors.KeyValueRenderer(key_order=["event"])
 
 
@@ -56,7 +58,7 @@ def wanted() -> bool:
 def _emit(level: int, event: str, fields: dict[str, Any]) -> None:
     try:
         if structlog.is_configured():
-            structlog.get_logger("bridge").log(level, event, **fields)
+            getattr(structlog.get_logger("bridge"), _METHODS[level])(event, **fields)
         elif _LOGGER.isEnabledFor(level):
             _LOGGER.log(level, "%s", _RENDER(None, "", {"event": event, **fields}))
     except Exception:  # a user's processor failed: the session it spoke of must not

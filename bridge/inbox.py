@@ -230,7 +230,7 @@ class Inbox:
         if self._born != forks.current:
             forks.check(self._born)
         if timeout is not None:
-            check_timeout("timeout", timeout)
+            timeout = check_timeout("timeout", timeout)
         try:
             turn: _Turn = self._handler.turn
         except AttributeError:

@@ -7,7 +7,6 @@ wins as a whole, so change one field with `dataclasses.replace(bridge.Timeouts()
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from bridge.errors import ConfigurationError
 
@@ -25,7 +24,7 @@ def check_timeout(name: str, seconds: float | None) -> float | None:
         return None
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
         raise ConfigurationError(f"{name} must be a number of seconds or None, not {seconds!r}")
-    if math.isnan(seconds) or seconds < 0:
+    if not seconds >= 0:  # nor is NaN
         raise ConfigurationError(f"{name} must not be negative, but is {seconds!r} seconds")
     return None if seconds > FOR_EVER else float(seconds)
 

@@ -28,7 +28,8 @@ class Listener:
 
     def __init__(self, address: Any, context: Context, inbox: Inbox | None, stop: Callable[[], None]) -> None:
         self.address = address
-        """Where it listens: ``(host, port)`` or a path, with the port the system chose."""
+        """Where it listens, with the port the system chose: ``(host, port)``, four items for IPv6; a path; or bytes,
+        the abstract name of a Unix socket.  `Bridge.connect` takes it."""
         self.inbox = inbox
         self.context = context
         self.handshakes = Tally(2**63)

@@ -3,6 +3,9 @@
 OpenSSL, as pyOpenSSL offers it, checks the chain of a certificate but not the name.  `service_identity`
 checks the name, by RFC 9525: subjectAltName only, at most one ``*`` as the left-most label.  Here names are
 brought into the one form in which DNS, SNI and certificates write them, and mismatches into words.
+
+A certificate's names are judged one by one: what is no name, as ``*`` or an IP address where a DNS name should
+be, is nobody's, and takes nothing from the names beside it.
 """
 
 from __future__ import annotations
@@ -10,14 +13,14 @@ from __future__ import annotations
 import ipaddress
 import re
 import ssl
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import idna
 from cryptography import x509
 from OpenSSL import SSL
-from service_identity import CertificateError as UnusableNames
-from service_identity import VerificationError
-from service_identity.cryptography import verify_certificate_hostname, verify_certificate_ip_address
+from service_identity import CertificateError as UnusableName
+from service_identity.hazmat import DNS_ID, DNSPattern
 
 from bridge.errors import CertificateError, ConfigurationError, HostnameMismatch
 
@@ -52,19 +55,23 @@ class PeerName:
     def check(self, certificate: x509.Certificate) -> None:
         """HostnameMismatch unless *certificate* is for this name (RFC 9525, by `service_identity`)."""
         try:
-            if self.address is None:
-                verify_certificate_hostname(certificate, self.ascii)
-            else:
-                verify_certificate_ip_address(certificate, str(self.address))
-        except VerificationError:
-            raise self._mismatch(_presented(certificate)) from None
-        except UnusableNames as error:
-            presented = _presented(certificate)
-            if not presented:
-                raise self._mismatch(presented) from None
-            raise refusal(f"the server's certificate holds an unusable name: {error}") from error
+            names = alternative_names(certificate)
         except ValueError as error:
             raise refusal(f"the server's certificate holds damaged names: {error}") from error
+        if not self._is_among(names):
+            raise self._mismatch([str(name.value) for name in names])
+
+    def _is_among(self, names: Sequence[x509.DNSName | x509.IPAddress]) -> bool:
+        if self.address is not None:
+            return any(isinstance(name, x509.IPAddress) and name.value == self.address for name in names)
+        return any(isinstance(name, x509.DNSName) and self.fits(name.value) for name in names)
+
+    def fits(self, pattern: str) -> bool:
+        """Whether this is the DNS name that *pattern* of a certificate stands for.  One that is odd stands for none."""
+        try:
+            return DNS_ID(self.ascii).verify(DNSPattern.from_bytes(pattern.encode()))
+        except (UnusableName, ValueError):  # the latter for a wildcard and a name without dots, until 24.1
+            return False
 
     def _mismatch(self, presented: list[str]) -> CertificateError:
         wanted = repr(self.given) if self.given == self.ascii else f"{self.given!r} ({self.ascii})"
@@ -73,6 +80,8 @@ class PeerName:
             found += f" and {len(presented) - _SHOWN} more"
         if not presented:
             found = "without any host name (it has no subjectAltName, and its common name does not count)"
+        if self.address is not None and self.ascii in presented:
+            wanted += " (which it holds as a DNS name, and not as an IP address)"
         code, text = (62, "hostname mismatch") if self.address is None else (64, "IP address mismatch")
         return refusal(
             f"the server's certificate is {found}, not for {wanted}", code, text, cls=HostnameMismatch
@@ -95,12 +104,19 @@ def dns_name(name: str, what: str) -> str:
     return ascii_name
 
 
-def _presented(certificate: x509.Certificate) -> list[str]:
+def alternative_names(certificate: x509.Certificate) -> list[x509.DNSName | x509.IPAddress]:
+    """The DNS names of *certificate*'s subjectAltName, then its IP addresses.  Any thread.
+
+    ValueError if its extensions are malformed, or one is there twice, or holds a name that cannot be read.
+    """
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return []
-    return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
+    except (x509.UnsupportedGeneralNameType, x509.DuplicateExtension) as error:
+        raise ValueError(str(error)) from error
+    kinds = (x509.DNSName, x509.IPAddress)
+    return [name for kind in kinds for name in names if isinstance(name, kind)]
 
 
 def peer_certificate(connection: SSL.Connection) -> x509.Certificate | None:

@@ -47,7 +47,7 @@ class Session:
         if self._born != forks.current:
             forks.check(self._born)
         if timeout is not None:
-            check_timeout("timeout", timeout)
+            timeout = check_timeout("timeout", timeout)
         channel = self._channel
         data = channel.codec.encode(message)
         if type(data) is not bytes:

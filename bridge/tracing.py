@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -116,9 +117,9 @@ def trace(limit: int = EVENTS) -> Iterator[Trace]:
     """
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise ConfigurationError(f"limit must be a positive whole number, not {limit!r}")
+    noted = Trace(min(limit, sys.maxsize))
     if not _one_at_a_time.acquire(blocking=False):
         raise ConfigurationError("a trace is on already; there can be one at a time in a process")
-    noted = Trace(limit)
     originals = []
     try:
         for owner, name, make in _substitutes():

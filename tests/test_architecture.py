@@ -36,6 +36,7 @@ FLOORS = (
         "codecs",
         "engine",
         "dialer",
+        "addresses",
         "picture",
     ),  # one thread
     ("crossing", "outbox", "inbox"),  # what crosses
@@ -231,6 +232,7 @@ def test_the_drop_in_does_not_reach_past_the_handles() -> None:
         "inbox",
         "acceptor",
         "dialer",
+        "addresses",
         "codecs",
     }
     for module in modules():

@@ -19,14 +19,15 @@ import pytest
 import trustme
 from conftest import KeyPair, write_key_pair
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from peers import Background, Program, receive_exactly
 from test_cli import DEADLINE, ENVIRONMENT, run
+from test_context import DNS, EDI, names_extension, self_signed, to_pem
 
 import bridge
 from bridge import cli, starttls
-from bridge.connect_command import _converse, _names, _speak, printable
+from bridge.connect_command import _certificate, _converse, _names, _speak, printable
 from bridge.explain import explain
 from bridge.trace_command import _style
 
@@ -296,6 +297,31 @@ def test_names_that_are_no_names_of_hosts_are_left_out(ca: trustme.CA) -> None:
     builder = x509.CertificateBuilder(subject, subject, key.public_key(), 1, now, now)
     builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=True)
     assert list(_names(builder.sign(key, hashes.SHA256()))) == ["a.example"]
+
+
+def test_a_name_of_a_kind_that_cannot_be_read_is_no_crash(
+    background: Background, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    certificate, key = self_signed(
+        extension=names_extension((EDI, b"\xa1\x05\x0c\x03abc"), (DNS, b"localhost"))
+    )
+    pair = KeyPair(str(tmp_path / "cert.pem"), str(tmp_path / "key.pem"))
+    Path(pair.certfile).write_bytes(to_pem(certificate))
+    Path(pair.keyfile).write_bytes(to_pem(key))
+    address, _ = background.serve_tls(server_context(pair), until_end)
+    status, said = fails(capsys, *told(address, "--cafile", pair.certfile, "--info"))
+    assert status == 5 and "holds damaged names" in said and "EDIPartyName" in said
+    address, _ = background.serve_tls(server_context(pair), until_end)
+    assert cli.main(told(address, "--insecure", "--info")) == 0
+    assert "CN=a.example" in capsys.readouterr().out
+
+
+def test_a_subject_that_cannot_be_read_is_no_crash() -> None:
+    """Latin letters in a string of ASCII: a company's umlaut, in an old certificate."""
+    certificate, _ = self_signed(name="Muller")
+    der = certificate.public_bytes(serialization.Encoding.DER).replace(b"Muller", b"M\xfcller")
+    shown = _certificate(x509.load_der_x509_certificate(der))
+    assert shown["subject"] == shown["issuer"] == "(a name that cannot be read)"
 
 
 # ── STARTTLS ──

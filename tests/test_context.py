@@ -217,7 +217,9 @@ def stdlib_server(version: str, *names: str) -> ssl.SSLContext:
     return context
 
 
-def self_signed(*, begin: int = -10, end: int = 10, name: str = "a.example") -> tuple[x509.Certificate, Any]:
+def self_signed(
+    *, begin: int = -10, end: int = 10, name: str = "a.example", **extensions: x509.ExtensionType
+) -> tuple[x509.Certificate, Any]:
     """A certificate and its key, valid from *begin* to *end* days from now."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -226,6 +228,8 @@ def self_signed(*, begin: int = -10, end: int = 10, name: str = "a.example") -> 
     builder = builder.not_valid_before(now + datetime.timedelta(begin))
     builder = builder.not_valid_after(now + datetime.timedelta(end))
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    for extension in extensions.values():
+        builder = builder.add_extension(extension, critical=False)
     return builder.sign(key, hashes.SHA256()), key
 
 
@@ -598,6 +602,29 @@ def test_a_key_that_is_not_the_certificate_s(tmp_path: Path) -> None:
         server_context([other, certificate], key)
 
 
+def test_a_trusted_certificate_is_read_from_the_path_of_a_cafile_and_refused_elsewhere(
+    tmp_path: Path,
+) -> None:
+    certificate, key = self_signed()
+    trusted = to_pem(certificate).replace(b"CERTIFICATE", b"TRUSTED CERTIFICATE")
+    path = as_file(tmp_path, trusted)
+    meet(
+        Ours(client_context(path, check_hostname=False)),
+        Ours(server_context(certificate, key)),
+    )
+    unusable: list[Callable[[], Context]] = [
+        lambda: client_context(trusted),
+        lambda: server_context(path, key),
+        lambda: server_context(trusted + to_pem(certificate), key),
+        lambda: server(client_ca=path),
+    ]
+    for make in unusable:
+        with pytest.raises(
+            ConfigurationError, match="TRUSTED CERTIFICATE.*whose path is given as cafile.*openssl x509"
+        ):
+            make()
+
+
 @pytest.mark.parametrize(
     ("certfile", "keyfile", "words"),
     [
@@ -902,6 +929,8 @@ def test_a_session_that_missed_its_routing_is_refused() -> None:
         (lambda: {"b.example": server(), "B.example.": server()}, ["twice"]),
         (lambda: {"b.example": server(sni={"c.example": server()})}, ["one level"]),
         (lambda: {"b.example": server(minimum_version="TLSv1.3")}, ["minimum_version", "b.example"]),
+        (lambda: [("b.example", server())], ["sni must be a dict", "not list"]),
+        (lambda: "", ["sni must be a dict", "not str"]),
     ],
 )
 def test_unusable_sni(make: Callable[[], Any], words: list[str]) -> None:
@@ -982,23 +1011,81 @@ def test_a_certificate_with_hundreds_of_names_makes_no_endless_message() -> None
     assert "192 more" in str(error)
 
 
-def test_a_certificate_with_an_unusable_name() -> None:
-    error, _ = pump(Ours(client(), "b.example"), Ours(server("*.example", "b.example")))
-    assert isinstance(error, CertificateError)
-    assert "*.example" in str(error)
+DNS, URI, ADDRESS, X400, EDI = 0x82, 0x86, 0x87, 0xA3, 0xA5
+ODD_NAMES = {
+    "an address as a DNS name": (DNS, b"127.0.0.1"),
+    "a wildcard for a whole domain": (DNS, b"*.test"),
+    "a wildcard for all": (DNS, b"*"),
+    "two wildcards": (DNS, b"*.*.a.example"),
+    "a wildcard inside": (DNS, b"a.*.example"),
+    "nothing": (DNS, b""),
+    "a wildcard": (DNS, b"*.a.example"),
+    "no URI": (URI, b"nocolon"),
+    "a URI with a wildcard": (URI, b"spiffe://*/x"),
+    "a URI with a port": (URI, b"https://b.example:443/"),
+}
 
 
-def test_a_certificate_with_damaged_names_is_for_nobody() -> None:
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a.example")])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    builder = x509.CertificateBuilder(
-        subject, subject, key.public_key(), x509.random_serial_number(), now, now
+def names_extension(*names: tuple[int, bytes]) -> x509.UnrecognizedExtension:
+    """A subjectAltName as its DER, which need not be right."""
+    der = b"".join(bytes((tag, len(content))) + content for tag, content in names)
+    return x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, bytes((0x30, len(der))) + der)
+
+
+@pytest.mark.parametrize("asked", ["localhost", "b.example", "127.0.0.1"])
+@pytest.mark.parametrize("odd", ODD_NAMES.values(), ids=list(ODD_NAMES))
+def test_an_odd_name_takes_nothing_from_the_names_beside_it(odd: tuple[int, bytes], asked: str) -> None:
+    extension = names_extension(odd, (DNS, b"localhost"), (DNS, b"b.example"), (ADDRESS, b"\x7f\0\0\1"))
+    certificate, key = self_signed(extension=extension)
+    meet(Ours(client_context(certificate), asked), Ours(server_context(certificate, key)))
+
+
+@pytest.mark.parametrize(
+    ("odd", "asked", "code", "words"),
+    [
+        ((DNS, b"127.0.0.1"), "127.0.0.1", 64, "holds as a DNS name, and not as an IP address"),
+        ((DNS, b"*.test"), "a.test", 62, "'*.test', not for 'a.test'"),
+        ((DNS, b"*"), "localhost", 62, "'*', not for 'localhost'"),
+        ((DNS, b"*.*.a.example"), "x.y.a.example", 62, "'*.*.a.example'"),
+        ((DNS, b"a.*.example"), "a.b.example", 62, "'a.*.example'"),
+        ((DNS, b"*.a.example"), "xn--bcher-kva.a.example", 62, "'*.a.example'"),
+        ((DNS, b"1_0"), "1_0", 62, "'1_0'"),
+        ((URI, b"https://a.example/"), "a.example", 62, "without any host name"),
+    ],
+)
+def test_an_odd_name_is_nobody_s(odd: tuple[int, bytes], asked: str, code: int, words: str) -> None:
+    certificate, key = self_signed(extension=names_extension(odd))
+    error, _ = pump(Ours(client_context(certificate), asked), Ours(server_context(certificate, key)))
+    assert isinstance(error, HostnameMismatch)
+    assert words in str(error) and error.verify_code == code
+
+
+def twice() -> x509.Certificate:
+    """A certificate with two subjectAltNames, which no library makes."""
+    other = x509.UnrecognizedExtension(x509.ObjectIdentifier("2.5.29.99"), b"\x30\0")
+    certificate, _ = self_signed(extension=names_extension((DNS, b"a.example")), more=other)
+    return x509.load_der_x509_certificate(
+        certificate.public_bytes(serialization.Encoding.DER).replace(b"\x55\x1d\x63", b"\x55\x1d\x11")
     )
-    names = x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, b"no names")
-    certificate = builder.add_extension(names, critical=False).sign(key, hashes.SHA256())
+
+
+@pytest.mark.parametrize(
+    "certificate",
+    [
+        lambda: self_signed(
+            extension=x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, b"no names")
+        )[0],
+        lambda: self_signed(extension=names_extension((X400, b"\x30\0"), (DNS, b"a.example")))[0],
+        lambda: self_signed(extension=names_extension((EDI, b"\xa1\x05\x0c\x03abc"), (DNS, b"a.example")))[0],
+        twice,
+    ],
+    ids=["no names", "an X.400 address", "an EDI party", "names twice"],
+)
+def test_a_certificate_whose_names_cannot_be_read_is_for_nobody(
+    certificate: Callable[[], x509.Certificate],
+) -> None:
     with pytest.raises(CertificateError, match="holds damaged names"):
-        PeerName.parse("a.example").check(certificate)
+        PeerName.parse("a.example").check(certificate())
 
 
 def test_a_server_that_shows_no_certificate_is_refused() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import errno
+import pickle
 import queue
 import socket
 import ssl
@@ -24,6 +26,7 @@ from structlog.testing import capture_logs
 
 import bridge
 from bridge import codecs
+from bridge.names import refusal
 from bridge.window import Window
 
 PATIENCE = 30.0
@@ -370,6 +373,10 @@ def test_an_address_in_use(b: bridge.Bridge, server_ctx: bridge.Context, tmp_pat
         (("localhost", None), "the port must be a whole number"),
         (("127.0.0.1",), r"address must be \(host, port\)"),
         ("localhost:443", r"address must be \(host, port\), as \('localhost', 443\)"),
+        (("::1", 443, 0, 0, 0), "IPv6's flow information and scope, two numbers"),
+        (("::1", 443, 0, -1), r"two numbers, not \[0, -1\]"),
+        (("::1", 443, "flow"), r"two numbers, not \['flow'\]"),
+        ("/nowhere/\ud800", r"address '/nowhere/\\ud800' is no path: .*surrogates not allowed"),
         (443, r"address must be \(host, port\)"),
         (None, r"address must be \(host, port\)"),
     ],
@@ -657,6 +664,44 @@ def test_a_server_that_does_not_speak_tls(
         for word in words:
             assert word in str(caught.value)
         serving.exception(PATIENCE)
+
+
+# ── errors elsewhere ──
+
+
+ERRORS = [
+    thing for thing in vars(bridge).values() if isinstance(thing, type) and issubclass(thing, BaseException)
+]
+AGAIN: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    **{
+        f"pickle {protocol}": lambda error, protocol=protocol: pickle.loads(pickle.dumps(error, protocol))
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+    },
+}
+
+
+def specimen(kind: type[BaseException]) -> BaseException:
+    """An error as the bridge raises it, with attributes of its own."""
+    if kind is bridge.WouldBlock:
+        return bridge.WouldBlock(2)
+    if issubclass(kind, bridge.CertificateError):
+        return refusal("for nobody", 62, "hostname mismatch", 0, kind)
+    return kind(errno.EIO, "what happened") if issubclass(kind, OSError) else kind("what happened")
+
+
+@pytest.mark.parametrize("how", AGAIN.values(), ids=list(AGAIN))
+@pytest.mark.parametrize("kind", ERRORS)
+def test_every_error_can_be_copied_and_sent_to_another_process(
+    kind: type[BaseException], how: Callable[[Any], Any]
+) -> None:
+    error = specimen(kind)
+    error.note = "mine"  # type: ignore[attr-defined]
+    again = how(error)
+    assert type(again) is type(error) and again is not error
+    assert (again.args, str(again), vars(again)) == (error.args, str(error), vars(error))
+    assert getattr(again, "errno", None) == getattr(error, "errno", None)
 
 
 # ── the bridge itself ──

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import re
 import select
@@ -963,6 +964,32 @@ def test_a_log_that_fails_harms_no_session(
     assert "a log processor failed on event session.state" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        structlog.BoundLogger,
+        structlog.stdlib.BoundLogger,
+        structlog.make_filtering_bound_logger(logging.INFO),
+    ],
+    ids=["generic", "stdlib", "filtering"],
+)
+def test_every_logger_of_structlog_gets_the_events(
+    wrapper: Any, server_ctx: bridge.Context, caplog: pytest.LogCaptureFixture
+) -> None:
+    capture = structlog.testing.LogCapture()
+    structlog.configure(
+        wrapper_class=wrapper, processors=[capture], logger_factory=structlog.stdlib.LoggerFactory()
+    )
+    try:
+        with bridge.Bridge(workers=1) as b, b.listen(("127.0.0.1", 0), server_ctx):
+            pass
+    finally:
+        structlog.reset_defaults()
+    told = [(entry["event"], entry["log_level"]) for entry in capture.entries]
+    assert told[:2] == [("listener.started", "info"), ("listener.closed", "info")]
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("level", [None, "INFO", "DEBUG"])
 def test_without_structlog_configured_the_standard_logging_tells_it(
     program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor, level: str | None
@@ -1251,9 +1278,14 @@ def test_a_unix_socket_with_a_full_backlog_is_waited_for(
         assert not [entry for entry in logs if entry["event"] == "session.stalled"]
 
 
-def test_a_path_too_long_for_a_unix_socket_is_said_to_be(client_ctx: bridge.Context) -> None:
-    with bridge.Bridge(workers=1) as b, pytest.raises(bridge.ConnectFailed, match="too long"):
-        b.connect("/tmp/" + 200 * "x", client_ctx, server_hostname="localhost")
+def test_a_path_too_long_for_a_unix_socket_is_said_to_be(
+    server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    with bridge.Bridge(workers=1) as b:
+        with pytest.raises(bridge.ConnectFailed, match="too long"):
+            b.connect("/tmp/" + 200 * "x", client_ctx, server_hostname="localhost")
+        with pytest.raises(OSError, match="cannot listen on .*too long"):
+            b.listen("/tmp/" + 200 * "x", server_ctx)
 
 
 def test_a_limit_of_sessions_is_never_exceeded_by_those_that_come_at_once(

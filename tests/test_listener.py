@@ -495,6 +495,58 @@ def test_a_unix_socket(
         far.connect(path + "x", client_ctx, server_hostname="localhost")
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no abstract names here")
+def test_an_abstract_unix_socket_s_address_is_one_to_connect_to(
+    b: bridge.Bridge,
+    far: bridge.Bridge,
+    server_ctx: bridge.Context,
+    client_ctx: bridge.Context,
+    tmp_path: Path,
+) -> None:
+    for name in (f"\0{tmp_path}", f"\0{tmp_path.name}:1".encode()):
+        with b.listen(name, server_ctx) as listener:
+            assert listener.address == (name if isinstance(name, bytes) else name.encode())
+            client = far.connect(listener.address, client_ctx, server_hostname="localhost")
+            server = listener.accept(PATIENCE)
+            exchange(client, server)
+            assert tmp_path.name in client.name and "@" in client.name and "\0" not in client.name
+            assert [one.address[0] for one in b.snapshot().listeners] == ["@"]
+            client.abort()
+            server.abort()
+    with pytest.raises(bridge.ConnectFailed, match=r"cannot connect to @no\\xff: "):
+        far.connect(b"\0no\xff", client_ctx, server_hostname="localhost")
+
+
+def link_local() -> tuple[str, int, int, int]:
+    """An address of this machine that means nothing without its scope."""
+    table = Path("/proc/net/if_inet6")
+    for line in table.read_text().splitlines() if table.exists() else []:
+        digits, index, _, scope, flags, _ = line.split()
+        if int(scope, 16) == 0x20 and not int(flags, 16) & 0x48:  # neither tentative nor a duplicate
+            return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)), 0, 0, int(index, 16)
+    pytest.skip("no interface with a link-local address of IPv6")
+
+
+def test_the_scope_of_an_address_is_kept(
+    b: bridge.Bridge, far: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    with b.listen(link_local(), server_ctx) as listener:
+        assert listener.address[3] == link_local()[3]
+        client = far.connect(listener.address, client_ctx, server_hostname="localhost")
+        exchange_with_the_next(client, listener)
+        client.abort()
+
+
+def test_no_host_is_every_interface(
+    b: bridge.Bridge, far: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    with b.listen(("", 0), server_ctx) as listener:
+        assert listener.address[0] in ("0.0.0.0", "::")
+        client = far.connect(("127.0.0.1", listener.address[1]), client_ctx)
+        exchange_with_the_next(client, listener)
+        client.abort()
+
+
 def test_ipv6(
     b: bridge.Bridge, far: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context
 ) -> None:
@@ -510,6 +562,20 @@ def test_ipv6(
         assert f"[::1]:{listener.address[1]}" in client.name
         client.abort()
         server.abort()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_backlog_beyond_what_the_kernel_counts(
+    b: bridge.Bridge, far: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context, own: bool
+) -> None:
+    where: Any = ("127.0.0.1", 0)
+    if own:
+        where = socket.socket()
+        where.bind(("127.0.0.1", 0))
+    with b.listen(where, server_ctx, limits=bridge.Limits(backlog=2**31)) as listener:
+        client = far.connect(listener.address, client_ctx, server_hostname="localhost")
+        exchange_with_the_next(client, listener)
+        client.abort()
 
 
 @pytest.mark.parametrize("listening", [False, True], ids=["bound", "listening"])

@@ -156,6 +156,12 @@ def test_there_is_one_trace_at_a_time() -> None:
         pass
 
 
+def test_a_limit_beyond_all_memory_is_none() -> None:
+    for _ in range(2):
+        with bridge.trace(limit=10**30) as seen:
+            assert seen.events == ()
+
+
 def test_a_wait_that_is_over_says_so(server_cert: KeyPair, ca_file: str) -> None:
     server = bridge.server_context(server_cert.certfile, server_cert.keyfile)
     with bridge.trace() as seen, bridge.Bridge(workers=1) as b:

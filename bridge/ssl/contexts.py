@@ -28,8 +28,6 @@ from OpenSSL import SSL, crypto
 from OpenSSL._util import exception_from_error_queue
 from OpenSSL._util import ffi as _ffi
 from OpenSSL._util import lib as _lib
-from service_identity.exceptions import CertificateError as UnusableName
-from service_identity.hazmat import DNS_ID, DNSPattern
 
 from bridge.connection import keylog_writer, log_key, note_verification, select_alpn
 from bridge.context import Context
@@ -321,12 +319,8 @@ def _is_common_name(connection: SSL.Connection, server_hostname: str | None) -> 
         return False
     if name.address is not None or any(kind == "DNS" for kind, _ in facts.get("subjectAltName", ())):
         return False
-    wanted = DNS_ID(name.ascii)
-    for what, value in (attribute for rdn in facts["subject"] for attribute in rdn):
-        with contextlib.suppress(UnusableName):
-            if what == "commonName" and wanted.verify(DNSPattern.from_bytes(str(value).encode())):
-                return True
-    return False
+    attributes = (attribute for rdn in facts["subject"] for attribute in rdn)
+    return any(what == "commonName" and name.fits(str(value)) for what, value in attributes)
 
 
 # From settings to pyOpenSSL.

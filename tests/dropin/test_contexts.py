@@ -471,6 +471,38 @@ def test_the_common_name_counts_where_no_dns_name_is_given_unless_told_otherwise
     assert isinstance(meet(our_client, server, hostname)[0].error, ssl.SSLCertVerificationError)
 
 
+LOCALHOST, LOOPBACK = b"\x82\x09localhost", b"\x87\x04\x7f\0\0\1"
+
+
+def alternatives(der: bytes) -> x509.UnrecognizedExtension:
+    """A subjectAltName that `cryptography` would not make, of less than 128 bytes."""
+    return x509.UnrecognizedExtension(x509.SubjectAlternativeName.oid, bytes((0x30, len(der))) + der)
+
+
+@pytest.mark.parametrize("hostname", ["localhost", "127.0.0.1"])
+@pytest.mark.parametrize("odd", [b"\x82\x09127.0.0.1", b"\x82\x07*.local", b"\x86\x07nocolon"])
+def test_an_odd_name_takes_nothing_from_the_names_beside_it(
+    odd: bytes, hostname: str, ca: trustme.CA, our_client: Any, tmp_path: Path
+) -> None:
+    pair = write(tmp_path, *issue(ca, "elsewhere.example", alternatives(odd + LOCALHOST + LOOPBACK)))
+    agreed(our_client, make_server_context("theirs", pair), hostname)
+
+
+@needs_core
+def test_a_certificate_with_a_kind_of_name_that_cannot_be_read_is_refused(
+    ca: trustme.CA, our_client: Any, tmp_path: Path
+) -> None:
+    edi_party = b"\xa5\x07\xa1\x05\x0c\x03abc"
+    server = make_server_context(
+        "theirs", write(tmp_path, *issue(ca, "x", alternatives(edi_party + LOCALHOST)))
+    )
+    client, _ = meet(our_client, server)
+    assert type(client.error) is ssl.SSLCertVerificationError
+    assert "EDIPartyName" in client.error.verify_message
+    our_client.check_hostname = False
+    agreed(our_client, server)
+
+
 @needs_core
 def test_the_common_name_of_a_certificate_that_cannot_be_read_does_not_count(
     ca: trustme.CA, our_client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

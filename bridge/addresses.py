@@ -1,0 +1,152 @@
+"""Addresses and the sockets behind them: found by name, made to listen, and taken over from whoever had them.
+
+Any thread may call these; what they give belongs to nobody yet.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from collections.abc import Sequence
+from typing import Any
+
+from bridge.dialer import Address, show_address
+from bridge.errors import ConfigurationError
+from bridge.names import PeerName
+
+Place = tuple[str, int] | tuple[str, int, int, int] | str | bytes
+"""Where to connect or to listen, as `socket.socket.getsockname` tells it: of IP, or a path, or an abstract name."""
+
+_MOST_WAITING = 2**31 - 1
+"""As listen(2) counts; no kernel comes near."""
+
+
+def resolve(address: Place, passive: bool = False) -> tuple[str | None, tuple[Address, ...]]:
+    """The host of *address*, if it has one, and all that its name stands for, in the order to be tried.
+
+    *passive*: to listen there; no host, ``""``, is then every interface, as for `socket.socket.bind`.
+    ConfigurationError if it is no address, OSError if nobody knows it.
+    """
+    if isinstance(address, (str, bytes)):
+        return None, (_unix(address),)
+    try:
+        host, port, *more = address
+    except (TypeError, ValueError):
+        raise ConfigurationError(
+            f"address must be (host, port) or the path of a Unix socket, not {address!r}"
+        ) from None
+    _check_numbers(port, more)
+    if not isinstance(host, str):
+        raise ConfigurationError(f"the host must be a str, not {host!r}")
+    try:  # Python itself encodes by IDNA 2003, and so would ask for another name than certificates hold
+        name = host if host.isascii() else PeerName.parse(host).ascii
+        asked, flags = (name or None, socket.AI_PASSIVE) if passive else (name, 0)
+        found = socket.getaddrinfo(asked, port, type=socket.SOCK_STREAM, flags=flags)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot resolve {host!r}: {error.strerror}") from error
+    except UnicodeError as error:
+        raise ConfigurationError(f"{host!r} is no host name: {error.__cause__ or error}") from error
+    return host, tuple(_scoped(one, more) for one in found)
+
+
+def _unix(path: str | bytes) -> Address:
+    before, colon, after = os.fsdecode(path).rpartition(":")
+    if colon and after.isdigit() and "/" not in before and not before.startswith("\0"):
+        raise ConfigurationError(
+            f"address must be (host, port), as ({before!r}, {after}), or the path of a Unix socket, not {path!r}"
+        )
+    family = getattr(socket, "AF_UNIX", None)
+    if family is None:
+        raise ConfigurationError(
+            f"this system has no Unix sockets: address must be (host, port), not {path!r}"
+        )
+    try:
+        os.fsencode(path)
+    except UnicodeError as error:
+        raise ConfigurationError(f"address {path!r} is no path: {error}") from error
+    return family, socket.SOCK_STREAM, 0, "", path
+
+
+def _check_numbers(port: object, more: Sequence[object]) -> None:
+    if not _whole(port, 0xFFFF) and not isinstance(port, str):  # which is the name of a service
+        raise ConfigurationError(f"the port must be a whole number from 0 to 65535, not {port!r}")
+    bounds = (0xFFFFF, 0xFFFFFFFF)
+    if len(more) > len(bounds) or not all(map(_whole, more, bounds)):
+        raise ConfigurationError(
+            f"after host and port an address has IPv6's flow information and scope, two numbers, not {more!r}"
+        )
+
+
+def _whole(number: object, most: int) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number <= most
+
+
+def _scoped(found: Address, more: Sequence[int]) -> Address:
+    """*found* with the flow information and scope that the address had, if it is one of IPv6."""
+    family, kind, protocol, name, where = found
+    if more and family == socket.AF_INET6:
+        host, port, flow, scope = where
+        where = (host, port, more[0] or flow, (more[1] if more[1:] else 0) or scope)
+    return family, kind, protocol, name, where
+
+
+def listening_socket(address: Place | socket.socket, backlog: int) -> socket.socket:
+    """A socket that listens on *address*, or *address* itself, taken over.  OSError names what cannot be had."""
+    backlog = min(backlog, _MOST_WAITING)
+    if isinstance(address, socket.socket):
+        _check_socket(address)
+        sock = take_over(address)
+        try:
+            sock.listen(backlog)
+        except OSError as error:
+            sock.close()
+            raise OSError(error.errno, f"cannot listen on the socket given: {error.strerror}") from error
+        return sock
+    host, addresses = resolve(address, passive=True)
+    family, kind, protocol, _, where = addresses[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        if host is not None and os.name == "posix":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(where)
+        sock.listen(backlog)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise OSError(
+            error.errno, f"cannot listen on {show_address(where)}: {error.strerror or error}"
+        ) from error
+    return sock
+
+
+def _check_socket(sock: socket.socket) -> None:
+    if isinstance(sock, ssl.SSLSocket):
+        raise ConfigurationError(
+            "sock is an ssl.SSLSocket, which does TLS already; pass the plain socket under it"
+        )
+    if not isinstance(sock, socket.socket):
+        raise ConfigurationError(f"sock must be a socket.socket, not {sock!r}")
+    if sock.fileno() == -1:
+        raise ConfigurationError("sock is closed")
+    if sock.type != socket.SOCK_STREAM:
+        raise ConfigurationError(f"sock must be a stream socket, not {sock.type!r}: TLS runs over streams")
+
+
+def connected_to(sock: socket.socket) -> Any:
+    """The address of *sock*'s peer; a ConfigurationError for what could never be a session's socket."""
+    _check_socket(sock)
+    try:
+        return sock.getpeername()
+    except OSError as error:
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            # It was connected, until the peer reset it: that is the session's end, and no fault of the call.
+            return "a peer that has gone already"
+        raise ConfigurationError(f"sock is not connected ({error.strerror}); use Bridge.connect") from error
+
+
+def take_over(sock: socket.socket) -> socket.socket:
+    """The descriptor of *sock* as a socket of ours, which does not block; *sock* is left without."""
+    taken = socket.socket(fileno=sock.detach())
+    taken.setblocking(False)
+    return taken
