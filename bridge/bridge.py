@@ -305,7 +305,7 @@ class Bridge:
 
         on_open = functools.partial(self._on_client, listener)
         on_closed = functools.partial(self._on_client_closed, listener)
-        on_gone = functools.partial(_no_handshake, listener)
+        on_gone = functools.partial(self._on_client_gone, listener)
 
         def admit(accepted: socket.socket, address: Any) -> None:
             peer = show_address(address or "")  # none on macOS if it has gone already
@@ -526,7 +526,11 @@ class Bridge:
         except BaseException as error:
             # A codec factory of the user's: it costs this client, not the listener.
             events.warning(
-                "handshake.failed", session=str(listener.address), cause="codec", error=repr(error)
+                "handshake.failed",
+                session=show_address(listener.address),
+                peer=plan.peer,
+                cause="codec",
+                error=repr(error),
             )
             assert plan.sock is not None
             plan.sock.close()
@@ -552,7 +556,13 @@ class Bridge:
             cause, peer = ending.cause, channel.transport.peer
             kind = type(cause).__name__
             events.info("handshake.failed", session=channel.name, peer=peer, cause=kind, error=str(cause))
-        self._on_closed(channel, ending)
+        self._channels.remove(channel, channel.transport.account(ending))
+
+    def _on_client_gone(self, listener: Listener, transport: Transport) -> None:
+        """A worker: the socket of a client is closed.  One that failed has counted until now, while it lingered."""
+        self._sessions_tally.add(-1)
+        if transport.shaken is None:
+            listener.handshakes.add(-1)
 
     def _refuses(self, listener: Listener, bounds: Limits) -> str | None:
         """A worker: why no client is accepted just now."""
@@ -603,12 +613,6 @@ def _sided(context: AnyContext, server_side: bool | None) -> tuple[Context, bool
             "an OpenSSL.SSL.Context does not say which side it is: pass server_side=True or False"
         )
     return Context.adopt(context, server_side=server_side), server_side
-
-
-def _no_handshake(listener: Listener, transport: Transport) -> None:
-    """A worker: the socket of a client is closed.  One that failed has counted until now, while it lingered."""
-    if transport.shaken is None:
-        listener.handshakes.add(-1)
 
 
 def _deadline(timeout: float | None) -> float | None:

@@ -16,7 +16,6 @@ import os
 import socket
 import ssl
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from typing import IO, Any, Literal
 
@@ -25,6 +24,7 @@ from cryptography import x509
 from cryptography.x509 import ocsp
 from OpenSSL import SSL, crypto
 
+from bridge import forks
 from bridge.errors import CertificateError, ConfigurationError, TLSError
 from bridge.names import peer_certificate, refusal
 from bridge.record import Record
@@ -356,7 +356,7 @@ def keylog_writer(keylog: KeyLog) -> Callable[[bytes], object] | None:
         keylog = os.environ.get("SSLKEYLOGFILE") or None
     if keylog is None or keylog is False:
         return None
-    lock = threading.RLock()  # a signal handler may shake hands in the middle
+    lock = forks.open_lock()  # reentrant: a signal handler may shake hands in the middle
     write: Callable[[bytes], object]
     if isinstance(keylog, (str, os.PathLike)):
         write = functools.partial(_append_line, keylog)

@@ -15,13 +15,13 @@ import functools
 import os
 import socket
 import ssl
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Literal, NoReturn
 
 from OpenSSL import SSL
 
+from bridge import forks
 from bridge.connection import (
     Connection,
     KeyLog,
@@ -302,7 +302,7 @@ class _Sessions:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._lock = threading.Lock()
+        self._lock = forks.open_lock()
         self._sessions: OrderedDict[Hashable, tuple[SSL.Session, bool]] = OrderedDict()
 
     def put(self, key: Hashable, session: SSL.Session, once: bool) -> None:

@@ -144,10 +144,10 @@ class Channel:
                         self.worker.post(transport, "wake")
                 except SessionEnded as error:
                     self.outbox.hold(left)
-                    self.worker.post(transport, "end", error)
+                    self.worker.post(transport, "conclude", error)
                 except BaseException:  # Ctrl-C
                     transport.freeze()
-                    self.worker.post(transport, "end", interrupted())
+                    self.worker.post(transport, "conclude", interrupted())
                     raise
                 return True
         except BaseException:
@@ -209,7 +209,7 @@ class Channel:
                 self.coordinator.hand_in(self, data)
         except BaseException:  # Ctrl-C, and what was read may be lost
             transport.freeze()
-            self.worker.post(transport, "end", interrupted())
+            self.worker.post(transport, "conclude", interrupted())
             raise
         if not transport.quiet or transport.mask != READ:
             self.worker.post(transport, "wake")
@@ -335,7 +335,7 @@ class Coordinator:
         events.warning("coordinator.failed", session=channel.name, error=repr(error))
         failure = SessionAborted(f"internal error: {error!r}")
         failure.__cause__ = error
-        self._command(channel, "end", failure)
+        self._command(channel, "conclude", failure)
 
     # From the application to the worker.
 
@@ -428,7 +428,7 @@ class Coordinator:
             failure.__cause__ = error.with_traceback(None)
         channel.outbox.close(failure)
         self._end(channel, failure)
-        self._command(channel, "end", failure)
+        self._command(channel, "conclude", failure)
 
     def _forget(self, channel: Channel, _: None) -> None:
         if channel.closed.peek() is None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+import weakref
+from typing import Any
 
 from bridge.errors import ForkedError
 
@@ -32,10 +35,22 @@ def abandoned(born: int) -> bool:
     return born != current or os.getpid() != _process
 
 
+_locks: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def open_lock() -> Any:
+    """A reentrant lock for what a child may go on to use, who finds it open: whoever held it lives in the parent."""
+    lock = threading.RLock()
+    _locks.add(lock)
+    return lock
+
+
 def _in_child() -> None:
     global current, _process
     current += 1
     _process = os.getpid()
+    for lock in list(_locks):
+        lock._at_fork_reinit()
 
 
 if hasattr(os, "register_at_fork"):

@@ -217,6 +217,7 @@ class Inbox:
         self._sleepers: collections.deque[Bed] = collections.deque()  # first come, first woken
         self._called: Bed | None = None  # who was woken for what is here, and has not come yet
         self._over: Exception | None = None
+        self._shut = False  # by the application, and so for good
         self._feeders = 0
         self._handler = threading.local()
         self._born = forks.generation()
@@ -256,11 +257,13 @@ class Inbox:
         return self.get(block=False)
 
     def put(self, item: tuple[Any, Any]) -> None:
-        """Add *item*, a pair, as if its session had delivered it: a word to the handlers.  Never waits.
+        """Add *item*, a pair, as if its session had delivered it: a word to the handlers.  Any thread; never waits.
 
-        If its session is None, it is a word to any handler, and waits for no other.
+        If its session is None, it is a word to any handler, and waits for no other.  ShutDown after `shutdown`.
         """
         forks.check(self._born)
+        if self._shut:
+            raise ShutDown("the inbox was shut down")
         session, message = item
         self._deliver(session, [message], None, 0, 0)
 
@@ -277,7 +280,11 @@ class Inbox:
         return False
 
     def shutdown(self) -> None:
-        """After what is waiting, `get` raises ShutDown in every thread (as `queue.Queue.shutdown`)."""
+        """After what is waiting, `get` raises ShutDown in every thread, and `put` now (as `queue.Queue.shutdown`).
+
+        For good, whatever Bridge feeds it.  Sessions that deliver here are not closed by it.  Any thread; never waits.
+        """
+        self._shut = True
         self._finish(ShutDown("the inbox was shut down"))
 
     def _next(self, timeout: float | None, deadline: float | None, turn: _Turn | None) -> Entry:
@@ -421,7 +428,8 @@ class Inbox:
     def _attach(self) -> None:
         with self._lock:
             self._feeders += 1
-            self._over = None
+            if not self._shut:
+                self._over = None
 
     def _detach(self) -> None:
         with self._lock:

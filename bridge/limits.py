@@ -64,7 +64,8 @@ class Limits:
     """
 
     sessions: int = 20_000
-    """Sessions of one Bridge at a time.  A listener at the limit leaves new clients in the kernel's backlog."""
+    """Sessions of one Bridge at a time, streams not counted; one that was accepted and failed until its descriptor is
+    closed.  A listener at the limit leaves new clients in the kernel's backlog."""
     handshakes: int = 8_192
     """Unfinished handshakes of one listener, and failed ones whose descriptor lingers.  A client that has said nothing
     yet costs a socket and little else."""

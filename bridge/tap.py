@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 from OpenSSL import SSL
 
+from bridge import forks
 from bridge.connection import Connection, _ffi, _lib
 
 T = TypeVar("T")
@@ -134,7 +135,7 @@ class Note(Protocol):
 
 
 _calling = threading.local()  # the connection in whose call this thread is
-_making = threading.Lock()  # of a context's message callback, while a connection copies it
+_making = forks.open_lock()  # of a context's message callback, while a connection copies it
 
 
 def _on_message(write: int, _: int, kind: int, data: Any, size: int, *__: object) -> None:

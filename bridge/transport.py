@@ -921,6 +921,11 @@ class Transport:
         else:
             self._finish(cause)
 
+    def conclude(self, cause: SessionEnded) -> None:
+        """The command of whoever else has found out that it cannot go on: `end`, unless it has, and lingers."""
+        if not self._ended:
+            self.end(cause)
+
     def _finish(self, cause: SessionEnded, lingering: bool = False) -> None:
         """To be called again, by way of `end`, if it was interrupted."""
         forget_frames(cause)

@@ -102,9 +102,10 @@ THREADING = {
     "crossing": {"Lock", "RLock", "TIMEOUT_MAX"},
     "outbox": {"RLock"},
     "inbox": {"RLock", "local"},
-    "context": {"Lock"},  # of the sessions to resume, which all workers share
-    "connection": {"RLock"},  # a line of the key log, which all workers write
-    "tap": {"Lock", "local"},  # of making a connection; the connection a thread is in
+    "forks": {
+        "RLock"
+    },  # of what a child may go on to use: the key log, the sessions to resume, contexts being made
+    "tap": {"local"},  # the connection a thread is in
     "tracing": {"Lock", "current_thread"},  # one trace at a time
     "transport": {"RLock"},  # of whose a session is for a turn
     "coordinator": {"RLock"},  # of whose the codecs are for a turn

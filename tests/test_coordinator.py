@@ -196,7 +196,7 @@ def test_nor_past_the_end_that_a_codec_has_made() -> None:
     rig.says(Told.DATA, bytes([0, 0]))
     rig.says(Told.EOF)  # in the middle of a message
     told = rig.worker.commands.copy()
-    assert [method for method, *_ in told] == ["end"]
+    assert [method for method, *_ in told] == ["conclude"]
     rig.coordinator.close(rig.channel, None)
     assert rig.worker.commands == told
     rig.coordinator.step()
@@ -323,7 +323,7 @@ def test_a_codec_that_raises_ends_its_session_after_the_good_messages(
     if when == Told.DATA:
         rig.asks(Ask.SEND)  # whose turn carries out what the batch left
     (command,) = rig.worker.commands
-    assert command[0] == "end" and isinstance(command[1], bridge.CodecError)
+    assert command[0] == "conclude" and isinstance(command[1], bridge.CodecError)
     assert rig.channel.end is command[1]
 
 
@@ -421,7 +421,7 @@ def test_a_bug_costs_its_own_session_and_is_logged(rig: Rig) -> None:
     assert [entry["event"] for entry in logs] == ["coordinator.failed"]
     assert logs[0]["session"] == "s" and logs[0]["error"] == "ValueError('a bug')"
     ((method, failure),) = rig.worker.commands
-    assert method == "end" and isinstance(failure, bridge.SessionAborted)
+    assert method == "conclude" and isinstance(failure, bridge.SessionAborted)
     assert failure.__cause__ is error and str(failure) == "internal error: ValueError('a bug')"
 
 
@@ -476,7 +476,7 @@ def test_what_the_kernel_did_not_take_of_an_answer_is_held_and_the_worker_told(r
 def test_an_answer_that_meets_the_end_is_held_whole_and_ends_the_session(rig: Rig) -> None:
     failure = rig.transport.failure = Truncated("cut")
     assert rig.channel.answer(b"abcd")
-    assert rig.outbox.held() == 4 and rig.worker.commands == [("end", failure)]
+    assert rig.outbox.held() == 4 and rig.worker.commands == [("conclude", failure)]
     assert not rig.transport.lock._is_owned() and not rig.transport.frozen
 
 
@@ -485,7 +485,7 @@ def test_an_answer_cut_short_by_ctrl_c_ends_the_session(rig: Rig) -> None:
     with pytest.raises(KeyboardInterrupt):
         rig.channel.answer(b"abcd")
     ((method, cause),) = rig.worker.commands
-    assert method == "end" and isinstance(cause, bridge.SessionAborted)
+    assert method == "conclude" and isinstance(cause, bridge.SessionAborted)
     assert rig.transport.frozen and not rig.transport.lock._is_owned()
 
 

@@ -805,6 +805,48 @@ b.close()
 
 
 @needs_fork
+def test_a_child_may_use_a_context_that_another_thread_was_inside_of(
+    program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor
+) -> None:
+    """The thread lives in the parent only, and would never let the lock of the key log go."""
+    served = [pool.submit(server.serve) for _ in range(2)]
+    running = program(
+        """
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # fork() with threads: that is the point
+inside, parent = threading.Event(), os.getpid()
+
+def log(line):
+    if os.getpid() == parent:
+        inside.set()
+        gate.wait()
+
+gate = threading.Event()
+client_ctx = bridge.client_context(cafile, keylog=log)
+
+def talk():
+    with bridge.Bridge(workers=1) as b:
+        connect(b, timeout=30).close()
+
+thread = threading.Thread(target=talk)
+thread.start()
+inside.wait()
+pid = os.fork()
+if not pid:
+    talk()
+    os.write(1, b"the child has talked\\n")
+    os._exit(0)
+os.waitpid(pid, 0)
+gate.set()
+thread.join()
+"""
+    )
+    assert running.end() == (0, "the child has talked", "")
+    for one in served:
+        one.result(PATIENCE)
+
+
+@needs_fork
 def test_the_child_of_a_fork_may_make_its_own_bridge_and_exit_as_usual(
     program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor
 ) -> None:

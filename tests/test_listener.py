@@ -268,6 +268,38 @@ def test_a_shared_inbox_that_nobody_empties_pauses_accepting(
             pass
 
 
+def test_sessions_that_failed_count_while_they_linger(
+    far: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context, logs: list[Any]
+) -> None:
+    """Each has a descriptor, and how many may have one is what the limit is for."""
+
+    class Refusing(bridge.codecs.Raw):
+        def decode(self, data: bytes) -> list[bytes]:
+            raise bridge.CodecError("no")
+
+    timeouts = bridge.Timeouts(close_notify=PATIENCE)
+    with bridge.Bridge(workers=1, timeouts=timeouts, limits=bridge.Limits(sessions=2)) as b:
+        listener = b.listen(("127.0.0.1", 0), server_ctx, codec=Refusing)
+        with contextlib.ExitStack() as stack:
+            clients = [
+                far.connect(listener.address, client_ctx, server_hostname="localhost") for _ in range(2)
+            ]
+            servers = [listener.accept(PATIENCE) for _ in clients]
+            for client in clients:
+                client.send(b"x")
+            for server in servers:
+                with pytest.raises(bridge.CodecError):
+                    server.recv(PATIENCE)
+            until(lambda: not b.snapshot().sessions)
+            stack.enter_context(socket.create_connection(listener.address))
+            until(lambda: named(logs, "listener.paused"))
+            for client in clients:
+                client.abort()
+            with far.connect(listener.address, client_ctx, server_hostname="localhost"):
+                pass
+        b.close(timeout=0)
+
+
 def test_many_messages_of_a_few_sessions_keep_nobody_out(
     far: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context
 ) -> None:

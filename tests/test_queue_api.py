@@ -521,6 +521,17 @@ def test_an_inbox_takes_words_and_can_be_shut_down(pool: ThreadPoolExecutor) -> 
         shared.get_nowait()
 
 
+def test_an_inbox_that_was_shut_down_stays_so(
+    b: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    shared = bridge.Inbox()
+    shared.shutdown()
+    with pytest.raises(bridge.ShutDown, match="the inbox was shut down"):
+        shared.put((None, "a word"))
+    with b.listen(("127.0.0.1", 0), server_ctx, inbox=shared), pytest.raises(bridge.ShutDown):
+        shared.get(timeout=PATIENCE)
+
+
 def test_an_inbox_may_be_fed_by_several_bridges_and_ends_with_the_last(
     server_ctx: bridge.Context, client_ctx: bridge.Context
 ) -> None:

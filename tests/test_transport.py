@@ -337,6 +337,27 @@ def test_a_session_that_fails_with_what_it_reads_lingers_for_a_while_only(
     assert isinstance(server.end, bridge.TLSError)
 
 
+def test_a_second_failure_cuts_no_linger_short(
+    lockstep: Lockstep, contexts: Contexts, tls_version: str
+) -> None:
+    """A sender's, or a codec's, that was on its way when the first came."""
+    near, far = lockstep.tcp_pair()
+    server = lockstep.session(contexts[1], near)
+    client = Raw(raw_context(tls_version), far, server_side=False)
+    while client.handshake() is not None:
+        lockstep.round()
+    lockstep.until(lambda: is_open(server))
+    far.send(record(23, bytes(32)))
+    lockstep.until(lambda: is_closed(server))
+    channel = server._channel
+    channel.worker.post(channel.transport, "conclude", bridge.CodecError("too late"))
+    lockstep.settle()
+    assert isinstance(server.end, bridge.TLSError) and not channel.transport.finished, "it lingers"
+    channel.worker.post(channel.transport, "abort", bridge.SessionAborted("at once"))
+    lockstep.settle()
+    assert channel.transport.finished
+
+
 # ── deadlines ──
 
 

@@ -15,7 +15,6 @@ import os
 import re
 import ssl
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from OpenSSL._util import exception_from_error_queue
 from OpenSSL._util import ffi as _ffi
 from OpenSSL._util import lib as _lib
 
+from bridge import forks
 from bridge.connection import keylog_writer, log_key, note_verification, select_alpn
 from bridge.context import Context
 from bridge.credentials import certificates, reasons
@@ -102,7 +102,7 @@ class _Recorded:
     dh_params: Any = None
     store: crypto.X509Store = field(default_factory=crypto.X509Store)
     made: dict[bool, tuple[_Settings, Context]] = field(default_factory=dict)
-    lock: Any = field(default_factory=threading.RLock)
+    lock: Any = field(default_factory=forks.open_lock)
     """Held while the store is filled, and while a core context is made; a signal handler may come in the middle."""
 
 
