@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import datetime
 import json
 import os
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
+import time
 import xml.etree.ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from test_cli import DEADLINE, ENVIRONMENT, run
 
 import bridge
 from bridge import cli, starttls
+from bridge.arguments import alpn
 from bridge.connect_command import _converse, _names, _speak, printable
 from bridge.explain import explain
 from bridge.trace_command import _style
@@ -218,6 +223,70 @@ def test_a_port_where_nobody_listens_is_explained(capsys: Any) -> None:
     assert status == 3 and "refused" in said
 
 
+@contextlib.contextmanager
+def deaf() -> Iterator[Any]:
+    """An address whose backlog is full, as of a host that does not answer."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(listener.getsockname())
+        yield listener.getsockname()
+
+
+def have_addresses(monkeypatch: pytest.MonkeyPatch, *addresses: Any) -> None:
+    """Every host has them."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", address) for address in addresses]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a full backlog refuses")
+def test_all_addresses_of_a_host_have_one_time_together(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    with deaf() as address:
+        have_addresses(monkeypatch, *[address] * 12)
+        begun = time.monotonic()
+        status, said = fails(capsys, "connect", "many.example:1", "--timeout", "1")
+        assert status == 3 and "no answer in time" in said
+        assert time.monotonic() - begun < 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a full backlog refuses")
+def test_an_address_that_does_not_answer_leaves_time_for_the_next(
+    server_cert: KeyPair, ca_file: str, background: Background, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    address, _ = background.serve_tls(server_context(server_cert), until_end)
+    with deaf() as silent:
+        have_addresses(monkeypatch, silent, address)
+        assert cli.main(["connect", "localhost:1", "--cafile", ca_file, "--timeout", "3", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["peer"].endswith(str(address[1]))
+
+
+def test_a_host_is_asked_for_by_the_name_that_its_certificate_holds(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    asked: list[Any] = []
+
+    def getaddrinfo(host: Any, *_: Any, **__: Any) -> Any:
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    status, _ = fails(capsys, "connect", "straße.example:443")
+    assert (status, asked) == (3, ["xn--strae-oqa.example"])
+
+
+@pytest.mark.parametrize("more", [(), ("--server-name", "b.example")], ids=["alone", "with a server name"])
+@pytest.mark.parametrize("host", ["a..b", "x" * 70 + ".example", "\N{SNOWMAN}.example"])
+def test_what_is_no_name_of_a_host_is_said_in_one_line(host: str, more: tuple[str, ...], capsys: Any) -> None:
+    status, said = fails(capsys, "connect", f"{host}:443", *more)
+    assert status == 2 and host in said
+
+
+def test_blanks_between_protocols_are_not_offered() -> None:
+    assert alpn(argparse.Namespace(alpn="h2, http/1.1 ,")) == ["h2", "http/1.1"]
+
+
 def test_silence_is_explained(background: Background, capsys: Any) -> None:
     address, _ = background.serve(until_end)
     status, said = fails(capsys, *told(address, "--timeout", "0.3"))
@@ -306,7 +375,7 @@ DIALOGUES: dict[str, list[Turn]] = {
     "smtp": [
         b"220-mail\r\n220 ready\r\n",
         "EHLO localhost\r\n",
-        b"250-mail\r\n250-STARTTLS\r\n250 SIZE\r\n",
+        b"250-mail\r\n250-STARTTLS\r\n250\r\n",
         "STARTTLS\r\n",
         b"220 go ahead\r\n",
     ],
@@ -314,6 +383,10 @@ DIALOGUES: dict[str, list[Turn]] = {
     "pop3": [b"+OK ready\r\n", "STLS\r\n", b"+OK begin\r\n"],
     "ftp": [b"220-ftp\r\n hello\r\n220 ready\r\n", "AUTH TLS\r\n", b"234 begin\r\n"],
     "postgres": ["\0\0\0\x08\x04\xd2\x16\x2f", b"S"],
+    "mysql": [
+        b"\x23\0\0\xff\x0a8.0\0" + bytes(13) + b"\xff\xff" + bytes(15),
+        "\x20\0\0\0\0\x8a\0\0\0\0\0\x01\x2d" + "\0" * 23,
+    ],
     "xmpp": [
         "version='1.0' to='localhost'>",
         b"<?xml version='1.0'?><stream:stream id='1'><stream:features>"
@@ -397,12 +470,11 @@ STRANGERS = [
 def test_starttls_with_whoever_does_not_speak_the_protocol(protocol: str, answer: bytes, words: str) -> None:
     near, far = socket.socketpair()
     with near, far:
-        near.settimeout(DEADLINE)
         far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 200_000)
         far.sendall(answer)
         far.shutdown(socket.SHUT_WR)
         with pytest.raises(starttls.Refused, match=words):
-            starttls.negotiate(protocol, near, "localhost")
+            starttls.negotiate(protocol, near, "localhost", time.monotonic() + DEADLINE)
 
 
 def test_a_server_that_never_ends_its_greeting_is_left(background: Background, capsys: Any) -> None:
@@ -415,6 +487,41 @@ def test_silence_before_starttls_is_explained(background: Background, capsys: An
     address, _ = background.serve(until_end)
     status, said = fails(capsys, *told(address, "--timeout", "0.3", "--starttls", "pop3"))
     assert status == 4 and "without --starttls" in said
+
+
+def test_a_server_that_drips_does_not_hold_it_beyond_its_time(background: Background, capsys: Any) -> None:
+    gone = threading.Event()
+
+    def drip(sock: socket.socket) -> None:
+        for _ in range(300):
+            if gone.wait(0.05):
+                return
+            sock.sendall(b"2")
+
+    address, _ = background.serve(drip)
+    status, said = fails(capsys, *told(address, "--timeout", "0.5", "--starttls", "smtp"))
+    gone.set()
+    assert status == 4 and "in time" in said
+
+
+def test_a_server_that_does_not_read_does_not_hold_it_either() -> None:
+    near, far = socket.socketpair()
+    with near, far, pytest.raises(starttls.Refused, match="in time"):
+        near.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                near.send(bytes(65_536))
+        starttls.negotiate("postgres", near, "localhost", time.monotonic() + 0.1)
+
+
+def test_a_reset_before_tls_is_a_refused_starttls(background: Background, capsys: Any) -> None:
+    def reset(sock: socket.socket) -> None:
+        receive_exactly(sock, 8)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    address, _ = background.serve(reset)
+    status, said = fails(capsys, *told(address, "--starttls", "postgres"))
+    assert status == 4 and "failed before TLS began: Connection reset" in said
 
 
 # ── trace ──
