@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import queue
@@ -30,6 +31,8 @@ CLOSE_SECONDS = 5.0
 """How long sessions have to end politely once the echo server is told to stop."""
 LOOK_EVERY = 0.1
 """Seconds between two looks at the demo's progress."""
+UNREAD = 141
+"""The exit status when nobody reads stdout any more: what shells call the death by SIGPIPE."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,28 +47,56 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: all went well.  1: the demo found a fault, or could not go on.  2: unusable arguments, files or
     address; the reason is one line on stderr.
-    3 to 6: connect and trace had no session (see `bridge.explain`).  130: interrupted.
+    3 to 6: connect and trace had no session (see `bridge.explain`).  130: interrupted.  141: nobody reads
+    stdout, or stderr, any more.
     Raises SystemExit where argparse does.
     Echo catches signals, so it runs on the main thread only.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == ["run"] and words[1:] not in (["-h"], ["--help"]):
         return _run(words[1:])  # whose options are not ours
+    _prepare_streams()
     arguments = _parser().parse_args(words)
     try:
-        return _COMMANDS[arguments.command](arguments)
+        status = _COMMANDS[arguments.command](arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        _let_go()
+        return UNREAD
     except bridge.ConfigurationError as error:
         reason = str(error)
     except bridge.BridgeError as error:
         print(f"tls-bridge {arguments.command}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except OSError as error:
+        _let_go()
         reason = error.strerror or str(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     print(f"tls-bridge {arguments.command}: error: {reason}", file=sys.stderr)
     return 2
+
+
+def _prepare_streams() -> None:
+    """Stand in for standard streams that are closed, and have stdout take every character in some way."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _let_go() -> None:
+    """Have nobody take what stdout and stderr hold, if it cannot be written: Python would try again at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 # Arguments.

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import json
 import os
+import signal
 import socket
 import ssl
 import struct
@@ -26,7 +27,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from peers import Background, Program, receive_exactly
-from test_cli import DEADLINE, ENVIRONMENT, run
+from test_cli import DEADLINE, ENVIRONMENT, run, wait_until_still
 
 import bridge
 from bridge import cli, starttls
@@ -129,6 +130,110 @@ def test_a_client_certificate_is_shown(
 
 def test_what_the_peer_says_does_not_reach_the_terminal_unseen() -> None:
     assert printable("a\x1b[2Jb\r\n") == "a�[2Jb��"
+
+
+# ── what becomes of our own output ──
+
+
+@pytest.fixture
+def greeter(server_cert: KeyPair, background: Background) -> list[str]:
+    """`connect` to a server that says hello, and good bye at the end."""
+
+    def greet(sock: ssl.SSLSocket) -> None:
+        sock.sendall(b"hello")
+        until_end(sock)
+        sock.unwrap()
+
+    address, _ = background.serve_tls(server_context(server_cert), greet)
+    return told(address, "--insecure")
+
+
+@pytest.mark.parametrize("more", [(), ("--info",), ("--json",)], ids=" ".join)
+def test_who_reads_no_more_is_not_taken_for_the_peer(greeter: list[str], more: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as closed:
+        status, said = speaks(sys.executable, "-m", "bridge", *greeter, *more, stdout=closed)
+    assert status == 141
+    assert "ended badly" not in said and "roken" not in said and ("connected to" in said) is (not more)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize("more", [(), ("--info",), ("--json",)], ids=" ".join)
+def test_a_full_disk_is_not_taken_for_the_peer(greeter: list[str], more: tuple[str, ...]) -> None:
+    with open("/dev/full", "wb") as full:
+        status, said = speaks(sys.executable, "-m", "bridge", *greeter, *more, stdout=full)
+    assert status == 2
+    assert said.splitlines()[-1] == "tls-bridge connect: error: No space left on device"
+    assert "ended badly" not in said and ("connected to" in said) is (not more)
+
+
+@pytest.mark.parametrize("closing", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_may_be_closed(greeter: list[str], closing: str) -> None:
+    command = f'exec "$@" {closing}'
+    status, said = speaks("sh", "-c", command, "sh", sys.executable, "-m", "bridge", *greeter)
+    assert status == 0 and ("connected to" in said) is ("2>" not in closing)
+
+
+def speaks(*command: str, stdout: Any = subprocess.DEVNULL) -> tuple[int, str]:
+    ended = subprocess.run(
+        command,
+        env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert "Traceback" not in ended.stderr
+    return ended.returncode, ended.stderr
+
+
+def test_names_that_stdout_cannot_spell_are_spelt_out(
+    ca: trustme.CA, background: Background, tmp_path: Path
+) -> None:
+    pair = write_key_pair(ca.issue_cert("localhost", common_name="Zürich"), tmp_path)
+    address, _ = background.serve_tls(server_context(pair), until_end)
+    ended = subprocess.run(
+        [sys.executable, "-m", "bridge", *told(address, "--insecure", "--info")],
+        env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "") and r"CN=Z\xfcrich" in ended.stdout
+
+
+def test_ctrl_c_does_not_wait_for_a_server_that_does_not_read(
+    server_cert: KeyPair, background: Background
+) -> None:
+    over = threading.Event()
+    address, _ = background.serve_tls(server_context(server_cert), lambda _: over.wait(DEADLINE))
+    with subprocess.Popen(
+        [sys.executable, "-m", "bridge", *told(address, "--insecure")],
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None and process.stderr is not None
+        assert b"connected to" in process.stderr.readline()
+        pipe, pushed = process.stdin.fileno(), [0]
+        os.set_blocking(pipe, False)
+
+        def push() -> int:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    pushed[0] += os.write(pipe, bytes(65_536))
+            return pushed[0]
+
+        wait_until_still(push)
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(DEADLINE / 2) == 130
+            assert process.stderr.read().endswith(b"interrupted\n")
+        finally:
+            over.set()
+            process.kill()
 
 
 # ── why there is no session ──
@@ -287,6 +392,34 @@ def test_blanks_between_protocols_are_not_offered() -> None:
     assert alpn(argparse.Namespace(alpn="h2, http/1.1 ,")) == ["h2", "http/1.1"]
 
 
+def test_a_damaged_record_after_the_handshake_is_a_bad_end(
+    server_cert: KeyPair, ca_file: str, background: Background
+) -> None:
+    heard = threading.Event()
+
+    def damage(sock: ssl.SSLSocket) -> None:
+        sock.sendall(b"hello")
+        assert heard.wait(DEADLINE)
+        with socket.socket(fileno=sock.detach()) as plain:
+            plain.sendall(b"\x17\x03\x03\0\x40" + bytes(64))
+            until_end(plain)
+
+    address, _ = background.serve_tls(server_context(server_cert), damage)
+    with subprocess.Popen(
+        [sys.executable, "-m", "bridge", *told(address, "--cafile", ca_file)],
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(5) == b"hello"
+        heard.set()
+        said = process.stderr.read().decode()
+        assert process.wait(DEADLINE) == 1
+    assert "ended badly" in said.splitlines()[-1]
+
+
 def test_silence_is_explained(background: Background, capsys: Any) -> None:
     address, _ = background.serve(until_end)
     status, said = fails(capsys, *told(address, "--timeout", "0.3"))
@@ -304,6 +437,20 @@ def tls_error(reason: str) -> bridge.TLSError:
     error = bridge.TLSError(1, f"[SSL: {reason}] {reason.lower()}")
     error.reason = reason
     return error
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "words"),
+    [
+        ("DECRYPTION_FAILED_OR_BAD_RECORD_MAC", 1, "the session ended badly: [SSL: DECRYPTION_FAILED"),
+        ("TLSV13_ALERT_CERTIFICATE_REQUIRED", 6, "it demands a client certificate"),
+    ],
+)
+def test_a_tls_error_after_the_handshake_is_no_failed_handshake_unless_it_says_so(
+    reason: str, status: int, words: str
+) -> None:
+    code, sentence = explain(tls_error(reason), "h:1", settled=True)
+    assert code == status and sentence.startswith(f"h:1: {words}")
 
 
 @pytest.mark.parametrize(
@@ -326,6 +473,9 @@ def test_what_else_can_go_wrong_is_explained(error: Exception, status: int, word
 def test_unusable_files_are_status_2(capsys: Any) -> None:
     status, said = fails(capsys, "connect", "localhost:1", "--cafile", "/nowhere.pem")
     assert status == 2 and "/nowhere.pem" in said
+    assert cli.main(["connect", "localhost:1", "--cafile", "/nowhere.pem", "--json"]) == 2
+    said = json.loads(capsys.readouterr().out)
+    assert (said["ok"], said["status"]) == (False, 2) and "/nowhere.pem" in said["error"]
 
 
 def test_a_silence_after_all_was_said_is_the_end(
