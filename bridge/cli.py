@@ -8,18 +8,22 @@ Only the demo and the trace on a terminal use `rich` (the extra ``cli``), and it
 from __future__ import annotations
 
 import argparse
+import builtins
 import contextlib
 import dataclasses
+import importlib.machinery
 import io
 import json
 import os
+import pkgutil
 import queue
 import runpy
 import signal
 import sys
 import threading
+import types
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import bridge
 from bridge import connect_command, demo, top, trace_command, window
@@ -186,13 +190,35 @@ def _run(words: list[str]) -> int:
     if not words or words == ["-m"]:
         _parser().error("run needs the path of a script, or -m and a module")
     ssl.inject()
+    program = sys.modules["__main__"] = types.ModuleType(
+        "__main__"
+    )  # to the end of its threads and exit handlers
+    vars(program)["__builtins__"] = builtins
     if words[0] == "-m":
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = words
-        sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
-        runpy.run_path(words[0], run_name="__main__")
+        sys.argv, sys.path[0] = words[1:], os.getcwd()
+        runpy._run_module_as_main(words[1])  # type: ignore[attr-defined]
+        return 0
+    sys.argv = words
+    if pkgutil.get_importer(words[0]) is not None:  # a directory or a zip file with a __main__.py
+        sys.path[0] = words[0]
+        runpy._run_module_as_main("__main__", alter_argv=False)  # type: ignore[attr-defined]
+        return 0
+    return _run_script(os.path.abspath(words[0]), program)
+
+
+def _run_script(path: str, program: types.ModuleType) -> int:
+    compiled = path.endswith(".pyc")
+    kind: Any = importlib.machinery.SourcelessFileLoader if compiled else importlib.machinery.SourceFileLoader
+    loader = kind("__main__", path)
+    try:
+        content = loader.get_data(path)
+    except OSError as error:
+        print(f"tls-bridge run: error: cannot open {path}: {error.strerror}", file=sys.stderr)
+        return 2
+    code = loader.get_code("__main__") if compiled else loader.source_to_code(content, path)
+    vars(program).update(__file__=path, __loader__=loader, __cached__=None)
+    sys.path[0] = os.path.dirname(os.path.realpath(path))
+    exec(code, vars(program))
     return 0
 
 
