@@ -99,7 +99,7 @@ def test_a_scrape_counts_failed_handshakes_and_who_is_in_one(
         assert served.values("handshakes_total") == {("TLSError", "server", ""): 1}
         with dial(listener.address):
             until(lambda: served.values("listener_handshakes") == {address: 1})
-            assert served.values("sessions")["handshaking",] == 1
+            until(lambda: served.values("sessions")["handshaking",] == 1)
         late = far.connect(listener.address, bridge.client_context(ca_file), server_hostname="localhost")
         until(lambda: served.values("listener_waiting") == {address: 1})
         with socket.socket() as nobody:
