@@ -190,9 +190,8 @@ def _run(words: list[str]) -> int:
     if not words or words == ["-m"]:
         _parser().error("run needs the path of a script, or -m and a module")
     ssl.inject()
-    program = sys.modules["__main__"] = types.ModuleType(
-        "__main__"
-    )  # to the end of its threads and exit handlers
+    # It stays there: a program's threads and exit handlers outlive its last line.
+    program = sys.modules["__main__"] = types.ModuleType("__main__")
     vars(program)["__builtins__"] = builtins
     if words[0] == "-m":
         sys.argv, sys.path[0] = words[1:], os.getcwd()
