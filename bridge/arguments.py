@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import socket
 import time
+from typing import Any
 
 import bridge
 from bridge import starttls
@@ -78,13 +80,13 @@ def add_peer(parser: argparse.ArgumentParser) -> None:
 
 def alpn(arguments: argparse.Namespace) -> list[str]:
     """The protocols to offer."""
-    return [name for name in arguments.alpn.split(",") if name]
+    return [name for part in arguments.alpn.split(",") if (name := part.strip())]
 
 
 def open_session(b: bridge.Bridge, arguments: argparse.Namespace) -> bridge.Session:
     """The session that *arguments* ask for, its handshake done.
 
-    Raises ConfigurationError for files, `bridge.starttls.Refused`, OSError, or what `Bridge.adopt` does.
+    Raises ConfigurationError for files and names, `bridge.starttls.Refused`, OSError, or what `Bridge.adopt` does.
     """
     context = bridge.client_context(
         arguments.cafile,
@@ -96,14 +98,35 @@ def open_session(b: bridge.Bridge, arguments: argparse.Namespace) -> bridge.Sess
         maximum_version=arguments.max,
     )
     name = arguments.server_name or arguments.address[0]
+    context.peer_name(name)
     deadline = time.monotonic() + arguments.timeout
-    with socket.create_connection(arguments.address, arguments.timeout) as sock:
+    with _dial(_resolve(context, *arguments.address), deadline) as sock:
         if arguments.starttls:
-            try:
-                starttls.negotiate(arguments.starttls, sock, name)
-            except TimeoutError:
-                raise starttls.Refused(
-                    "no answer in plain text in time; it may speak TLS from the first byte, without --starttls"
-                ) from None
+            starttls.negotiate(arguments.starttls, sock, name, deadline)
         left = max(0.1, deadline - time.monotonic())
         return b.adopt(sock, context, server_hostname=name, timeout=left)
+
+
+def _resolve(context: bridge.Context, host: str, port: int) -> list[Any]:
+    """What `Bridge.connect` would ask for: Python's own names are those of IDNA 2003, which may be others'."""
+    peer = None if host.isascii() else context.peer_name(host)
+    try:
+        return socket.getaddrinfo(host if peer is None else peer.ascii, port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:
+        raise bridge.ConfigurationError(f"{host!r} is no host name: {error.__cause__ or error}") from error
+
+
+def _dial(addresses: list[Any], deadline: float) -> socket.socket:
+    """A connection to the first of *addresses* that answers, each tried for its share of the time.  OSError."""
+    failure = OSError("it has no address")
+    for tried, (family, kind, protocol, _, where) in enumerate(addresses):
+        try:
+            with contextlib.ExitStack() as unless_connected:
+                sock = unless_connected.enter_context(socket.socket(family, kind, protocol))
+                sock.settimeout(max(0.01, deadline - time.monotonic()) / (len(addresses) - tried))
+                sock.connect(where)
+                unless_connected.pop_all()
+                return sock
+        except OSError as error:
+            failure = error
+    raise failure

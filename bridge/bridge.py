@@ -40,7 +40,7 @@ from bridge.outbox import Outbox
 from bridge.session import Session
 from bridge.stream import Stream
 from bridge.threads import check_may_wait, let_through
-from bridge.totals import Totals, total
+from bridge.totals import Account, Totals, total
 from bridge.transport import Ending, Plan, Transport
 from bridge.worker import Worker
 
@@ -353,12 +353,7 @@ class Bridge:
     def totals(self) -> Totals:
         """What all sessions have done, since the beginning.  As cheap as `snapshot`; any thread."""
         forks.check(self._born)
-        channels, left = self._channels.census()
-        streams, gone = self._streams.census()
-        accounts = [left, gone]
-        accounts += [channel.transport.account(None) for channel in channels]
-        accounts += [stream.account(None) for stream in streams]
-        return total(accounts)
+        return total(self._accounts())
 
     def close(self, timeout: float | None = None) -> None:
         """Close listeners, then all sessions politely, then end the threads.  Idempotent.
@@ -446,6 +441,14 @@ class Bridge:
                 self._coordinator.stop()
 
     # Wiring.
+
+    def _accounts(self) -> list[Account]:
+        channels, left = self._channels.census()
+        streams, gone = self._streams.census()
+        accounts = [left, gone]
+        accounts += [channel.transport.account(None) for channel in channels]
+        accounts += [stream.account(None) for stream in streams]
+        return accounts
 
     def _make(
         self,

@@ -8,17 +8,22 @@ Only the demo and the trace on a terminal use `rich` (the extra ``cli``), and it
 from __future__ import annotations
 
 import argparse
+import builtins
 import contextlib
 import dataclasses
+import importlib.machinery
+import io
 import json
 import os
+import pkgutil
 import queue
 import runpy
 import signal
 import sys
 import threading
+import types
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import bridge
 from bridge import connect_command, demo, top, trace_command, window
@@ -30,6 +35,8 @@ CLOSE_SECONDS = 5.0
 """How long sessions have to end politely once the echo server is told to stop."""
 LOOK_EVERY = 0.1
 """Seconds between two looks at the demo's progress."""
+UNREAD = 141
+"""The exit status when nobody reads stdout any more: what shells call the death by SIGPIPE."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,28 +51,56 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: all went well.  1: the demo found a fault, or could not go on.  2: unusable arguments, files or
     address; the reason is one line on stderr.
-    3 to 6: connect and trace had no session (see `bridge.explain`).  130: interrupted.
+    3 to 6: connect and trace had no session (see `bridge.explain`).  130: interrupted.  141: nobody reads
+    stdout, or stderr, any more.
     Raises SystemExit where argparse does.
     Echo catches signals, so it runs on the main thread only.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == ["run"] and words[1:] not in (["-h"], ["--help"]):
         return _run(words[1:])  # whose options are not ours
+    _prepare_streams()
     arguments = _parser().parse_args(words)
     try:
-        return _COMMANDS[arguments.command](arguments)
+        status = _COMMANDS[arguments.command](arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        _let_go()
+        return UNREAD
     except bridge.ConfigurationError as error:
         reason = str(error)
     except bridge.BridgeError as error:
         print(f"tls-bridge {arguments.command}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except OSError as error:
+        _let_go()
         reason = error.strerror or str(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     print(f"tls-bridge {arguments.command}: error: {reason}", file=sys.stderr)
     return 2
+
+
+def _prepare_streams() -> None:
+    """Stand in for standard streams that are closed, and have stdout take every character in some way."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _let_go() -> None:
+    """Have nobody take what stdout and stderr hold, if it cannot be written: Python would try again at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 # Arguments.
@@ -155,13 +190,34 @@ def _run(words: list[str]) -> int:
     if not words or words == ["-m"]:
         _parser().error("run needs the path of a script, or -m and a module")
     ssl.inject()
+    # It stays there: a program's threads and exit handlers outlive its last line.
+    program = sys.modules["__main__"] = types.ModuleType("__main__")
+    vars(program)["__builtins__"] = builtins
     if words[0] == "-m":
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = words
-        sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
-        runpy.run_path(words[0], run_name="__main__")
+        sys.argv, sys.path[0] = words[1:], os.getcwd()
+        runpy._run_module_as_main(words[1])  # type: ignore[attr-defined]
+        return 0
+    sys.argv = words
+    if pkgutil.get_importer(words[0]) is not None:  # a directory or a zip file with a __main__.py
+        sys.path[0] = words[0]
+        runpy._run_module_as_main("__main__", alter_argv=False)  # type: ignore[attr-defined]
+        return 0
+    return _run_script(os.path.abspath(words[0]), program)
+
+
+def _run_script(path: str, program: types.ModuleType) -> int:
+    compiled = path.endswith(".pyc")
+    kind: Any = importlib.machinery.SourcelessFileLoader if compiled else importlib.machinery.SourceFileLoader
+    loader = kind("__main__", path)
+    try:
+        content = loader.get_data(path)
+    except OSError as error:
+        print(f"tls-bridge run: error: cannot open {path}: {error.strerror}", file=sys.stderr)
+        return 2
+    code = loader.get_code("__main__") if compiled else loader.source_to_code(content, path)
+    vars(program).update(__file__=path, __loader__=loader, __cached__=None)
+    sys.path[0] = os.path.dirname(os.path.realpath(path))
+    exec(code, vars(program))
     return 0
 
 

@@ -26,7 +26,7 @@ QUIET_SECONDS = 2.0
 STATUSES = (
     "exit status: 0 connected, and ended cleanly; 1 ended badly after the handshake; 2 unusable arguments or"
     " files; 3 no TCP connection; 4 the peer refused STARTTLS; 5 its certificate was refused; 6 the handshake"
-    " failed otherwise, or the peer refused us; 130 interrupted"
+    " failed otherwise, or the peer refused us; 130 interrupted; 141 nobody reads stdout any more"
 )
 
 
@@ -51,23 +51,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do it; the exit status.  ConfigurationError for unusable arguments."""
+    """Do it; the exit status.  ConfigurationError for unusable arguments, OSError of stdout and stderr."""
     where, settled = show_address(arguments.address), False
     try:
-        with bridge.Bridge(workers=1) as b:
-            session = open_session(b, arguments)
+        with bridge.Bridge(workers=1) as b, open_session(b, arguments) as session:
             settled = True
-            facts = describe(session.info, verified=not arguments.insecure)
-            facts["alpn_offered"] = alpn(arguments)
-            if arguments.info or arguments.json:
-                _part(session)
-                _print(arguments, {"ok": True, "address": where, **facts})
-                return 0
-            print(in_words(where, facts), file=sys.stderr, flush=True)
-            return _converse(session, arguments.linger)
-    except bridge.ConfigurationError:
-        raise
+            return _talk(session, arguments, where)
+    except bridge.ConfigurationError as error:
+        if not arguments.json:
+            raise
+        status, sentence = 2, str(error)
     except (bridge.BridgeError, OSError, Refused) as error:
+        if settled and not isinstance(error, bridge.BridgeError):
+            raise
         status, sentence = explain(error, where, settled)
     failure = {"ok": False, "address": where, "status": status, "error": sentence}
     if arguments.json:
@@ -75,6 +71,17 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(f"tls-bridge connect: {printable(sentence)}", file=sys.stderr)
     return status
+
+
+def _talk(session: bridge.Session, arguments: argparse.Namespace, where: str) -> int:
+    facts = describe(session.info, verified=not arguments.insecure)
+    facts["alpn_offered"] = alpn(arguments)
+    if arguments.info or arguments.json:
+        _part(session)
+        _print(arguments, {"ok": True, "address": where, **facts})
+        return 0
+    print(in_words(where, facts), file=sys.stderr, flush=True)
+    return _converse(session, arguments.linger)
 
 
 def _part(session: bridge.Session) -> None:

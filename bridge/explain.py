@@ -74,19 +74,22 @@ def explain(error: BaseException, where: str, settled: bool = False) -> tuple[in
             NO_HANDSHAKE,
             f"{where}: it does not speak TLS: {error}; is it another port, or is --starttls missing?",
         )
-    if isinstance(error, bridge.TLSError):
-        return NO_HANDSHAKE, f"{where}: {_by_reason(error)}"
+    refused = _by_reason(error) if isinstance(error, bridge.TLSError) else None
+    if refused is not None:  # with TLS 1.3 servers say so when our handshake is done
+        return NO_HANDSHAKE, f"{where}: {refused}"
     if settled:
         return BROKEN, f"{where}: the session ended badly: {error}"
+    if isinstance(error, bridge.TLSError):
+        return NO_HANDSHAKE, f"{where}: the handshake failed: {error}"
     return _without_session(error, where)
 
 
-def _by_reason(error: bridge.TLSError) -> str:
+def _by_reason(error: bridge.TLSError) -> str | None:
     reason = f"{error.reason or ''} {error}".upper().replace(" ", "_")
     for pattern, sentence in _REASONS:
         if re.search(pattern, reason):
             return f"{sentence} ({error})"
-    return f"the handshake failed: {error}"
+    return None
 
 
 def _without_session(error: BaseException, where: str) -> tuple[int, str]:

@@ -28,18 +28,25 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from bridge.bridge import Bridge
+from bridge.bridge import Bridge, ListenerSnapshot
 from bridge.states import State
-from bridge.totals import BUCKETS
+from bridge.totals import BUCKETS, total
 
 __all__ = ("BridgeCollector",)
 
 
 class BridgeCollector(Collector):
-    """The metrics of *bridge*, for `prometheus_client.CollectorRegistry.register`.  Any thread may scrape."""
+    """The metrics of *bridge*, for `prometheus_client.CollectorRegistry.register`.  Any thread may scrape.
 
-    def __init__(self, bridge: Bridge) -> None:
-        self._bridge = bridge
+    A registry takes one such collector, for names must not come twice; *more* bridges are added up with the first.
+    """
+
+    def __init__(self, bridge: Bridge, *more: Bridge) -> None:
+        self._bridges = (bridge, *more)
+
+    def describe(self) -> Iterator[Metric]:
+        """As `collect`: registries ask for the names, so that they refuse a second collector."""
+        return self.collect()
 
     def collect(self) -> Iterator[Metric]:
         """All metrics, as they are now."""
@@ -47,34 +54,45 @@ class BridgeCollector(Collector):
         yield from self._past()
 
     def _present(self) -> Iterator[Metric]:
-        now = self._bridge.snapshot()
-        states = collections.Counter(session.state for session in now.sessions)
+        now = [bridge.snapshot() for bridge in self._bridges]
+        states = collections.Counter(session.state for one in now for session in one.sessions)
         sessions = GaugeMetricFamily("tls_bridge_sessions", "Sessions in each state", labels=["state"])
         for state in State:
             if state is not State.CLOSED:  # such a session is only still lingering
                 sessions.add_metric([state.value], states[state.value])
         yield sessions
-        waits = collections.Counter(wait for session in now.sessions for wait in session.wants.items())
+        waits = collections.Counter(
+            wait for one in now for session in one.sessions for wait in session.wants.items()
+        )
         waiting = GaugeMetricFamily("tls_bridge_waiting", "Sessions that wait now", labels=["call", "want"])
         for wait, count in sorted(waits.items()):
             waiting.add_metric(wait, count)
         yield waiting
         queued = GaugeMetricFamily("tls_bridge_queued_bytes", "Bytes in queues", labels=["queue"])
-        queued.add_metric(["inbox"], now.inbox_bytes)
-        queued.add_metric(["outbox"], now.outbox_bytes)
+        queued.add_metric(["inbox"], sum(one.inbox_bytes for one in now))
+        queued.add_metric(["outbox"], sum(one.outbox_bytes for one in now))
         yield queued
+        yield from self._listeners([listener for one in now for listener in one.listeners])
+
+    def _listeners(self, listeners: list[ListenerSnapshot]) -> Iterator[Metric]:
+        """Those of one address, which share it by SO_REUSEPORT, together."""
+        shaking: collections.Counter[str] = collections.Counter()
+        waiting: collections.Counter[str] = collections.Counter()
+        for listener in listeners:
+            shaking[listener.address] += listener.handshakes
+            waiting[listener.address] += listener.waiting
         handshakes = GaugeMetricFamily(
             "tls_bridge_listener_handshakes", "Handshakes under way", labels=["address"]
         )
         backlog = GaugeMetricFamily("tls_bridge_listener_waiting", "Not taken yet", labels=["address"])
-        for listener in now.listeners:
-            handshakes.add_metric([listener.address], listener.handshakes)
-            backlog.add_metric([listener.address], listener.waiting)
+        for address in shaking:
+            handshakes.add_metric([address], shaking[address])
+            backlog.add_metric([address], waiting[address])
         yield handshakes
         yield backlog
 
     def _past(self) -> Iterator[Metric]:
-        totals = self._bridge.totals()
+        totals = total(account for bridge in self._bridges for account in bridge._accounts())
         yield _counter("handshakes", "Handshakes that ended", totals.handshakes, "side", "result", "version")
         yield _counter(
             "endings",

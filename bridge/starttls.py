@@ -1,7 +1,7 @@
 """STARTTLS: the few words in plain text that come before the handshake, for each protocol that has them.
 
-`negotiate` reads byte by byte where a byte too many could be one of TLS.  The socket has a timeout, which is the
-caller's; whatever the peer says is bounded by `LONGEST`.
+`negotiate` reads byte by byte where a byte too many could be one of TLS.  All of it has one deadline, and whatever the
+peer says is bounded by `LONGEST`.
 """
 
 from __future__ import annotations
@@ -9,60 +9,83 @@ from __future__ import annotations
 import re
 import socket
 import struct
+import time
 from collections.abc import Callable
 
 LONGEST = 64 * 1024
 """Bytes of an answer, before it is refused."""
+_FEATURES = re.compile(rb"</(\w+:)?features>|<(\w+:)?features\s*/>")
+"""The tag that ends what an XMPP server offers."""
 
 
 class Refused(Exception):
     """The peer does not offer TLS, or does not speak the protocol.  The message is for people."""
 
 
-def negotiate(protocol: str, sock: socket.socket, server_name: str) -> None:
-    """Have the peer begin TLS on *sock*, which blocks.  Refused, or OSError.  The caller's thread."""
-    _PROTOCOLS[protocol](sock, server_name)
+def negotiate(protocol: str, sock: socket.socket, server_name: str, deadline: float) -> None:
+    """Have the peer begin TLS on *sock* until *deadline* (monotonic).  Refused if it does not.  The caller's thread."""
+    try:
+        _PROTOCOLS[protocol](_Peer(sock, deadline), server_name)
+    except TimeoutError:
+        raise Refused(
+            "no answer in plain text in time; it may speak TLS from the first byte, without --starttls"
+        ) from None
+    except OSError as error:
+        raise Refused(f"the connection failed before TLS began: {error.strerror or error}") from error
 
 
-def _receive(sock: socket.socket, size: int) -> bytes:
-    if size > LONGEST:
-        raise Refused(f"the peer announces an answer of {size} bytes; it does not speak this protocol")
-    data = b""
-    while len(data) < size:
-        part = sock.recv(size - len(data))
-        if not part:
-            raise Refused("the peer hung up before TLS began")
-        data += part
-    return data
+class _Peer:
+    """The other end of *sock*, heard and spoken to until *deadline*; TimeoutError after it."""
 
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._sock = sock
+        self._deadline = deadline
 
-def _until(sock: socket.socket, ends: Callable[[bytes], object]) -> bytes:
-    data = b""
-    while not ends(data):
-        if len(data) >= LONGEST:
-            raise Refused(f"the peer's answer does not end after {LONGEST} bytes")
-        data += _receive(sock, 1)
-    return data
+    def say(self, data: bytes) -> None:
+        self._patient().sendall(data)
 
-
-def _line(sock: socket.socket) -> str:
-    return _until(sock, lambda data: data.endswith(b"\n")).decode("utf-8", "replace").rstrip("\r\n")
-
-
-def _lines(sock: socket.socket, goes_on: Callable[[list[str]], bool]) -> list[str]:
-    """Those of an answer that *goes_on* after the lines so far."""
-    lines, size = [_line(sock)], 0
-    while goes_on(lines):
-        size += len(lines[-1]) + 1
+    def receive(self, size: int) -> bytes:
         if size > LONGEST:
-            raise Refused(f"the peer's answer does not end after {LONGEST} bytes")
-        lines.append(_line(sock))
-    return lines
+            raise Refused(f"the peer announces an answer of {size} bytes; it does not speak this protocol")
+        data = b""
+        while len(data) < size:
+            part = self._patient().recv(size - len(data))
+            if not part:
+                raise Refused("the peer hung up before TLS began")
+            data += part
+        return data
 
+    def until(self, ends: Callable[[bytes], object]) -> bytes:
+        data = b""
+        while not ends(data):
+            if len(data) >= LONGEST:
+                raise Refused(f"the peer's answer does not end after {LONGEST} bytes")
+            data += self.receive(1)
+        return data
 
-def _replies(sock: socket.socket) -> list[str]:
-    """The lines of a reply of SMTP or FTP (RFC 5321, 4.2.1; RFC 959, 4.2)."""
-    return _lines(sock, lambda lines: lines[0][3:4] == "-" and not lines[-1].startswith(f"{lines[0][:3]} "))
+    def line(self) -> str:
+        return self.until(lambda data: data.endswith(b"\n")).decode("utf-8", "replace").rstrip("\r\n")
+
+    def lines(self, goes_on: Callable[[list[str]], bool]) -> list[str]:
+        """Those of an answer that *goes_on* after the lines so far."""
+        lines, size = [self.line()], 0
+        while goes_on(lines):
+            size += len(lines[-1]) + 1
+            if size > LONGEST:
+                raise Refused(f"the peer's answer does not end after {LONGEST} bytes")
+            lines.append(self.line())
+        return lines
+
+    def replies(self) -> list[str]:
+        """The lines of a reply of SMTP or FTP (RFC 5321, 4.2; RFC 959, 4.2): the last may be the bare code."""
+        return self.lines(lambda lines: lines[0][3:4] == "-" and f"{lines[-1]} "[:4] != f"{lines[0][:3]} ")
+
+    def _patient(self) -> socket.socket:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._sock.settimeout(left)
+        return self._sock
 
 
 def _expect(line: str, wanted: str, doing: str) -> None:
@@ -70,54 +93,54 @@ def _expect(line: str, wanted: str, doing: str) -> None:
         raise Refused(f"{doing}: the peer said {line[:200]!r}")
 
 
-def _smtp(sock: socket.socket, _: str) -> None:
+def _smtp(peer: _Peer, _: str) -> None:
     """RFC 3207."""
-    _expect(_replies(sock)[0], "220", "waiting for an SMTP greeting")
-    sock.sendall(b"EHLO localhost\r\n")
-    offered = _replies(sock)
+    _expect(peer.replies()[0], "220", "waiting for an SMTP greeting")
+    peer.say(b"EHLO localhost\r\n")
+    offered = peer.replies()
     _expect(offered[0], "250", "after EHLO")
     if not any(line[4:].strip().upper() == "STARTTLS" for line in offered):
         raise Refused("this SMTP server does not offer STARTTLS")
-    sock.sendall(b"STARTTLS\r\n")
-    _expect(_replies(sock)[0], "220", "after STARTTLS")
+    peer.say(b"STARTTLS\r\n")
+    _expect(peer.replies()[0], "220", "after STARTTLS")
 
 
-def _ftp(sock: socket.socket, _: str) -> None:
+def _ftp(peer: _Peer, _: str) -> None:
     """RFC 4217."""
-    _expect(_replies(sock)[0], "220", "waiting for an FTP greeting")
-    sock.sendall(b"AUTH TLS\r\n")
-    _expect(_replies(sock)[0], "234", "after AUTH TLS")
+    _expect(peer.replies()[0], "220", "waiting for an FTP greeting")
+    peer.say(b"AUTH TLS\r\n")
+    _expect(peer.replies()[0], "234", "after AUTH TLS")
 
 
-def _imap(sock: socket.socket, _: str) -> None:
+def _imap(peer: _Peer, _: str) -> None:
     """RFC 9051, 6.2.1."""
-    _expect(_line(sock), "* OK", "waiting for an IMAP greeting")
-    sock.sendall(b"a1 STARTTLS\r\n")
-    answer = _lines(sock, lambda lines: lines[-1].startswith("* "))
+    _expect(peer.line(), "* OK", "waiting for an IMAP greeting")
+    peer.say(b"a1 STARTTLS\r\n")
+    answer = peer.lines(lambda lines: lines[-1].startswith("* "))
     _expect(answer[-1].upper(), "A1 OK", "after STARTTLS")
 
 
-def _pop3(sock: socket.socket, _: str) -> None:
+def _pop3(peer: _Peer, _: str) -> None:
     """RFC 2595, 4."""
-    _expect(_line(sock), "+OK", "waiting for a POP3 greeting")
-    sock.sendall(b"STLS\r\n")
-    _expect(_line(sock), "+OK", "after STLS")
+    _expect(peer.line(), "+OK", "waiting for a POP3 greeting")
+    peer.say(b"STLS\r\n")
+    _expect(peer.line(), "+OK", "after STLS")
 
 
-def _postgres(sock: socket.socket, _: str) -> None:
+def _postgres(peer: _Peer, _: str) -> None:
     """SSLRequest (PostgreSQL's protocol, 53.2.10)."""
-    sock.sendall(struct.pack("!II", 8, 80877103))
-    answer = _receive(sock, 1)
+    peer.say(struct.pack("!II", 8, 80877103))
+    answer = peer.receive(1)
     if answer == b"N":
         raise Refused("this PostgreSQL server is not configured for TLS (ssl = off)")
     if answer != b"S":
         raise Refused(f"this is not a PostgreSQL server: it answered {answer!r} to SSLRequest")
 
 
-def _mysql(sock: socket.socket, _: str) -> None:
+def _mysql(peer: _Peer, _: str) -> None:
     """Protocol::SSLRequest of MySQL's client/server protocol."""
-    size, number = struct.unpack("<IB", _receive(sock, 3) + b"\0" + _receive(sock, 1))
-    greeting = _receive(sock, size)
+    size, number = struct.unpack("<IB", peer.receive(3) + b"\0" + peer.receive(1))
+    greeting = peer.receive(size)
     if greeting[:1] == b"\xff":
         raise Refused(f"the MySQL server refused: {greeting[3:].decode('utf-8', 'replace')}")
     version_end = greeting.find(b"\0", 1)
@@ -128,46 +151,48 @@ def _mysql(sock: socket.socket, _: str) -> None:
     if not int.from_bytes(greeting[at : at + 2], "little") & ssl:
         raise Refused("this MySQL server is not configured for TLS")
     asked = struct.pack("<IIB23x", protocol_41 | ssl | secure_connection, 1 << 24, 45)
-    sock.sendall(len(asked).to_bytes(3, "little") + bytes((number + 1,)) + asked)
+    peer.say(len(asked).to_bytes(3, "little") + bytes(((number + 1) & 0xFF,)) + asked)
 
 
-def _ldap(sock: socket.socket, _: str) -> None:
+def _ldap(peer: _Peer, _: str) -> None:
     """StartTLS, an extended operation (RFC 4511, 4.14)."""
     name = b"1.3.6.1.4.1.1466.20037"
     operation = bytes((0x80, len(name))) + name
     message = b"\x02\x01\x01\x77" + bytes((len(operation),)) + operation
-    sock.sendall(b"\x30" + bytes((len(message),)) + message)
-    if _receive(sock, 1) != b"\x30":
+    peer.say(b"\x30" + bytes((len(message),)) + message)
+    if peer.receive(1) != b"\x30":
         raise Refused("this is not an LDAP server: its answer is not an LDAPMessage")
-    answer = _receive(sock, _ber_length(sock))
+    answer = peer.receive(_ber_length(peer))
     code = re.search(rb"\x0a\x01(.)", answer, re.DOTALL)  # resultCode, the first ENUMERATED
     if code is None or code[1] != b"\0":
         shown = "no result code" if code is None else f"result code {code[1][0]}"
         raise Refused(f"the LDAP server refused StartTLS: {shown}")
 
 
-def _ber_length(sock: socket.socket) -> int:
-    first = _receive(sock, 1)[0]
-    return first if first < 0x80 else int.from_bytes(_receive(sock, first & 0x7F), "big")
+def _ber_length(peer: _Peer) -> int:
+    first = peer.receive(1)[0]
+    return first if first < 0x80 else int.from_bytes(peer.receive(first & 0x7F), "big")
 
 
-def _xmpp(sock: socket.socket, server_name: str) -> None:
+def _xmpp(peer: _Peer, server_name: str) -> None:
     """RFC 6120, 5.4."""
     domain = re.sub(r"[^\w.-]", "", server_name)
-    sock.sendall(
+    peer.say(
         "<stream:stream xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams'"
         f" version='1.0' to='{domain}'>".encode()
     )
-    offered = _until(sock, lambda data: re.search(rb"</(\w+:)?features>|<(\w+:)?features\s*/>", data))
+    offered = peer.until(
+        lambda data: data.endswith(b">") and _FEATURES.fullmatch(data, max(0, data.rfind(b"<")))
+    )
     if b"urn:ietf:params:xml:ns:xmpp-tls" not in offered:
         raise Refused("this XMPP server does not offer STARTTLS")
-    sock.sendall(b"<starttls xmlns='urn:ietf:params:xml:ns:xmpp-tls'/>")
-    answer = _until(sock, lambda data: data.endswith(b">"))
+    peer.say(b"<starttls xmlns='urn:ietf:params:xml:ns:xmpp-tls'/>")
+    answer = peer.until(lambda data: data.endswith(b">"))
     if b"<proceed" not in answer:
         raise Refused(f"after <starttls/>: the peer said {answer[:200]!r}")
 
 
-_PROTOCOLS: dict[str, Callable[[socket.socket, str], None]] = {
+_PROTOCOLS: dict[str, Callable[[_Peer, str], None]] = {
     "smtp": _smtp,
     "imap": _imap,
     "pop3": _pop3,

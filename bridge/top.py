@@ -5,17 +5,18 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from bridge.connect_command import printable
 from bridge.window import look
 
 COLUMNS = ("session", "worker", "state", "for", "waits for", "inbox", "outbox")
 
 
 def rows(view: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A row for each session, those with most in their queues first."""
+    """A row for each session, those with most in their queues first: a name may hold whatever its peer wanted."""
     sessions = sorted(
         view["sessions"], key=lambda one: (-one["inbox_bytes"] - one["outbox_bytes"], one["name"])
     )
-    return [
+    cells = [
         (
             one["name"],
             one["worker"].removeprefix("bridge-"),
@@ -27,6 +28,7 @@ def rows(view: dict[str, Any]) -> list[tuple[str, ...]]:
         )
         for one in sessions
     ]
+    return [tuple(map(printable, row)) for row in cells]
 
 
 def headline(view: dict[str, Any], rates: str = "") -> str:
@@ -76,5 +78,5 @@ def shown(view: dict[str, Any], rates: str = "", height: int = 40) -> Any:
 
     table = Table(*COLUMNS, expand=True)
     for row in rows(view)[: max(1, height)]:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # whose brackets are no markup
     return Group(Text(headline(view, rates)), table)

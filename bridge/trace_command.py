@@ -39,8 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     sentence = ""
     with bridge.trace() as seen:
         try:
-            with bridge.Bridge(workers=1) as b:
-                session = open_session(b, arguments)
+            with bridge.Bridge(workers=1) as b, open_session(b, arguments) as session:
                 settled = True
                 _exchange(session, arguments)
         except bridge.ConfigurationError:

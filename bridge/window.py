@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import socket
@@ -16,11 +17,14 @@ import stat
 import threading
 from typing import Any
 
+from bridge import forks
 from bridge.bridge import Bridge
 from bridge.errors import ConfigurationError
 
 PATIENCE = 2.0
-"""Seconds in which a looker must have taken all."""
+"""Seconds in which a looker must have taken all, and in which whoever has the path must answer."""
+PAUSE = 0.1
+"""Seconds until a window that cannot let anybody look, for want of descriptors, tries again."""
 
 
 class Window:
@@ -35,14 +39,18 @@ class Window:
             raise ConfigurationError("this system has no Unix sockets")
         self.path = os.fspath(path)
         self._bridge = bridge
-        self._over = False
+        self._over = threading.Event()
+        self._born = forks.generation()
         self._socket = _listen(self.path)
         self._thread = threading.Thread(target=self._serve, name="bridge-window", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Show nothing any more.  Idempotent."""
-        self._over = True
+        """Show nothing any more.  Idempotent.  In a child of fork() it is still the parent's, who shows it."""
+        if forks.abandoned(self._born):
+            self._socket.close()
+            return
+        self._over.set()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes `accept`, on Linux; elsewhere a visitor does
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as visitor:
@@ -63,9 +71,11 @@ class Window:
         while True:
             try:
                 looker, _ = self._socket.accept()
-            except OSError:  # it was closed
-                return
-            if self._over:  # not on Linux, where the shutdown wakes it
+            except OSError:  # it was closed, or the process is out of descriptors, which may pass
+                if self._over.wait(PAUSE):
+                    return
+                continue
+            if self._over.is_set():  # not on Linux, where the shutdown wakes it
                 looker.close()
                 return
             with looker, contextlib.suppress(OSError):
@@ -90,14 +100,19 @@ class Window:
 
 
 def look(path: str | os.PathLike[str], timeout: float = 5.0) -> dict[str, Any]:
-    """What the Bridge behind the window at *path* is doing now.  OSError if nobody shows anything there."""
+    """What the Bridge behind the window at *path* is doing now.  OSError if nobody shows that there."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(timeout)
         sock.connect(os.fspath(path))
         parts = []
         while data := sock.recv(65536):
             parts.append(data)
-    view: dict[str, Any] = json.loads(b"".join(parts))
+    try:
+        view = json.loads(b"".join(parts))
+    except (ValueError, RecursionError):
+        view = None
+    if not isinstance(view, dict) or "sessions" not in view:
+        raise OSError(errno.EPROTO, f"{os.fspath(path)} is no window, or one that is just closing")
     return view
 
 
@@ -122,7 +137,10 @@ def _clear(path: str) -> None:
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(PATIENCE)
         try:
             sock.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
+        except (BlockingIOError, TimeoutError):  # somebody has it, who does not answer
+            pass

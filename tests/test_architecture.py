@@ -56,13 +56,13 @@ FLOORS = (
     (
         "prometheus",
         "window",
-        "top",
         "__init__",
         "demo",
         "starttls",
         "explain",
         "arguments",
         "connect_command",
+        "top",
         "trace_command",
         "cli",
         "__main__",
@@ -119,7 +119,7 @@ THREADING = {
     "demo": {"Event", "Thread"},
     "connect_command": {"Event", "Thread"},
     "cli": {"Event", "Thread"},
-    "window": {"Thread"},
+    "window": {"Event", "Thread"},  # of its end, which a pause waits for
     "top": {"Event"},
 }
 """What of `threading` each module may use."""

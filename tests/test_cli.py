@@ -485,6 +485,20 @@ def until_hung_up(terminal: int) -> Iterator[bytes]:
         yield data
 
 
+def test_a_demo_whose_reader_has_gone_ends_without_a_word() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as closed:
+        ended = subprocess.run(
+            [sys.executable, "-m", "bridge", "demo", "--seconds", "60", "--clients", "1"],
+            env=ENVIRONMENT,
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            timeout=DEADLINE,
+        )
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
 def test_demo_can_be_interrupted() -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "bridge", "demo", "--seconds", "60", "--clients", "1"],

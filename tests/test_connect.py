@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import datetime
 import json
 import os
+import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
+import time
 import xml.etree.ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +27,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from peers import Background, Program, receive_exactly
-from test_cli import DEADLINE, ENVIRONMENT, run
+from test_cli import DEADLINE, ENVIRONMENT, run, wait_until_still
 from test_context import DNS, EDI, names_extension, self_signed, to_pem
 
 import bridge
 from bridge import cli, starttls
+from bridge.arguments import alpn
 from bridge.connect_command import _certificate, _converse, _names, _speak, printable
 from bridge.explain import explain
 from bridge.trace_command import _style
@@ -127,6 +133,110 @@ def test_what_the_peer_says_does_not_reach_the_terminal_unseen() -> None:
     assert printable("a\x1b[2Jb\r\n") == "a�[2Jb��"
 
 
+# ── what becomes of our own output ──
+
+
+@pytest.fixture
+def greeter(server_cert: KeyPair, background: Background) -> list[str]:
+    """`connect` to a server that says hello, and good bye at the end."""
+
+    def greet(sock: ssl.SSLSocket) -> None:
+        sock.sendall(b"hello")
+        until_end(sock)
+        sock.unwrap()
+
+    address, _ = background.serve_tls(server_context(server_cert), greet)
+    return told(address, "--insecure")
+
+
+@pytest.mark.parametrize("more", [(), ("--info",), ("--json",)], ids=" ".join)
+def test_who_reads_no_more_is_not_taken_for_the_peer(greeter: list[str], more: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as closed:
+        status, said = speaks(sys.executable, "-m", "bridge", *greeter, *more, stdout=closed)
+    assert status == 141
+    assert "ended badly" not in said and "roken" not in said and ("connected to" in said) is (not more)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize("more", [(), ("--info",), ("--json",)], ids=" ".join)
+def test_a_full_disk_is_not_taken_for_the_peer(greeter: list[str], more: tuple[str, ...]) -> None:
+    with open("/dev/full", "wb") as full:
+        status, said = speaks(sys.executable, "-m", "bridge", *greeter, *more, stdout=full)
+    assert status == 2
+    assert said.splitlines()[-1] == "tls-bridge connect: error: No space left on device"
+    assert "ended badly" not in said and ("connected to" in said) is (not more)
+
+
+@pytest.mark.parametrize("closing", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_may_be_closed(greeter: list[str], closing: str) -> None:
+    command = f'exec "$@" {closing}'
+    status, said = speaks("sh", "-c", command, "sh", sys.executable, "-m", "bridge", *greeter)
+    assert status == 0 and ("connected to" in said) is ("2>" not in closing)
+
+
+def speaks(*command: str, stdout: Any = subprocess.DEVNULL) -> tuple[int, str]:
+    ended = subprocess.run(
+        command,
+        env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert "Traceback" not in ended.stderr
+    return ended.returncode, ended.stderr
+
+
+def test_names_that_stdout_cannot_spell_are_spelt_out(
+    ca: trustme.CA, background: Background, tmp_path: Path
+) -> None:
+    pair = write_key_pair(ca.issue_cert("localhost", common_name="Zürich"), tmp_path)
+    address, _ = background.serve_tls(server_context(pair), until_end)
+    ended = subprocess.run(
+        [sys.executable, "-m", "bridge", *told(address, "--insecure", "--info")],
+        env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "") and r"CN=Z\xfcrich" in ended.stdout
+
+
+def test_ctrl_c_does_not_wait_for_a_server_that_does_not_read(
+    server_cert: KeyPair, background: Background
+) -> None:
+    over = threading.Event()
+    address, _ = background.serve_tls(server_context(server_cert), lambda _: over.wait(DEADLINE))
+    with subprocess.Popen(
+        [sys.executable, "-m", "bridge", *told(address, "--insecure")],
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None and process.stderr is not None
+        assert b"connected to" in process.stderr.readline()
+        pipe, pushed = process.stdin.fileno(), [0]
+        os.set_blocking(pipe, False)
+
+        def push() -> int:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    pushed[0] += os.write(pipe, bytes(65_536))
+            return pushed[0]
+
+        wait_until_still(push)
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(DEADLINE / 2) == 130
+            assert process.stderr.read().endswith(b"interrupted\n")
+        finally:
+            over.set()
+            process.kill()
+
+
 # ── why there is no session ──
 
 
@@ -219,6 +329,98 @@ def test_a_port_where_nobody_listens_is_explained(capsys: Any) -> None:
     assert status == 3 and "refused" in said
 
 
+@contextlib.contextmanager
+def deaf() -> Iterator[Any]:
+    """An address whose backlog is full, as of a host that does not answer."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(listener.getsockname())
+        yield listener.getsockname()
+
+
+def have_addresses(monkeypatch: pytest.MonkeyPatch, *addresses: Any) -> None:
+    """Every host has them."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", address) for address in addresses]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a full backlog refuses")
+def test_all_addresses_of_a_host_have_one_time_together(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    with deaf() as address:
+        have_addresses(monkeypatch, *[address] * 12)
+        begun = time.monotonic()
+        status, said = fails(capsys, "connect", "many.example:1", "--timeout", "1")
+        assert status == 3 and "no answer in time" in said
+        assert time.monotonic() - begun < 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a full backlog refuses")
+def test_an_address_that_does_not_answer_leaves_time_for_the_next(
+    server_cert: KeyPair, ca_file: str, background: Background, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    address, _ = background.serve_tls(server_context(server_cert), until_end)
+    with deaf() as silent:
+        have_addresses(monkeypatch, silent, address)
+        assert cli.main(["connect", "localhost:1", "--cafile", ca_file, "--timeout", "3", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["peer"].endswith(str(address[1]))
+
+
+def test_a_host_is_asked_for_by_the_name_that_its_certificate_holds(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    asked: list[Any] = []
+
+    def getaddrinfo(host: Any, *_: Any, **__: Any) -> Any:
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    status, _ = fails(capsys, "connect", "straße.example:443")
+    assert (status, asked) == (3, ["xn--strae-oqa.example"])
+
+
+@pytest.mark.parametrize("more", [(), ("--server-name", "b.example")], ids=["alone", "with a server name"])
+@pytest.mark.parametrize("host", ["a..b", "x" * 70 + ".example", "\N{SNOWMAN}.example"])
+def test_what_is_no_name_of_a_host_is_said_in_one_line(host: str, more: tuple[str, ...], capsys: Any) -> None:
+    status, said = fails(capsys, "connect", f"{host}:443", *more)
+    assert status == 2 and host in said
+
+
+def test_blanks_between_protocols_are_not_offered() -> None:
+    assert alpn(argparse.Namespace(alpn="h2, http/1.1 ,")) == ["h2", "http/1.1"]
+
+
+def test_a_damaged_record_after_the_handshake_is_a_bad_end(
+    server_cert: KeyPair, ca_file: str, background: Background
+) -> None:
+    heard = threading.Event()
+
+    def damage(sock: ssl.SSLSocket) -> None:
+        sock.sendall(b"hello")
+        assert heard.wait(DEADLINE)
+        with socket.socket(fileno=sock.detach()) as plain:
+            plain.sendall(b"\x17\x03\x03\0\x40" + bytes(64))
+            until_end(plain)
+
+    address, _ = background.serve_tls(server_context(server_cert), damage)
+    with subprocess.Popen(
+        [sys.executable, "-m", "bridge", *told(address, "--cafile", ca_file)],
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(5) == b"hello"
+        heard.set()
+        said = process.stderr.read().decode()
+        assert process.wait(DEADLINE) == 1
+    assert "ended badly" in said.splitlines()[-1]
+
+
 def test_silence_is_explained(background: Background, capsys: Any) -> None:
     address, _ = background.serve(until_end)
     status, said = fails(capsys, *told(address, "--timeout", "0.3"))
@@ -236,6 +438,20 @@ def tls_error(reason: str) -> bridge.TLSError:
     error = bridge.TLSError(1, f"[SSL: {reason}] {reason.lower()}")
     error.reason = reason
     return error
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "words"),
+    [
+        ("DECRYPTION_FAILED_OR_BAD_RECORD_MAC", 1, "the session ended badly: [SSL: DECRYPTION_FAILED"),
+        ("TLSV13_ALERT_CERTIFICATE_REQUIRED", 6, "it demands a client certificate"),
+    ],
+)
+def test_a_tls_error_after_the_handshake_is_no_failed_handshake_unless_it_says_so(
+    reason: str, status: int, words: str
+) -> None:
+    code, sentence = explain(tls_error(reason), "h:1", settled=True)
+    assert code == status and sentence.startswith(f"h:1: {words}")
 
 
 @pytest.mark.parametrize(
@@ -258,6 +474,9 @@ def test_what_else_can_go_wrong_is_explained(error: Exception, status: int, word
 def test_unusable_files_are_status_2(capsys: Any) -> None:
     status, said = fails(capsys, "connect", "localhost:1", "--cafile", "/nowhere.pem")
     assert status == 2 and "/nowhere.pem" in said
+    assert cli.main(["connect", "localhost:1", "--cafile", "/nowhere.pem", "--json"]) == 2
+    said = json.loads(capsys.readouterr().out)
+    assert (said["ok"], said["status"]) == (False, 2) and "/nowhere.pem" in said["error"]
 
 
 def test_a_silence_after_all_was_said_is_the_end(
@@ -332,7 +551,7 @@ DIALOGUES: dict[str, list[Turn]] = {
     "smtp": [
         b"220-mail\r\n220 ready\r\n",
         "EHLO localhost\r\n",
-        b"250-mail\r\n250-STARTTLS\r\n250 SIZE\r\n",
+        b"250-mail\r\n250-STARTTLS\r\n250\r\n",
         "STARTTLS\r\n",
         b"220 go ahead\r\n",
     ],
@@ -340,6 +559,10 @@ DIALOGUES: dict[str, list[Turn]] = {
     "pop3": [b"+OK ready\r\n", "STLS\r\n", b"+OK begin\r\n"],
     "ftp": [b"220-ftp\r\n hello\r\n220 ready\r\n", "AUTH TLS\r\n", b"234 begin\r\n"],
     "postgres": ["\0\0\0\x08\x04\xd2\x16\x2f", b"S"],
+    "mysql": [
+        b"\x23\0\0\xff\x0a8.0\0" + bytes(13) + b"\xff\xff" + bytes(15),
+        "\x20\0\0\0\0\x8a\0\0\0\0\0\x01\x2d" + "\0" * 23,
+    ],
     "xmpp": [
         "version='1.0' to='localhost'>",
         b"<?xml version='1.0'?><stream:stream id='1'><stream:features>"
@@ -423,12 +646,11 @@ STRANGERS = [
 def test_starttls_with_whoever_does_not_speak_the_protocol(protocol: str, answer: bytes, words: str) -> None:
     near, far = socket.socketpair()
     with near, far:
-        near.settimeout(DEADLINE)
         far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 200_000)
         far.sendall(answer)
         far.shutdown(socket.SHUT_WR)
         with pytest.raises(starttls.Refused, match=words):
-            starttls.negotiate(protocol, near, "localhost")
+            starttls.negotiate(protocol, near, "localhost", time.monotonic() + DEADLINE)
 
 
 def test_a_server_that_never_ends_its_greeting_is_left(background: Background, capsys: Any) -> None:
@@ -441,6 +663,41 @@ def test_silence_before_starttls_is_explained(background: Background, capsys: An
     address, _ = background.serve(until_end)
     status, said = fails(capsys, *told(address, "--timeout", "0.3", "--starttls", "pop3"))
     assert status == 4 and "without --starttls" in said
+
+
+def test_a_server_that_drips_does_not_hold_it_beyond_its_time(background: Background, capsys: Any) -> None:
+    gone = threading.Event()
+
+    def drip(sock: socket.socket) -> None:
+        for _ in range(300):
+            if gone.wait(0.05):
+                return
+            sock.sendall(b"2")
+
+    address, _ = background.serve(drip)
+    status, said = fails(capsys, *told(address, "--timeout", "0.5", "--starttls", "smtp"))
+    gone.set()
+    assert status == 4 and "in time" in said
+
+
+def test_a_server_that_does_not_read_does_not_hold_it_either() -> None:
+    near, far = socket.socketpair()
+    with near, far, pytest.raises(starttls.Refused, match="in time"):
+        near.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                near.send(bytes(65_536))
+        starttls.negotiate("postgres", near, "localhost", time.monotonic() + 0.1)
+
+
+def test_a_reset_before_tls_is_a_refused_starttls(background: Background, capsys: Any) -> None:
+    def reset(sock: socket.socket) -> None:
+        receive_exactly(sock, 8)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    address, _ = background.serve(reset)
+    status, said = fails(capsys, *told(address, "--starttls", "postgres"))
+    assert status == 4 and "failed before TLS began: Connection reset" in said
 
 
 # ── trace ──

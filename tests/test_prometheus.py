@@ -23,19 +23,21 @@ from bridge.prometheus import BridgeCollector
 class Scraped:
     """A Bridge that is scraped, as text, each time a value is asked for."""
 
-    def __init__(self, b: bridge.Bridge) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(BridgeCollector(b))
+    def __init__(self, *bridges: bridge.Bridge) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(BridgeCollector(*bridges))
 
     def values(self, name: str) -> dict[tuple[str, ...], float]:
         """By the values of the labels, in the order of the labels' names."""
-        text = generate_latest(self._registry).decode()
-        return {
-            tuple(sample.labels.values()): sample.value
+        text = generate_latest(self.registry).decode()
+        samples = [
+            (tuple(sample.labels.values()), sample.value)
             for family in text_string_to_metric_families(text)
             for sample in family.samples
             if sample.name == f"tls_bridge_{name}"
-        }
+        ]
+        assert len(dict(samples)) == len(samples), "a series comes twice"
+        return dict(samples)
 
 
 def test_a_scrape_counts_what_was_carried_and_how_it_ended(
@@ -97,7 +99,7 @@ def test_a_scrape_counts_failed_handshakes_and_who_is_in_one(
         assert served.values("handshakes_total") == {("TLSError", "server", ""): 1}
         with dial(listener.address):
             until(lambda: served.values("listener_handshakes") == {address: 1})
-            assert served.values("sessions")["handshaking",] == 1
+            until(lambda: served.values("sessions")["handshaking",] == 1)
         late = far.connect(listener.address, bridge.client_context(ca_file), server_hostname="localhost")
         until(lambda: served.values("listener_waiting") == {address: 1})
         with socket.socket() as nobody:
@@ -107,6 +109,41 @@ def test_a_scrape_counts_failed_handshakes_and_who_is_in_one(
         until(lambda: called.values("endings_total").get(("ConnectFailed",)) == 1)
         assert sum(called.values("handshakes_total").values()) == 2, "no handshake was tried"
         late.abort()
+
+
+def test_several_bridges_are_added_up_by_one_collector_and_a_second_is_refused(
+    server_cert: KeyPair, ca_file: str
+) -> None:
+    server_ctx = bridge.server_context(server_cert.certfile, server_cert.keyfile)
+    with bridge.Bridge(workers=1) as near, bridge.Bridge(workers=1) as far:
+        scraped = Scraped(near, far)
+        listener = near.listen(("127.0.0.1", 0), server_ctx)
+        client = far.connect(listener.address, bridge.client_context(ca_file), server_hostname="localhost")
+        peer = listener.accept(PATIENCE)
+        client.send(bytes(100))
+        peer.recv(PATIENCE)
+        until(lambda: scraped.values("bytes_total") == {("received",): 100, ("sent",): 100})
+        assert scraped.values("sessions")["open",] == 2
+        assert set(scraped.values("handshakes_total").values()) == {1}
+        assert scraped.values("handshake_seconds_count") == {("client",): 1, ("server",): 1}
+        with pytest.raises(ValueError, match="tls_bridge_sessions"):
+            scraped.registry.register(BridgeCollector(far))
+        client.abort()
+
+
+@pytest.mark.skipif(not hasattr(socket, "SO_REUSEPORT"), reason="this system cannot share a port")
+def test_listeners_of_one_address_are_one_series(server_cert: KeyPair) -> None:
+    server_ctx = bridge.server_context(server_cert.certfile, server_cert.keyfile)
+    with bridge.Bridge(workers=1) as b:
+        scraped, address = Scraped(b), ("127.0.0.1", 0)
+        for _ in range(2):
+            sock = socket.socket()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock.bind(address)
+            address = b.listen(sock, server_ctx).address
+        with dial(address), dial(address), dial(address):
+            until(lambda: scraped.values("listener_handshakes") == {(f"127.0.0.1:{address[1]}",): 3})
+        assert scraped.values("listener_waiting") == {(f"127.0.0.1:{address[1]}",): 0}
 
 
 def test_a_stalled_peer_shows(server_cert: KeyPair, ca_file: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import socket
@@ -14,10 +16,11 @@ from pathlib import Path
 
 import pytest
 from conftest import KeyPair
+from peers import Background, until
 from rig import PATIENCE
 
 import bridge
-from bridge import cli
+from bridge import cli, top
 from bridge.window import Window, look
 
 
@@ -79,6 +82,93 @@ def test_a_window_replaces_a_dead_socket_and_nothing_else(talking: bridge.Bridge
     with pytest.raises(OSError, match="cannot show anything"):
         Window(talking, path)
     assert path.read_text() == "precious"
+
+
+def test_a_socket_whose_owner_does_not_accept_is_left_to_it(talking: bridge.Bridge, path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        busy = stack.enter_context(socket.socket(socket.AF_UNIX))
+        busy.bind(str(path))
+        busy.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+                waiting.setblocking(False)
+                waiting.connect(str(path))
+        with pytest.raises(OSError, match="cannot show anything.*in use"):
+            Window(talking, path)
+        assert path.exists()
+
+
+def test_a_window_outlives_a_want_of_descriptors(talking: bridge.Bridge, path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Window(talking, path):
+        first, second = (socket.socket(socket.AF_UNIX) for _ in range(2))
+        with first, second:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            try:
+                first.connect(str(path))  # for whom the kernel may have one already
+                second.connect(str(path))
+                second.settimeout(0.5)
+                with pytest.raises(TimeoutError):
+                    second.recv(1)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for looker in (first, second):
+                looker.settimeout(PATIENCE)
+                assert looker.recv(1) == b"{"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_that_closes_a_window_leaves_it_to_the_parent(talking: bridge.Bridge, path: Path) -> None:
+    with Window(talking, path) as window:
+        child = os.fork()
+        if child == 0:
+            try:
+                window.close()
+                window.close()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert look(path)["pid"] == os.getpid()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("said", [b"", b"hello", b"{}", b"[1]", b"[" * 100_000], ids=lambda said: said[:5])
+def test_top_of_what_is_no_window_is_one_line(
+    said: bytes, path: Path, background: Background, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def answer() -> None:
+            with listener.accept()[0] as looker:
+                looker.sendall(said)
+
+        answered = background.run(answer)
+        assert cli.main(["top", str(path)]) == 2
+        answered.result(PATIENCE)
+    shown = capsys.readouterr().err
+    assert shown == f"tls-bridge top: error: {path} is no window, or one that is just closing\n"
+
+
+def test_top_shows_names_as_they_are_and_nothing_that_moves_the_cursor(
+    server_cert: KeyPair, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = pytest.importorskip("rich.console").Console(width=400, file=io.StringIO())
+    context = bridge.server_context(server_cert.certfile, server_cert.keyfile)
+    with bridge.Bridge(workers=1) as b, socket.socket(socket.AF_UNIX) as client:
+        listener = b.listen(f"{path}s", context)
+        client.bind(f"{path}c\x1b[31m[red] [")
+        client.connect(listener.address)
+        until(lambda: b.snapshot().sessions)
+        with Window(b, path):
+            assert cli.main(["top", str(path)]) == 0
+            console.print(top.shown(look(path)))
+    for shown in (capsys.readouterr().out, console.file.getvalue()):
+        assert "windowc\N{REPLACEMENT CHARACTER}[31m[red] [" in shown and "\x1b" not in shown
 
 
 def test_top_prints_it(talking: bridge.Bridge, path: Path, capsys: pytest.CaptureFixture[str]) -> None:

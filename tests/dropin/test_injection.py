@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import py_compile
 import ssl
 import subprocess
 import sys
@@ -150,6 +151,61 @@ def test_run_ends_with_status_0_as_its_program_does(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": ROOT},
     )
     assert (ran.stdout, ran.returncode) == ("bridge.ssl.contexts\n", 0), ran.stderr
+
+
+MAIN = """
+import atexit, pickle, sys, threading
+class Kept: pass
+def keep(when): print(when, len(pickle.dumps(Kept())) > 0, flush=True)
+def late():
+    threading.main_thread().join()
+    keep("late")
+atexit.register(keep, "exit")
+threading.Thread(target=late).start()
+print(sys.argv[1:], sys.modules["__main__"].Kept is Kept, __builtins__.len is len)
+"""
+
+
+def run(*words: str, cwd: Path) -> tuple[str, int, str]:
+    """What a program said that `tls-bridge run` ran, as the script that pip installs does."""
+    start = "import sys; from bridge.cli import main; sys.path[0] = '/nowhere'; sys.exit(main())"
+    ran = subprocess.run(
+        [sys.executable, "-c", start, "run", *words],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": ROOT},
+    )
+    return ran.stdout, ran.returncode, ran.stderr
+
+
+@pytest.mark.parametrize("how", ["script", "link", "compiled", "module", "package", "directory"])
+def test_a_program_is_the_main_module_until_its_threads_and_exit_handlers_are_done(
+    how: str, tmp_path: Path
+) -> None:
+    (tmp_path / "program.py").write_text("from beside import *\n" + MAIN)
+    (tmp_path / "beside.py").write_text("")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__main__.py").write_text(MAIN)
+    os.symlink(tmp_path / "program.py", tmp_path / "elsewhere" / "link.py")
+    compiled = py_compile.compile(str(tmp_path / "program.py"), str(tmp_path / "program.pyc"))
+    assert compiled is not None
+    words = {
+        "script": ["program.py"],
+        "link": ["elsewhere/link.py"],
+        "compiled": [compiled],
+        "module": ["-m", "program"],
+        "package": ["-m", "package"],
+        "directory": ["package"],
+    }[how]
+    assert run(*words, "x", cwd=tmp_path) == ("['x'] True True\nlate True\nexit True\n", 0, "")
+
+
+def test_run_of_a_missing_script_is_one_line_and_status_2(tmp_path: Path) -> None:
+    said = f"tls-bridge run: error: cannot open {tmp_path / 'none.py'}: No such file or directory\n"
+    assert run("none.py", cwd=tmp_path) == ("", 2, said)
 
 
 def test_run_without_a_program_says_what_it_needs() -> None:
