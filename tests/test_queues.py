@@ -511,11 +511,15 @@ def test_an_inbox_ends_with_the_last_of_its_feeders_after_what_is_in_it() -> Non
     assert shared.get_nowait() == ("one", 1) and shared.get_nowait() == ("one", 2)
     with pytest.raises(bridge.ShutDown, match="every Bridge that fed this inbox is closed"):
         shared.get_nowait()
+    shared._attach()
+    with pytest.raises(bridge.ReceiveTimeout):
+        shared.get_nowait()
+    shared._detach()
     shared.shutdown()
     with pytest.raises(bridge.ShutDown, match="every Bridge"):
         shared.get_nowait()
     shared._attach()
-    with pytest.raises(bridge.ReceiveTimeout):
+    with pytest.raises(bridge.ShutDown, match="every Bridge"):
         shared.get_nowait()
 
 
