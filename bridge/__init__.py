@@ -1,23 +1,24 @@
 """TLS for threaded programs: few threads own all sessions, and nobody else ever sees a WANT_*.
 
-Who may touch what::
+Who may touch what, and under which lock::
 
-                                     application     coordinator     worker (of that session)
-    Bridge, Session, Stream, queues  call, any thread    ·               ·
-    SSL.Context                      build, freeze       ·               read
-    coordinator's mailbox            put                 take            put (a batch per turn)
-    channels, codecs' decode         what it has read    OWN             a batch, if idle
-    codecs' encode                   call, any thread    ·               ·
-    session inbox (messages)         get                 put             ·
-    send credit (outbox)             take                take bytes      give back
-    read credit                      give back           charge          take
-    worker's mailbox + doorbell      put, ring           put, ring       take, clear
-    a Stream's lease                 take, for a turn    ·               take, for a turn
-    SSL.Connection, socket, poller   one call, if quiet  ·               OWN (create … close)
-    state, deadlines                 look                ·               OWN
-    SessionInfo (peer, ALPN, …)      read (frozen)       pass on         make once
+                                     application          coordinator     worker (of that session)  lock
+    Bridge, Session, Stream, queues  call, any thread     ·               ·                         ·
+    SSL.Context                      build, freeze        ·               read                      ·
+    coordinator's mailbox            put                  take            put; take, if idle        Mailbox._lock
+    channels, codecs' decode         a record it read     OWN             a batch, if idle          Coordinator._lock
+    codecs' encode                   call, any thread     ·               ·                         ·
+    session inbox (messages)         get; put its record  put             put, if idle              Inbox._lock
+    send credit (outbox)             take; hold           take bytes      give back                 Outbox._lock
+    read credit                      take; give back      charge          take; charge, if idle     Inbox._lock
+    worker's mailbox + doorbell      put, ring            put, ring       take, clear               Mailbox._lock
+    a Stream's lease                 take, for a turn     ·               take, for a turn          Lease.lock
+    SSL.Connection, socket           a record, if quiet   ·               OWN (create … close)      Transport.lock
+    poll set                         lend, take back      ·               OWN                       Transport.lock
+    state, deadlines                 look; those of I/O   ·               OWN                       Transport.lock
+    SessionInfo (peer, ALPN, …)      read (frozen)        pass on         make once                 ·
 
-The last column is the session's owner: the worker it was given to, and for a `Stream` whoever holds its lease, a
+The worker's column is the session's owner: the worker it was given to, and for a `Stream` whoever holds its lease, a
 calling thread or its worker, for the length of a turn; never two (see `bridge.lease`).
 
 Owners lend what is theirs to whoever is there, for one turn and under a lock, because a hand-over to a thread that

@@ -47,6 +47,9 @@ class Codec(Protocol[M]):
     `decode` runs: it must not touch what `decode` changes.  None of them may wait.
 
     An exception out of `decode` or `eof` ends this session, and only this one, with a `bridge.CodecError`.
+
+    An attribute ``buffered``, if there is one: how many bytes of an incomplete message it holds.  They count for
+    `bridge.Limits.total_bytes`.
     """
 
     __slots__ = ()

@@ -114,7 +114,7 @@ class SessionClosed(SessionEnded, ConnectionAbortedError):
 
 
 class SessionAborted(SessionEnded, ConnectionAbortedError):
-    """This side called `abort()`."""
+    """This side ended the session at once: `abort()`, an interrupt inside OpenSSL, a bug of ours or of a callback."""
 
 
 class SessionStalled(SessionAborted):

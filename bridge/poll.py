@@ -9,9 +9,10 @@ the wanted direction is ready and makes the same call again.  That owner is a wo
 
 Three rules keep the sleep honest:
 
-* The mask is made of wants and of nothing else, so a spin (armed for write, waiting for read) cannot happen.
+* A session's mask is made of its wants and of nothing else, so a spin (armed for write, waiting for read) cannot
+  happen.
 * A session that wants nothing leaves the poll set altogether: `poll` reports a hang-up even for an empty
-  mask, at once and for ever.
+  mask, at once and for ever.  (One that is lent to a thread stays in it, edge-triggered: it is told once.)
 * Readable means bytes on the wire, not a message.  It is a hint to call OpenSSL again and nothing more.
 """
 
