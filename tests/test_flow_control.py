@@ -110,6 +110,37 @@ def read_frames(peer: ssl.SSLSocket, count: int) -> Iterator[bytes]:
         yield stream.read(size)
 
 
+# ── whose limits ──
+
+
+@pytest.mark.parametrize("way", ["connect", "adopt", "listen"])
+def test_the_nearest_limits_and_timeouts_win(
+    server_ctx: bridge.Context, client_ctx: bridge.Context, way: str
+) -> None:
+    limits = bridge.Limits(message_bytes=10, outbox_bytes=20, inbox_bytes=30)
+    timeouts = bridge.Timeouts(flush=40, close_notify=50, idle=60)
+    with bridge.Bridge(workers=1) as b, bridge.Bridge(workers=1) as far, contextlib.ExitStack() as stack:
+        mine: dict[str, Any] = {"limits": limits, "timeouts": timeouts}
+        listening = b.listen(("127.0.0.1", 0), server_ctx, **(mine if way == "listen" else {}))
+        address, name = listening.address, {"server_hostname": "localhost"}
+        if way == "connect":
+            session = b.connect(address, client_ctx, **name, **mine)
+        elif way == "adopt":
+            session = b.adopt(socket.create_connection(address), client_ctx, **name, **mine)
+        else:
+            stack.callback(far.connect(address, client_ctx, **name).abort)
+            session = listening.accept(DEADLINE)
+        stack.callback(session.abort)
+        session.send(bytes(10))
+        with pytest.raises(ValueError, match=r"over Limits\.message_bytes, which is 10"):
+            session.send(bytes(11))
+        channel = session._channel
+        assert (channel.outbox._limit, channel.credit._limit) == (20, 30)
+        assert session._timeouts is channel.transport._plan.timeouts is timeouts
+        if way != "listen":
+            listening.accept(DEADLINE).abort()
+
+
 # ── receiving ──
 
 

@@ -975,6 +975,25 @@ def test_one_event_a_change_of_state(
     ]
 
 
+def test_a_bridge_says_what_it_could_not_send(
+    server_ctx: bridge.Context, client_ctx: bridge.Context, logs: list[Any]
+) -> None:
+    with bridge.Bridge(workers=1) as there:
+        listener = there.listen(("127.0.0.1", 0), server_ctx)
+        b = bridge.Bridge(workers=1)
+        client = b.connect(listener.address, client_ctx, server_hostname="localhost")
+        with pytest.raises(bridge.SendTimeout):
+            while True:  # the peer takes nothing
+                client.send(bytes(50_000), timeout=0.2)
+        (seen,) = b.snapshot().sessions
+        assert seen.outbox_bytes == client.outbox.qsize() == b.snapshot().outbox_bytes > 0
+        b.close(timeout=0)
+        listener.accept(PATIENCE).abort()
+        unsent = client.close().unsent
+    closed = [entry for entry in logs if entry["event"] == "bridge.closed"]
+    assert [entry["unsent"] for entry in closed] == [unsent, 0] and unsent > 0
+
+
 def test_a_failed_handshake_is_told_to_servers(server_ctx: bridge.Context, logs: list[Any]) -> None:
     with bridge.Bridge(workers=1) as b, b.listen(("127.0.0.1", 0), server_ctx) as listener:
         with socket.create_connection(listener.address) as sock:

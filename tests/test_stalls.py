@@ -12,7 +12,7 @@ import pytest
 import structlog
 from conftest import KeyPair
 from peers import PATIENCE, Background
-from rig import Lockstep, is_open, only, received, tcp_pair
+from rig import Lockstep, begin_close, is_open, only, received, tcp_pair
 from structlog.testing import capture_logs
 
 import bridge
@@ -216,6 +216,11 @@ def test_a_snapshot_shows_how_long_each_want_has_waited_and_the_bytes_of_each_se
         lockstep.settle()
         (again,) = lockstep.bridges[0].snapshot().sessions
         assert again.ages["read"] < 100, "it was tried again"
+        begin_close(client)
+        lockstep.bridges[0]._coordinator.step()
+        lockstep.bridges[0]._workers[0].step()
+        (now,) = lockstep.bridges[0].snapshot().sessions
+        assert now.state == "draining" and now.seconds < PATIENCE, "the time in this state"
 
 
 def test_a_snapshot_shows_how_long_a_session_has_waited_for_its_first_turn(contexts: Any) -> None:
