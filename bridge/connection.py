@@ -25,8 +25,8 @@ from cryptography.x509 import ocsp
 from OpenSSL import SSL, crypto
 
 from bridge import forks
-from bridge.errors import CertificateError, ConfigurationError, TLSError
-from bridge.names import peer_certificate, refusal
+from bridge.errors import CertificateError, ConfigurationError, SessionEnded, TLSError
+from bridge.names import PeerName, peer_certificate, refusal
 from bridge.record import Record
 
 OCSPStaple = bytes | Callable[[str | None], bytes] | None
@@ -257,12 +257,40 @@ def _native(connection: SSL.Connection) -> Any:
 def note_verification(
     connection: SSL.Connection, certificate: crypto.X509, code: int, depth: int, ok: int
 ) -> bool:
-    """SSL_CTX_set_verify(3): note why a chain is refused, and change nothing about it."""
-    if not ok:
-        record = connection.get_app_data()
-        if isinstance(record, Record):
-            record.note(_verification_error(record.context.server_side, certificate, code, depth))
-    return bool(ok)
+    """SSL_CTX_set_verify(3): note why a chain is refused, and change nothing about it.
+
+    But for the name, which `Context.check_name` judges: OpenSSL only makes it do so in time (`expect_name`).
+    """
+    record = connection.get_app_data()
+    if ok or not isinstance(record, Record):
+        return bool(ok)
+    try:
+        if code not in _NAMES or record.expected is None:
+            raise _verification_error(record.context.server_side, certificate, code, depth)
+        record.context.check_name(certificate.to_cryptography(), record.expected)
+    except SessionEnded as error:
+        record.note(error)
+        return False
+    except (ValueError, x509.InvalidVersion) as error:
+        record.note(refusal(f"the peer's certificate is malformed: {error}", code))
+        return False
+    return True
+
+
+def expect_name(connection: SSL.Connection, name: PeerName) -> None:
+    """Have OpenSSL look for *name* in the peer's certificate, in the middle of the handshake.  Its owner's thread.
+
+    X509_VERIFY_PARAM_set1_host(3).  So the wrong server is told in an alert, and not shown the client's certificate.
+    """
+    if _lib is None:  # then `Context.verify` refuses it afterwards
+        return
+    param = _lib.SSL_get0_param(_native(connection))
+    if name.address is not None:
+        _lib.X509_VERIFY_PARAM_set1_ip(param, name.address.packed, len(name.address.packed))
+        return
+    flags = _lib.X509_CHECK_FLAG_NEVER_CHECK_SUBJECT | _lib.X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS
+    _lib.X509_VERIFY_PARAM_set_hostflags(param, flags)
+    _lib.X509_VERIFY_PARAM_set1_host(param, name.ascii.encode(), len(name.ascii))
 
 
 def _verification_error(
@@ -284,6 +312,8 @@ def _verification_error(
     )
 
 
+_NAMES = (62, 64)
+"""X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH."""
 _UNTRUSTED = (18, 19, 20, 21)
 """X509_V_ERR_*: the chain ends where nobody is trusted."""
 

@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Literal, NoReturn
 
+from cryptography import x509
 from OpenSSL import SSL
 
 from bridge import forks
@@ -30,6 +31,7 @@ from bridge.connection import (
     add_options,
     adopt_verification,
     check_staple,
+    expect_name,
     keylog_writer,
     log_key,
     note_verification,
@@ -213,6 +215,9 @@ class Context:
         connection.set_connect_state()
         if name is not None and name.address is None:
             connection.set_tlsext_host_name(name.ascii.encode())
+        if name is not None and self.check_hostname and self.verifies_peer and self._versions is not None:
+            record.expected = server_hostname
+            expect_name(connection, name)
         if self._staple_wanted:
             connection.request_ocsp()
         if resume is not None:
@@ -253,6 +258,10 @@ class Context:
         certificate = peer_certificate(connection)
         if certificate is None:
             raise refusal("the server showed no certificate")
+        self.check_name(certificate, server_hostname)
+
+    def check_name(self, certificate: x509.Certificate, server_hostname: str) -> None:
+        """HostnameMismatch unless *certificate* is for *server_hostname*.  Any thread."""
         PeerName.parse(server_hostname).check(certificate)
 
     def verifies(self, connection: SSL.Connection) -> bool:

@@ -28,6 +28,8 @@ class Record:
     """The context whose certificate and rules hold: another one if SNI chose it."""
     owner: Callable[[], object] | None = None
     """Whose connection it is, for callbacks that want to know."""
+    expected: str | None = None
+    """The name that OpenSSL was told to look for in the peer's certificate."""
     error: SessionEnded | None = None
     """The first reason to refuse the peer.  A user's exception is its ``__cause__``."""
     to_be_remembered: bool = False

@@ -381,16 +381,22 @@ def test_a_server_of_an_unknown_ca(
 
 
 def test_a_server_of_another_name(
-    tls_version: str, ours: bridge.Bridge, background: Background, ca_file: str, server_pair: dict[str, Any]
+    tls_version: str,
+    ours: bridge.Bridge,
+    background: Background,
+    ca_file: str,
+    server_pair: dict[str, Any],
+    client_cert: KeyPair,
 ) -> None:
-    """The name is compared after the handshake, so all the server sees is the end."""
+    """It is told so in the middle of the handshake, before it is shown our certificate."""
     context = stdlib_context(True, tls_version, **server_pair)
-    ours_says, theirs = refused_by_us(
-        ours, background, context, bridge.client_context(ca_file), "example.org"
-    )
+    context.load_verify_locations(ca_file)
+    context.verify_mode = ssl.CERT_OPTIONAL
+    mine = bridge.client_context(ca_file, certfile=client_cert.certfile, keyfile=client_cert.keyfile)
+    ours_says, theirs = refused_by_us(ours, background, context, mine, "example.org")
     assert isinstance(ours_says, bridge.HostnameMismatch)
     assert "example.org" in str(ours_says) and "localhost" in str(ours_says)
-    assert theirs is None
+    assert isinstance(theirs, ssl.SSLError) and "bad certificate" in str(theirs)
 
 
 def test_the_stdlib_refuses_our_server(

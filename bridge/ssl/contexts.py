@@ -33,7 +33,7 @@ from bridge.connection import keylog_writer, log_key, note_verification, select_
 from bridge.context import Context
 from bridge.credentials import certificates, reasons
 from bridge.errors import HostnameMismatch
-from bridge.names import PeerName, peer_certificate
+from bridge.names import PeerName
 from bridge.record import Record
 from bridge.ssl.facts import certificate_dict
 from bridge.ssl.failures import ssl_error
@@ -299,19 +299,16 @@ class _Core(Context):
         super().__init__(raw, **options)
         object.__setattr__(self, "_common_name", common_name)
 
-    def verify(self, connection: SSL.Connection, server_hostname: str | None) -> None:
-        """As `Context.verify`, with the common name in place of a subjectAltName that holds no DNS name."""
+    def check_name(self, certificate: x509.Certificate, server_hostname: str) -> None:
+        """As `Context.check_name`, with the common name in place of a subjectAltName that holds no DNS name."""
         try:
-            super().verify(connection, server_hostname)
+            super().check_name(certificate, server_hostname)
         except HostnameMismatch:
-            if not self._common_name or not _is_common_name(connection, server_hostname):
+            if not self._common_name or not _is_common_name(certificate, server_hostname):
                 raise
 
 
-def _is_common_name(connection: SSL.Connection, server_hostname: str | None) -> bool:
-    certificate = peer_certificate(connection)
-    if certificate is None or server_hostname is None:
-        return False
+def _is_common_name(certificate: x509.Certificate, server_hostname: str) -> bool:
     name = PeerName.parse(server_hostname)
     try:
         facts = certificate_dict(certificate)

@@ -517,11 +517,6 @@ def test_the_common_name_of_a_certificate_that_cannot_be_read_does_not_count(
 
 
 @needs_core
-def test_the_common_name_of_nobody_does_not_count() -> None:
-    nobody = SSL.Connection(SSL.Context(SSL.TLS_METHOD))
-    assert not contexts._is_common_name(nobody, "localhost")
-
-
 def test_an_address_is_never_found_in_the_common_name(
     ca: trustme.CA, our_client: Any, tmp_path: Path
 ) -> None:
