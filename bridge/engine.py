@@ -209,6 +209,11 @@ class TLSEngine:
         except SSL.Error as error:
             return self._received("read", self._outcome("read", error, self._connection.recv, size), size)
 
+    def last_words(self, size: int) -> bytes | Want:
+        """As `read`, after a write has failed: what the peer had said before that, for as long as OpenSSL will read."""
+        self._error = None
+        return self.read(size)
+
     def peek(self, size: int) -> bytes | Want:
         """SSL_peek(3): as `read`, and the bytes stay."""
         assert size > 0

@@ -73,6 +73,10 @@ class ReadCredit:
             self._paused = self.held() > 0
             return 0 if self._paused else self._limit
 
+    def late_room(self) -> int:
+        """How many bytes may be read once nothing can be written any more."""
+        return self.room()
+
     def spend(self, count: int) -> None:
         """*count* bytes were read."""
         self._read += count

@@ -222,6 +222,29 @@ def test_writes_of_several_threads_do_not_interleave(ends: Ends, background: Bac
     assert all(len(set(got[start : start + 200_000])) == 1 for start in range(0, 800_000, 200_000))
 
 
+def test_a_write_that_fails_does_not_take_the_refusal_with_it(
+    background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    """In TLS 1.3 a client's handshake is done before the server has seen that there is no certificate."""
+    demanding = make_server_context("theirs", server_cert)
+    demanding.verify_mode = ssl.CERT_REQUIRED
+
+    def refuse(sock: socket.socket) -> None:
+        with pytest.raises(ssl.SSLError):
+            demanding.wrap_socket(sock, server_side=True)
+        sock.close()
+
+    address, (served,) = background.serve(refuse)
+    with make_client_context("ours", ca_file).wrap_socket(
+        dial(address), server_hostname="localhost"
+    ) as client:
+        served.result(PATIENCE)
+        for call in (lambda: client.sendall(b"question"), lambda: client.recv(100)):
+            with pytest.raises(ssl.SSLError) as caught:
+                call()
+            assert caught.value.reason == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
+
+
 # ── time-outs, and not waiting at all ──
 
 
