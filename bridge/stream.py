@@ -20,6 +20,7 @@ from bridge.crossing import Latch, let_go
 from bridge.engine import SessionInfo
 from bridge.errors import (
     BridgeError,
+    ConfigurationError,
     OperationTimeout,
     SessionAborted,
     SessionClosed,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 PIECE_BYTES = 16 * RECORD_BYTES
 """How much of a large write is handed to the transport at a time: what one turn may write."""
 AHEAD_BYTES = 1024 * 1024
-"""How much may be read that nobody asked for: to get at a close_notify behind it, or before a write fails."""
+"""How much may be read that nobody asked for, before a write fails."""
 LEAVING_SECONDS = 1.0
 """How long a socket that is handed back may wait for the worker's next step."""
 ANYTHING = Want.READ | Want.WRITE
@@ -101,10 +102,12 @@ class _Received:
 
     def take(self, size: int) -> bytes:
         """At most *size* bytes, of the oldest part."""
-        part = self.parts.popleft()
+        part = self.parts[0]
         if len(part) > size:
-            self.parts.appendleft(part[size:])
+            self.parts[0] = part[size:]
             part = part[:size]
+        else:
+            self.parts.popleft()
         self.used -= len(part)
         return part
 
@@ -156,6 +159,7 @@ class Stream:
         "_deaf",
         "_ending",
         "_eof",
+        "_handed_back",
         "_hung_up",
         "_info",
         "_lease",
@@ -185,6 +189,7 @@ class Stream:
         self._ending: Ending | None = None
         self._eof = False  # the peer's close_notify has come
         self._deaf = False  # shutdown: reading is over
+        self._handed_back = False  # by unwrap, which may end without its caller
         self._hung_up: Callable[[int], object] | None = (
             None  # whether the peer has, and was not heard out yet
         )
@@ -207,8 +212,10 @@ class Stream:
     def _leaving(self) -> None:
         """The descriptor is about to be closed: a look-alike of a socket must not go by its number any more."""
         bereave = getattr(self._owner(), "_bereave", None)
-        handed_back = self._ending is not None and self._ending.sock is not None
-        if bereave is not None and not handed_back:
+        unwrapped = None if self._ending is None else self._ending.sock
+        if unwrapped is not None and not self._handed_back:
+            unwrapped.close()
+        elif bereave is not None and unwrapped is None:
             bereave(self)
 
     def _buried(self, gone: Callable[[Stream, Ending], None]) -> None:
@@ -244,6 +251,10 @@ class Stream:
         if self._info is not None:
             return
         self._start()
+        if timeout == 0:
+            self._lease.unattended = (
+                False  # who polls for it is not to find that a worker has taken what came
+            )
         self._wait(
             lambda: self._info is not None or self._ending is not None, timeout, "handshake", Want.READ
         )
@@ -530,7 +541,8 @@ class Stream:
         """End TLS both ways and go on in plain text: the socket, and bytes read too far.
 
         *timeout* as for `handshake`; with 0, call it again after WouldBlock.  Raises the cause if the peer just
-        hangs up.  Application data that still came before the peer's close_notify is lost.
+        hangs up; and ConfigurationError if application data comes, or is there, before its close_notify: once that is
+        read, call it again.
         """
         unwrapped = self._unwrap(timeout)
         if self._lease.attended:
@@ -545,17 +557,25 @@ class Stream:
         give_up = None if timeout is None else time.monotonic() + timeout
         self._open(timeout)
         received = self._received
-        received.asking += AHEAD_BYTES
+        received.asking += 1
         try:
             if self._ending is None:
                 self._lease.command("unwrap", None, False)
-            self._wait(lambda: self._ending is not None, timeout and _left(give_up), "unwrap", Want.READ)
+            self._wait(
+                lambda: self._ending is not None or received.parts,
+                timeout and _left(give_up),
+                "unwrap",
+                Want.READ,
+            )
         finally:
-            received.asking -= AHEAD_BYTES
-        assert self._ending is not None
+            received.asking -= 1
+        if self._ending is None:
+            raise ConfigurationError(
+                "unwrap() met application data before the peer's close_notify; read it first"
+            )
         if self._ending.sock is None:
             raise fresh(self._ending.cause)
-        self._lease.closing = True
+        self._handed_back = self._lease.closing = True
         return self._ending.sock, self._ending.leftover
 
     def close(self, timeout: float | None = None) -> None:

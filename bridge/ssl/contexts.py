@@ -119,10 +119,16 @@ class SSLContext(ssl.SSLContext):
         server_side: bool = False,
         server_hostname: str | None = None,
         *,
-        owner: SSLSocket,
+        owner: ssl.SSLSocket,
         session: Any = None,
-    ) -> Wire:
-        """What an `ssl.SSLSocket` asks its context for, to speak TLS.  An unusable setting is refused here."""
+    ) -> Any:
+        """What an `ssl.SSLSocket` asks its context for, to speak TLS.  An unusable setting is refused here.
+
+        One that is not ours gets the stdlib's TLS: it would not leave time-outs, and the end of its descriptor, to us.
+        """
+        if not isinstance(owner, SSLSocket):
+            plain = super()._wrap_socket  # type: ignore[misc]
+            return plain(sock, server_side, server_hostname, owner=owner, session=session)
         return Wire(owner, self, bool(server_side), server_hostname, session)
 
     def core(self, server_side: bool) -> Context:

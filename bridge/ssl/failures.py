@@ -16,6 +16,7 @@ from bridge.errors import (
     CertificateError,
     DeadlineExceeded,
     EndOfStream,
+    ForkedError,
     HostnameMismatch,
     OperationTimeout,
     PeerReset,
@@ -57,6 +58,8 @@ def as_stdlib(error: BridgeError, hostname: str | None = None) -> Exception:
     if isinstance(error, PeerReset):
         number = error.errno or errno.ECONNRESET
         return OSError(number, os.strerror(number))
+    if isinstance(error, ForkedError):
+        return OSError(errno.EBADF, str(error))
     if isinstance(error, (SessionClosed, SessionAborted)):
         return OSError(errno.EBADF, os.strerror(errno.EBADF))
     return error
@@ -64,7 +67,7 @@ def as_stdlib(error: BridgeError, hostname: str | None = None) -> Exception:
 
 def ssl_error(kind: type[ssl.SSLError], number: int, text: str, reason: str | None = None) -> ssl.SSLError:
     """One that has the attributes of the stdlib's own, which its constructor does not give it.  Any thread."""
-    error: Any = kind(number, text)
+    error: Any = kind(int(number), text)  # and no enumeration, which every message would show
     error.reason, error.library = reason, reason and "SSL"
     return error  # type: ignore[no-any-return]
 

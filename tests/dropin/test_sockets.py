@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 import pytest
 from conftest import KeyPair
 from dropin_rig import Arrangement, make_client_context, make_server_context, our_ssl
-from peers import PATIENCE, Background, dial, receive_exactly
+from peers import PATIENCE, Background, dial, receive_exactly, until
 from rig import tcp_pair
 
 import bridge
@@ -147,6 +148,52 @@ def test_before_the_handshake_there_are_no_facts(ca_file: str) -> None:
             client.getpeercert()
 
 
+class TheirOwn(ssl.SSLSocket):
+    """A subclass of the stdlib's, which knows nothing of ours."""
+
+
+class OurOwn(our_ssl().SSLSocket):  # type: ignore[misc,name-defined]
+    """A subclass of ours."""
+
+
+@pytest.mark.parametrize("kind", [TheirOwn, OurOwn])
+def test_a_class_of_ones_own_is_the_only_owner_of_its_descriptor(
+    kind: type[ssl.SSLSocket], background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    context = make_client_context("ours", ca_file)
+    context.sslsocket_class = kind
+    client, server = wrap(background, context, make_server_context("theirs", server_cert))
+    with server:
+        assert type(client) is kind
+        server.sendall(b"hello")
+        assert client.recv(10) == b"hello"
+        client.settimeout(0.01)
+        before = time.monotonic()
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        assert time.monotonic() - before < PATIENCE, "which is the time-out that it was wrapped with"
+        descriptor = client.fileno()
+        client.close()
+        with contextlib.suppress(OSError):
+            assert server.recv(1) == b""
+        until(lambda: not is_open(descriptor))
+        with open(os.devnull, "rb") as file:
+            os.dup2(file.fileno(), descriptor)  # the number is free, and somebody else's now
+            del client
+            gc.collect()
+            assert is_open(descriptor)
+            os.close(descriptor)
+
+
+def is_open(descriptor: int) -> bool:
+    """Whether it is a descriptor of this process."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
 # ── bytes ──
 
 
@@ -163,6 +210,16 @@ def test_receiving_into_what_has_room(mixed: Ends) -> None:
     with pytest.raises(ValueError, match="non-zero flags not allowed"):
         client.recv(1, socket.MSG_PEEK)
     assert receive_exactly(client, 26) == b"456789" + b"0123456789" * 2
+
+
+def test_a_size_that_is_no_integer_costs_no_bytes(mixed: Ends) -> None:
+    client, server = mixed
+    server.sendall(b"hello")
+    for size in (2.0, "2", None):
+        for call in (client.recv, client.read, lambda size: client.read(size, bytearray(9))):
+            with pytest.raises(TypeError, match="object cannot be interpreted as an integer"):
+                call(size)
+    assert client.recv(True) == b"h" and client.recv(5) == b"ello"
 
 
 def test_sending_what_has_bytes(mixed: Ends) -> None:
@@ -469,12 +526,23 @@ def test_a_socket_whose_peer_has_gone_before_it_begins(known: bool, ca_file: str
         assert caught.value.errno == (errno.ENOTCONN if known else errno.ECONNRESET)
 
 
-def test_a_name_that_is_none_is_refused_at_the_handshake(ca_file: str) -> None:
+@pytest.mark.parametrize("name", ["a b.example", "127.1", "a.example:443", "[::1]"])
+def test_a_name_that_is_none_is_refused_at_the_handshake(name: str, ca_file: str) -> None:
     near, far = tcp_pair()
-    with far, client_of(None, ca_file, near, server_hostname="a b.example") as client:
-        with pytest.raises(bridge.ConfigurationError, match="neither a DNS name nor an IP address"):
+    with far, client_of(None, ca_file, near, server_hostname=name) as client:
+        with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch") as caught:
             client.do_handshake()
+        assert type(caught.value) is ssl.SSLCertVerificationError and caught.value.verify_code == 62
         assert client.fileno() != -1
+
+
+def test_it_is_refused_too_where_no_name_is_checked(ca_file: str) -> None:
+    near, far = tcp_pair()
+    context = make_client_context("ours", ca_file)
+    context.check_hostname = False
+    with far, pytest.raises(ValueError, match="neither a DNS name nor an IP address") as caught:
+        context.wrap_socket(near, server_hostname="a b.example")
+    assert type(caught.value) is ValueError
 
 
 def test_a_socket_that_was_never_handed_out_is_closed_in_silence(
@@ -730,6 +798,88 @@ def test_unwrap_gives_the_plain_socket_back_which_can_be_wrapped_again(
         assert served.recv(100) == b"in TLS again"
 
 
+def test_unwrap_heeds_so_rcvtimeo(mixed: Ends) -> None:
+    client, _ = mixed
+    client.settimeout(None)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 20_000))
+    for _ in range(2):
+        with pytest.raises(ssl.SSLWantReadError):
+            client.unwrap()
+    client.settimeout(0.01)
+    with pytest.raises(TimeoutError):
+        client.unwrap()
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["unread", "half-read"])
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+def test_unwrap_with_data_unread_waits_for_nothing(
+    whose: str, begun: bool, background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    made = wrap(background, make_client_context(whose, ca_file), make_server_context("theirs", server_cert))
+    with made[0] as client, made[1] as server:
+        client.settimeout(None)
+        server.sendall(b"unread")
+        assert not begun or client.recv(1) == b"u"
+        with pytest.raises(ssl.SSLError) as caught:
+            client.unwrap()
+        assert caught.value.args == (1, caught.value.args[1]) and caught.value.library == "SSL"
+        assert caught.value.reason == "APPLICATION_DATA_AFTER_CLOSE_NOTIFY"
+        assert "application data after close notify" in str(caught.value)
+
+
+def test_once_that_is_read_unwrap_goes_on(mixed: Ends, background: Background) -> None:
+    client, server = mixed
+    server.sendall(b"unread")
+    with pytest.raises(ssl.SSLError, match="APPLICATION_DATA_AFTER_CLOSE_NOTIFY"):
+        client.unwrap()
+    assert server.recv(1) == b""
+    unwrapping = background.run(server.unwrap)
+    assert client.recv(100) == b"unread"
+    client.unwrap().sendall(b"plain")
+    assert unwrapping.result(PATIENCE).recv(100) == b"plain"
+
+
+def test_whoever_does_not_unwrap_after_all_leaves_no_descriptor(mixed: Ends, background: Background) -> None:
+    client, server = mixed
+    client.settimeout(0)
+    with pytest.raises(ssl.SSLWantReadError):
+        client.unwrap()
+    unwrapping = background.run(server.unwrap)
+    client.settimeout(PATIENCE)
+    with contextlib.suppress(OSError):
+        assert client.recv(1) == b""
+    unwrapping.result(PATIENCE)
+    client.close()
+
+
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+def test_unwrap_before_the_handshake_waits_for_nothing(whose: str, ca_file: str) -> None:
+    near, far = tcp_pair()
+    with (
+        far,
+        make_client_context(whose, ca_file).wrap_socket(
+            near, server_hostname="localhost", do_handshake_on_connect=False
+        ) as client,
+    ):
+        client.settimeout(None)
+        with pytest.raises(ssl.SSLError) as caught:
+            client.unwrap()
+        assert caught.value.reason == "SHUTDOWN_WHILE_IN_INIT" and caught.value.errno == 1
+
+
+def test_an_accepted_socket_that_is_unwrapped_at_once_has_its_handshake_first(
+    background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    context = make_server_context("ours", server_cert)
+    with context.wrap_socket(socket.create_server(("127.0.0.1", 0)), server_side=True) as listener:
+        near = dial(listener.getsockname())
+        accepted, _ = listener.accept()
+        unwrapping = background.run(accepted.unwrap)
+        client = make_client_context("theirs", ca_file).wrap_socket(near, server_hostname="localhost")
+        with client.unwrap(), unwrapping.result(PATIENCE):
+            assert client.fileno() != -1
+
+
 def test_a_forgotten_socket_is_closed_with_a_warning(
     ends: Ends, ca_file: str, server_cert: KeyPair, background: Background
 ) -> None:
@@ -936,6 +1086,35 @@ def test_a_session_is_set_before_the_handshake_on_a_client_s_side(mixed: Ends, e
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_connected_socket_says_in_a_child_of_fork_that_it_is_none(ends: Ends) -> None:
+    """By an OSError: programs and libraries expect no other of a socket."""
+    client, server = ends
+    calls: list[Callable[[], object]] = [
+        *(lambda name=name: getattr(client, name)() for name in ("recv", "read", "pending", "unwrap")),
+        *(lambda name=name: getattr(client, name)(b"x") for name in ("send", "sendall", "write")),
+        lambda: client.shutdown(socket.SHUT_WR),
+        lambda: client.session,
+    ]
+    child = os.fork()
+    if child == 0:
+        try:
+            for call in calls:
+                with pytest.raises(OSError, match="fork") as caught:
+                    call()
+                assert caught.value.errno == errno.EBADF
+            client.close()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    signal.alarm(int(PATIENCE))
+    assert os.waitpid(child, 0)[1] == 0
+    signal.alarm(0)
+    client.sendall(b"still here")
+    assert server.recv(100) == b"still here"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_server_that_forks_first_and_accepts_in_its_children(ca_file: str, server_cert: KeyPair) -> None:
     plain = socket.create_server(("127.0.0.1", 0))
     with make_server_context("ours", server_cert).wrap_socket(plain, server_side=True) as listener:
@@ -1101,8 +1280,8 @@ def test_the_first_call_that_may_not_wait_does_not(method: str, ca_file: str) ->
             getattr(client, method)(1 if method in ("recv", "read") else b"x")
 
 
-def test_the_facts_of_an_accepted_socket_are_waited_for_also_if_it_never_blocks(
-    background: Background, ca_file: str, server_cert: KeyPair
+def test_the_facts_of_an_accepted_socket_that_never_blocks_are_not_waited_for(
+    ca_file: str, server_cert: KeyPair, background: Background
 ) -> None:
     context = make_server_context("ours", server_cert)
     with context.wrap_socket(socket.create_server(("127.0.0.1", 0)), server_side=True) as listener:
@@ -1110,10 +1289,15 @@ def test_the_facts_of_an_accepted_socket_are_waited_for_also_if_it_never_blocks(
         accepted, _ = listener.accept()
         with accepted:
             accepted.setblocking(False)
-            facts = background.run(lambda: (accepted.version(), accepted.cipher(), accepted.getpeercert()))
-            client = make_client_context("theirs", ca_file).wrap_socket(near, server_hostname="localhost")
-            with client:
-                assert facts.result(PATIENCE) == (client.version(), client.cipher(), None)
+            assert accepted.version() is accepted.cipher() is accepted.selected_alpn_protocol() is None
+            with pytest.raises(ValueError, match="handshake not done yet"):
+                accepted.getpeercert()
+            context = make_client_context("theirs", ca_file)
+            connecting = background.run(lambda: context.wrap_socket(near, server_hostname="localhost"))
+            patiently(accepted, accepted.do_handshake)
+            with connecting.result(PATIENCE) as client:
+                facts = accepted.version(), accepted.cipher(), accepted.getpeercert()
+                assert facts == (client.version(), client.cipher(), None)
 
 
 def test_a_signal_handler_may_make_and_close_sockets_whatever_it_interrupts(ca_file: str) -> None:
@@ -1182,12 +1366,14 @@ def test_what_is_a_tls_socket_already_is_refused_and_stays_as_it_is(ends: Ends, 
     [
         (bridge.EndOfStream("the end"), ssl.SSLZeroReturnError),
         (bridge.SessionAborted("aborted"), OSError),
+        (bridge.ForkedError("forked"), OSError),
         (bridge.ConfigurationError("not for the stdlib"), bridge.ConfigurationError),
     ],
 )
 def test_each_error_is_the_very_class_of_the_stdlib(error: bridge.BridgeError, kind: type[Exception]) -> None:
     made: Any = as_stdlib(error)
     assert type(made) is kind
+    assert type(made) is not OSError or made.errno == errno.EBADF
     if isinstance(made, ssl.SSLError):
         assert made.reason is made.library is None
 
