@@ -494,7 +494,9 @@ class TLSEngine:
             f"during the {name}" if name in ("handshake", "shutdown", "renegotiate") else f"while in {name}"
         )
         if isinstance(error, SSL.ZeroReturnError):
-            return Truncated(8, f"the peer said close_notify {during}")
+            ended = Truncated(8, f"the peer said close_notify {during}")
+            ended.reason = "CLOSE_NOTIFY"
+            return ended
         if isinstance(error, SSL.SysCallError):
             number, text = error.args
             if number == -1:

@@ -29,9 +29,12 @@ from bridge.errors import (
     BridgeClosed,
     BridgeError,
     ConfigurationError,
+    EndOfStream,
     HostnameMismatch,
     OperationTimeout,
+    SessionClosed,
     SessionEnded,
+    Truncated,
     WouldBlock,
 )
 from bridge.poll import Want
@@ -73,6 +76,7 @@ class Wire:
         self._owner = weakref.ref(sock)
         self._session: SSLSession | None = None
         self._pooled = False
+        self._unwrapping = False
         self.lock = threading.RLock()
         """Of whose the descriptor is: the socket's, and from `begin` on the stream's."""
         if session is not None:
@@ -85,7 +89,11 @@ class Wire:
 
     @context.setter
     def context(self, context: Any) -> None:
-        self._core = context.core(self.server_side)
+        try:
+            core = context.core
+        except AttributeError:
+            raise TypeError("The value must be a SSLContext") from None
+        self._core = core(self.server_side)
         self._context = context
 
     @property
@@ -156,6 +164,9 @@ class Wire:
     def _shake_hands(self, stream: Stream, timeout: float | None) -> None:
         try:
             stream.handshake(timeout)
+        except Truncated as error:
+            said_so = getattr(error, "reason", None) == "CLOSE_NOTIFY"
+            raise self.failure(EndOfStream() if said_so else error) from None
         except BridgeError as error:
             raise self.failure(error) from None
 
@@ -175,6 +186,8 @@ class Wire:
             return BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         if self.said_all and option == socket.SO_SNDTIMEO and isinstance(error, SessionEnded):
             return BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        if self._unwrapping and isinstance(error, SessionClosed):
+            return _protocol_error("PROTOCOL_IS_SHUTDOWN")
         return as_stdlib(error, self.server_hostname)
 
     # Bytes.
@@ -233,6 +246,7 @@ class Wire:
             raise _protocol_error("SHUTDOWN_WHILE_IN_INIT")
         if timeout is None and self.kernel_timeouts:
             timeout = self.kernel_timeouts.get(socket.SO_RCVTIMEO)
+        self._unwrapping = True
         try:
             inner, leftover = stream.unwrap(timeout)
         except ConfigurationError:
@@ -305,19 +319,21 @@ class Wire:
 
     def verify_client_post_handshake(self) -> None:
         """Refused: see `SSLContext.post_handshake_auth`."""
+        if not self.server_side:
+            raise _protocol_error("NOT_SERVER")
         text = "the bridge does not ask for certificates after the handshake"
         raise ssl_error(ssl.SSLError, ssl.SSL_ERROR_SSL, text)
 
     @property
     def session(self) -> SSLSession | None:
         """What to pass on for resumption."""
-        if self.stream is not None and self.stream.info is not None and not self.server_side:
+        if self.stream is not None and self.stream.info is not None:
             try:
                 raw = self.stream.session()
             except BridgeError as error:
                 raise self.failure(error) from None
             if raw is not None:
-                self._session = SSLSession(raw, self.context)
+                self._session = SSLSession.of(raw, self.context)
         return self._session
 
     @session.setter
@@ -438,9 +454,10 @@ class SSLSocket(ssl.SSLSocket):
                 super().settimeout(value)
                 return
             if value is not None:
-                value = float(value + 0)  # which a str is refused by
-                if not value >= 0:
-                    raise ValueError("Timeout value out of range")
+                super().settimeout(
+                    value
+                )  # which refuses what is none, and keeps the descriptor from blocking
+                value = super().gettimeout()
             wire.timeout = value
 
     def gettimeout(self) -> float | None:

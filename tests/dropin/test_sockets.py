@@ -6,6 +6,7 @@ import array
 import concurrent.futures
 import contextlib
 import errno
+import fractions
 import gc
 import os
 import select
@@ -121,15 +122,22 @@ def test_the_chains_are_those_of_the_stdlib_s_object(mixed: Ends, ends: Ends) ->
         assert wire.owner is client
 
 
-def test_what_cannot_be_had_is_refused_as_the_stdlib_refuses_it(mixed: Ends) -> None:
+def test_what_cannot_be_had_is_refused_as_the_stdlib_refuses_it(mixed: Ends, ends: Ends) -> None:
     texts = []
     for sock in mixed:
         with pytest.raises(ValueError) as caught:
             sock.get_channel_binding("tls-something")
         texts.append(str(caught.value))
     assert texts[0] == texts[1]
+    for sock in mixed[0], ends[0]:
+        with pytest.raises(ssl.SSLError, match="not server") as refused:
+            sock._sslobj.verify_client_post_handshake()
+        assert refused.value.reason == "NOT_SERVER"
     with pytest.raises(ssl.SSLError, match="after the handshake"):
-        mixed[0]._sslobj.verify_client_post_handshake()
+        ends[1]._sslobj.verify_client_post_handshake()
+    for sock in (*mixed, ends[0]):
+        with pytest.raises(TypeError, match="The value must be a SSLContext"):
+            sock.context = 5
     with pytest.raises(ValueError, match="size should not be negative"):
         mixed[0].read(-1)
     assert mixed[0].read(0) == b""
@@ -312,9 +320,13 @@ def test_a_time_out_is_the_very_class_and_harms_nothing(mixed: Ends) -> None:
         client.recv(1)
     assert type(caught.value) is TimeoutError and not isinstance(caught.value, ssl.SSLError)
     assert client.gettimeout() == client.timeout == 0.02 and client.getblocking()
-    for wrong, error in ((-1, ValueError), ("1", (TypeError, ValueError))):
-        with pytest.raises(error):
-            client.settimeout(wrong)
+    for wrong in (-1, "1", float("inf"), float("nan"), 1e12, 10**30, fractions.Fraction(1, 2)):
+        refused = []
+        for sock in (client, server):
+            with pytest.raises((TypeError, ValueError, OverflowError)) as caught:
+                sock.settimeout(wrong)
+            refused.append((type(caught.value), str(caught.value)))
+        assert refused[0] == refused[1] and client.gettimeout() == 0.02
     client.settimeout(PATIENCE)
     server.sendall(b"late")
     assert client.recv(10) == b"late"
@@ -827,6 +839,21 @@ def test_unwrap_with_data_unread_waits_for_nothing(
         assert "application data after close notify" in str(caught.value)
 
 
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+def test_nothing_can_be_said_after_an_unwrap_that_would_block(
+    whose: str, background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    made = wrap(background, make_client_context(whose, ca_file), make_server_context("theirs", server_cert))
+    with made[0] as client, made[1]:
+        client.settimeout(0)
+        with pytest.raises(ssl.SSLWantReadError):
+            client.unwrap()
+        for call in (client.send, client.sendall, client.write):
+            with pytest.raises(ssl.SSLError, match="protocol is shutdown") as caught:
+                call(b"x")
+            assert caught.value.reason == "PROTOCOL_IS_SHUTDOWN" and caught.value.errno == 1
+
+
 def test_once_that_is_read_unwrap_goes_on(mixed: Ends, background: Background) -> None:
     client, server = mixed
     server.sendall(b"unread")
@@ -1067,6 +1094,19 @@ def test_sessions_are_told_apart_by_their_ids(mixed: Ends) -> None:
     assert session == again and hash(session) == hash(again) and session != session.id
     server.sendall(b"y")
     assert client.recv(1) == b"y" and len({session, client.session}) == 1
+    with pytest.raises(AttributeError):
+        session.id = b"another"
+
+
+def test_a_server_has_one_to_show_too(background: Background, ca_file: str, server_cert: KeyPair) -> None:
+    for server in ("ours", "theirs"):
+        made = wrap(
+            background, make_client_context("theirs", ca_file), make_server_context(server, server_cert)
+        )
+        with made[0], made[1]:
+            session = made[1].session
+            assert len(session.id) == 32 and not session.has_ticket and session.ticket_lifetime_hint == 0
+            assert session.timeout == 7200 and session.time > 1e9
 
 
 def test_a_session_is_set_before_the_handshake_on_a_client_s_side(mixed: Ends, ends: Ends) -> None:
@@ -1076,7 +1116,7 @@ def test_a_session_is_set_before_the_handshake_on_a_client_s_side(mixed: Ends, e
         (ends[0], "Cannot set session after handshake"),
         (ends[1], "Cannot set session for server-side SSLSocket"),
     ):
-        session = SSLSession(ends[0]._sslobj.stream.session(), sock.context)
+        session = SSLSession.of(ends[0]._sslobj.stream.session(), sock.context)
         with pytest.raises(ValueError, match=words):
             sock.session = session
 
@@ -1376,6 +1416,26 @@ def test_each_error_is_the_very_class_of_the_stdlib(error: bridge.BridgeError, k
     assert type(made) is not OSError or made.errno == errno.EBADF
     if isinstance(made, ssl.SSLError):
         assert made.reason is made.library is None
+
+
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+def test_what_a_peer_says_instead_of_a_handshake(whose: str, ca_file: str) -> None:
+    for said, kind, words in (
+        (b"\1\0", ssl.SSLZeroReturnError, "TLS/SSL connection has been closed"),  # close_notify
+        (b"\2\x28", ssl.SSLError, "SSLV3_ALERT_HANDSHAKE_FAILURE. sslv3 alert handshake failure"),
+        (b"\2\x46", ssl.SSLError, "TLSV1_ALERT_PROTOCOL_VERSION. tlsv1 alert protocol version"),
+    ):
+        near, far = tcp_pair()
+        far.sendall(b"\x15\3\3\0\2" + said)
+        with (
+            far,
+            make_client_context(whose, ca_file).wrap_socket(
+                near, server_hostname="localhost", do_handshake_on_connect=False
+            ) as client,
+        ):
+            with pytest.raises(ssl.SSLError, match=words) as caught:
+                client.do_handshake()
+            assert type(caught.value) is kind and type(caught.value.args[0]) is int
 
 
 def test_errors_have_the_attributes_that_the_stdlibs_have() -> None:
