@@ -278,7 +278,9 @@ class Wire:
         return certificate_dict(certificate) if self.context.verify_mode != ssl.CERT_NONE else {}
 
     def get_verified_chain(self) -> list[_Certificate] | None:
-        """From the leaf to the root."""
+        """From the leaf to the root; as it was sent, if nothing is verified."""
+        if self.context.verify_mode == ssl.CERT_NONE:
+            return self.get_unverified_chain()
         info = self._info()
         return [_Certificate(_der(c)) for c in info.verified_chain] if info else None
 

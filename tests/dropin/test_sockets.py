@@ -122,6 +122,18 @@ def test_the_chains_are_those_of_the_stdlib_s_object(mixed: Ends, ends: Ends) ->
         assert wire.owner is client
 
 
+def test_a_chain_that_nobody_verifies_is_the_one_that_was_sent(
+    background: Background, server_cert: KeyPair
+) -> None:
+    context = our_ssl().SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    client, server = wrap(background, context, make_server_context("theirs", server_cert))
+    with client, server:
+        wire, der = client._sslobj, client.getpeercert(binary_form=True)
+        for chain in (wire.get_verified_chain(), wire.get_unverified_chain()):
+            assert [shown.public_bytes(2) for shown in chain] == [der]
+
+
 def test_what_cannot_be_had_is_refused_as_the_stdlib_refuses_it(mixed: Ends, ends: Ends) -> None:
     texts = []
     for sock in mixed:
