@@ -24,7 +24,9 @@ when the kernel has it, which is later only if the engine is on its detour (see 
 Ends.  `close` waits for the chunks, says close_notify, half-closes the socket, and reads on until the peer
 has answered or its time is up.  Closing a socket with unread input makes the kernel send RST, which may
 destroy what the peer has not read yet, an alert of ours for instance; so a failed session lingers likewise, with
-plain reads.  `abort` does none of that.
+plain reads.  `abort` does none of that.  A peer that resets the connection may have said why before, or have answered;
+that is read before the session ends, as long as OpenSSL will (once a write of its own to a socket has failed, since
+version 4, it will not).
 
 Which thread: everything here belongs to the session's owner, which holds `lock` for each turn and command.
 Others reach it by its worker's mailbox, with one exception: while the session is `quiet` (open, and nothing but
