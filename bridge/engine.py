@@ -209,6 +209,11 @@ class TLSEngine:
         except SSL.Error as error:
             return self._received("read", self._outcome("read", error, self._connection.recv, size), size)
 
+    def last_words(self, size: int) -> bytes | Want:
+        """As `read`, after a write has failed: what the peer had said before that, for as long as OpenSSL will read."""
+        self._error = None
+        return self.read(size)
+
     def peek(self, size: int) -> bytes | Want:
         """SSL_peek(3): as `read`, and the bytes stay."""
         assert size > 0
@@ -489,7 +494,9 @@ class TLSEngine:
             f"during the {name}" if name in ("handshake", "shutdown", "renegotiate") else f"while in {name}"
         )
         if isinstance(error, SSL.ZeroReturnError):
-            return Truncated(8, f"the peer said close_notify {during}")
+            ended = Truncated(8, f"the peer said close_notify {during}")
+            ended.reason = "CLOSE_NOTIFY"
+            return ended
         if isinstance(error, SSL.SysCallError):
             number, text = error.args
             if number == -1:

@@ -90,6 +90,10 @@ class ReadCredit:
             return 0
         return 1 if scarce or self.stepwise else self._limit - held
 
+    def late_room(self) -> int:
+        """How many bytes may be read once nothing can be written any more."""
+        return self.room()
+
     def spend(self, count: int) -> None:
         """*count* bytes were read."""
         self._read += count

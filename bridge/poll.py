@@ -27,6 +27,7 @@ import select
 import selectors
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar
 
 from bridge import forks
@@ -85,6 +86,8 @@ class _Select:
 _Poll: Any = getattr(select, "poll", _Select)
 READABLE: int = getattr(select, "POLLIN", 1)
 WRITABLE: int = getattr(select, "POLLOUT", 4)
+HUNG_UP: int = getattr(select, "POLLRDHUP", NOTHING)
+"""Its half; of both halves, and of errors, a poll always speaks."""
 _TO_POLL = {int(Want.READ): READABLE, int(Want.WRITE): WRITABLE, Want.READ | Want.WRITE: READABLE | WRITABLE}
 _FROM_POLL = {bits: mask for mask, bits in _TO_POLL.items()}
 _RING = (1).to_bytes(8, sys.byteorder)
@@ -285,6 +288,13 @@ def look(sock: socket.socket | None, mask: int) -> int:
     poll = _Poll()
     poll.register(sock.fileno(), _TO_POLL[mask])
     return sum(_readied(event, mask) for _, event in poll.poll(0))
+
+
+def hang_up_watch(sock: socket.socket) -> Callable[[int], object]:
+    """Called with 0 it never waits, and says whether the peer has hung up: nothing more will come than is there."""
+    poll = _Poll()
+    poll.register(sock.fileno(), HUNG_UP)
+    return poll.poll  # type: ignore[no-any-return]
 
 
 def _to_spare(fd: int) -> bool:

@@ -20,6 +20,7 @@ from bridge.crossing import Latch, let_go
 from bridge.engine import SessionInfo
 from bridge.errors import (
     BridgeError,
+    ConfigurationError,
     OperationTimeout,
     SessionAborted,
     SessionClosed,
@@ -29,9 +30,9 @@ from bridge.errors import (
 )
 from bridge.lease import Lease
 from bridge.limits import RECORD_BYTES
-from bridge.poll import Want
+from bridge.poll import Want, hang_up_watch
 from bridge.totals import Account
-from bridge.transport import CloseReport, Ending, Plan, Told, Transport
+from bridge.transport import LEAST_READ, ONE_RECORD, CloseReport, Ending, Plan, Told, Transport
 from bridge.worker import Worker
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 PIECE_BYTES = 16 * RECORD_BYTES
 """How much of a large write is handed to the transport at a time: what one turn may write."""
 AHEAD_BYTES = 1024 * 1024
-"""How much may be read that nobody asked for, to get at a close_notify behind it."""
+"""How much may be read that nobody asked for, before a write fails."""
 LEAVING_SECONDS = 1.0
 """How long a socket that is handed back may wait for the worker's next step."""
 ANYTHING = Want.READ | Want.WRITE
@@ -87,6 +88,9 @@ class _Received:
     def room(self) -> int:
         return self.asking if self.used < self.asking else 0
 
+    def late_room(self) -> int:
+        return AHEAD_BYTES - self.used
+
     def spend(self, count: int) -> None:
         self.used += count
 
@@ -98,10 +102,12 @@ class _Received:
 
     def take(self, size: int) -> bytes:
         """At most *size* bytes, of the oldest part."""
-        part = self.parts.popleft()
+        part = self.parts[0]
         if len(part) > size:
-            self.parts.appendleft(part[size:])
+            self.parts[0] = part[size:]
             part = part[:size]
+        else:
+            self.parts.popleft()
         self.used -= len(part)
         return part
 
@@ -153,6 +159,8 @@ class Stream:
         "_deaf",
         "_ending",
         "_eof",
+        "_handed_back",
+        "_hung_up",
         "_info",
         "_lease",
         "_owner",
@@ -168,6 +176,7 @@ class Stream:
         self._born = forks.generation()
         self._sent, self._received = _Sent(), _Received()
         self._transport = Transport(name, plan, self._sent, self._received, self._told)
+        self._transport.answerable = False  # after the handshake a server's refusal may be there already
         self.worker = worker.name
         self.gone: Latch[Ending] = Latch()
         self._lease = self._sent._lease = Lease(
@@ -180,6 +189,9 @@ class Stream:
         self._ending: Ending | None = None
         self._eof = False  # the peer's close_notify has come
         self._deaf = False  # shutdown: reading is over
+        self._handed_back = False  # by unwrap, which may end without its caller
+        self._hung_up: Callable[[int], object] | None = None
+        """Whether the peer has, and was not heard out yet."""
 
     # What the transport tells: always in a turn, so with the lease.
 
@@ -199,8 +211,10 @@ class Stream:
     def _leaving(self) -> None:
         """The descriptor is about to be closed: a look-alike of a socket must not go by its number any more."""
         bereave = getattr(self._owner(), "_bereave", None)
-        handed_back = self._ending is not None and self._ending.sock is not None
-        if bereave is not None and not handed_back:
+        unwrapped = None if self._ending is None else self._ending.sock
+        if unwrapped is not None and not self._handed_back:
+            unwrapped.close()
+        elif bereave is not None and unwrapped is None:
             bereave(self)
 
     def _buried(self, gone: Callable[[Stream, Ending], None]) -> None:
@@ -236,6 +250,8 @@ class Stream:
         if self._info is not None:
             return
         self._start()
+        if timeout == 0:  # who polls for it is not to find that a worker has taken what came
+            self._lease.unattended = False
         self._wait(
             lambda: self._info is not None or self._ending is not None, timeout, "handshake", Want.READ
         )
@@ -431,20 +447,59 @@ class Stream:
 
     def _hand_over(self, piece: bytes | memoryview) -> None:
         transport, sent = self._transport, self._sent
-        left = len(piece)
-        if not transport.quiet:
-            sent.take(left)
-            transport.send([piece])
-            return
+        left, hung_up = len(piece), None
         try:
-            left -= transport.write_at_once(piece)
-            if not left:
-                return
-            sent.take(left)
+            if transport.quiet and (left > RECORD_BYTES or not transport.answerable):
+                hung_up = self._hung_up
+                if hung_up is None or hung_up(0):
+                    hung_up = self._hear_out()
+            transport.answerable = False
+            while left and transport.quiet:
+                left -= transport.write_at_once(piece, hung_up)
+                if not left:
+                    return
+                if transport.quiet:
+                    piece = memoryview(piece)[-left:]
+                    hung_up = self._hear_out()
+                else:
+                    sent.take(left)
+                    self._lease.ring()
+                    return
         except SessionEnded as error:
             sent.take(left)
             transport.end(error)
+            self._lease.ring()
+            return
+        if self._ending is None:
+            sent.take(left)
+            transport.send([piece])
+
+    def _hear_out(self) -> Callable[[int], object] | None:
+        """Before a write to a peer that has hung up: it may fail, and what the peer has said would be lost with it.
+
+        OpenSSL reads no more after that.  While the peer may say more, nothing is read, and the descriptor tells
+        the truth; from then on it is readable for ever.  Returned is what to ask between records, if anything.
+        """
+        if self._deaf:
+            return None
+        transport, received = self._transport, self._received
+        assert transport.sock is not None
+        hung_up = self._hung_up = self._hung_up or hang_up_watch(transport.sock)
+        if not hung_up(0):
+            return hung_up
+        for _ in range(AHEAD_BYTES // LEAST_READ):
+            if not transport.quiet or received.used >= AHEAD_BYTES:
+                break
+            if not transport.has_input():
+                self._hung_up = _never
+                break
+            data = transport.read_at_once(ONE_RECORD)
+            if data:
+                received.parts.append(data)
+                received.used += len(data)
+        self._lease.changes += 1
         self._lease.ring()
+        return None
 
     def _all_gone(self) -> bool:
         return not self._sent.held() or self._lease.closing
@@ -483,7 +538,8 @@ class Stream:
         """End TLS both ways and go on in plain text: the socket, and bytes read too far.
 
         *timeout* as for `handshake`; with 0, call it again after WouldBlock.  Raises the cause if the peer just
-        hangs up.  Application data that still came before the peer's close_notify is lost.
+        hangs up; and ConfigurationError if application data comes, or is there, before its close_notify: once that is
+        read, call it again.
         """
         unwrapped = self._unwrap(timeout)
         if self._lease.attended:
@@ -498,17 +554,25 @@ class Stream:
         give_up = None if timeout is None else time.monotonic() + timeout
         self._open(timeout)
         received = self._received
-        received.asking += AHEAD_BYTES
+        received.asking += 1
         try:
             if self._ending is None:
                 self._lease.command("unwrap", None, False)
-            self._wait(lambda: self._ending is not None, timeout and _left(give_up), "unwrap", Want.READ)
+            self._wait(
+                lambda: self._ending is not None or received.parts,
+                timeout and _left(give_up),
+                "unwrap",
+                Want.READ,
+            )
         finally:
-            received.asking -= AHEAD_BYTES
-        assert self._ending is not None
+            received.asking -= 1
+        if self._ending is None:
+            raise ConfigurationError(
+                "unwrap() met application data before the peer's close_notify; read it first"
+            )
         if self._ending.sock is None:
             raise fresh(self._ending.cause)
-        self._lease.closing = True
+        self._handed_back = self._lease.closing = True
         return self._ending.sock, self._ending.leftover
 
     def close(self, timeout: float | None = None) -> None:
@@ -589,6 +653,10 @@ class Stream:
 
     def __repr__(self) -> str:
         return f"<Stream {self.name} {self._transport.state.value}>"
+
+
+def _never(_: int) -> bool:
+    return False
 
 
 def _left(give_up: float | None) -> float | None:

@@ -24,7 +24,9 @@ when the kernel has it, which is later only if the engine is on its detour (see 
 Ends.  `close` waits for the chunks, says close_notify, half-closes the socket, and reads on until the peer
 has answered or its time is up.  Closing a socket with unread input makes the kernel send RST, which may
 destroy what the peer has not read yet, an alert of ours for instance; so a failed session lingers likewise, with
-plain reads.  `abort` does none of that.
+plain reads.  `abort` does none of that.  A peer that resets the connection may have said why before, or have answered;
+that is read before the session ends, as long as OpenSSL will (once a write of its own to a socket has failed, since
+version 4, it will not).
 
 Which thread: everything here belongs to the session's owner, which holds `lock` for each turn and command.
 Others reach it by its worker's mailbox, with one exception: while the session is `quiet` (open, and nothing but
@@ -79,6 +81,8 @@ if TYPE_CHECKING:
 
 READ_BUDGET = 16 * RECORD_BYTES
 """Bytes a session may read in one step before the others have their turn."""
+ONE_RECORD = RECORD_BYTES + 1
+"""More than `Connection.recv` has a buffer for: it makes one SSL_read(3), and gets behind nothing."""
 LEAST_READ = READ_BUDGET // 32
 """What the shortest record takes of that budget."""
 WRITE_BUDGET = 16 * RECORD_BYTES
@@ -125,6 +129,9 @@ class ReceiveCredit(Protocol):
 
     def room(self) -> int:
         """How many bytes may be read."""
+
+    def late_room(self) -> int:
+        """How many may be read of what the peer had said before a write to it failed."""
 
     def spend(self, count: int) -> None:
         """So many were."""
@@ -294,7 +301,9 @@ class Transport:
         self._deadlines: dict[type[DeadlineExceeded], float] = {}
         self._idle = plan.timeouts.idle
         self.answerable = True
-        """Something was read since the last `write_at_once`, which might be an answer to it; or nothing was written."""
+        """Something was read since the last `write_at_once`, which might be an answer to it; or nothing was written.
+
+        Whoever calls that takes it back."""
         self.brief = False
         """What was read last was one short record, so `take_at_once` may be worth while."""
         # What is to be done.
@@ -369,7 +378,7 @@ class Transport:
         except SessionEnded as error:
             self.end(error)
         except OSError as error:
-            self.end(PeerReset(error.errno, f"the connection failed: {error.strerror}"))
+            self.end(_reset(error))
         self._settle()
 
     # The shortest turns there are, for an owner that wants one thing only of a session that is `quiet`.
@@ -404,18 +413,22 @@ class Transport:
         self._settle()
         return answer
 
-    def read_at_once(self) -> bytes:
-        """The next record if it is there and plain data; ``b""`` if it was anything else, which has been dealt with."""
+    def read_at_once(self, size: int = RECORD_BYTES) -> bytes:
+        """The next record if it is there and plain data; ``b""`` if it was anything else, which has been dealt with.
+
+        With ONE_RECORD for *size*, one record of whatever kind, and the kernel still has what is behind it.
+        """
         engine, read, data = self._engine, self._read, b""
         assert engine is not None
         try:
-            answer = engine.read(RECORD_BYTES)
+            answer = engine.read(size)
             if not answer or type(answer) is not bytes:
                 self._read_no_data(answer)
             else:
                 data = answer
                 size = len(data)
                 self.received += size
+                self.answerable = True
                 read.want, read.since = READ, time.monotonic()
                 read.ready = size == RECORD_BYTES
                 if not engine.on_detour:
@@ -445,10 +458,19 @@ class Transport:
         except SessionEnded as error:
             self.end(error)
 
-    def write_at_once(self, data: bytes | memoryview) -> int:
+    def has_input(self) -> bool:
+        """Whether the kernel holds anything that the peer has said, its end aside.  Raises as `write_at_once`."""
+        assert self.sock is not None
+        try:
+            return bool(_peek(self.sock))
+        except OSError as error:
+            raise _reset(error) from None
+
+    def write_at_once(self, data: bytes | memoryview, hung_up: Callable[[int], object] | None = None) -> int:
         """Write *data*, within a turn's budget.  How much of it has left; the rest is on its way, as after `send`.
 
         The caller does the accounting of the rest, and `end`s the session for the SessionEnded it raises.
+        Between two records it stops, and the rest is the caller's, if the peer has *hung_up*: it stays `quiet` then.
         """
         engine, size, done = self._engine, len(data), 0
         assert engine is not None and self._chunk is None
@@ -474,6 +496,8 @@ class Transport:
                     self.now = time.monotonic()
                     self._touch()
                 return size
+            if hung_up is not None and hung_up(0):
+                return done
             chunk = memoryview(data)[done:]
             if done >= WRITE_BUDGET:
                 self._chunk = chunk
@@ -910,7 +934,9 @@ class Transport:
         self._finish(cause)
 
     def end(self, cause: SessionEnded, linger: bool = True) -> None:
-        """The bad end: *cause* becomes the session's cause, unless it has one already."""
+        """The bad end: *cause* becomes the session's cause, unless it has one already, or the peer has said why."""
+        if isinstance(cause, PeerReset) and self._exchanging and not (self._discarding or self._unwrapping):
+            cause = self._hear_out() or cause
         if self._ended:
             self._release()
         elif isinstance(cause, (Truncated, PeerReset)):
@@ -925,6 +951,29 @@ class Transport:
         """The command of whoever else has found out that it cannot go on: `end`, unless it has, and lingers."""
         if not self._ended:
             self.end(cause)
+
+    def _hear_out(self) -> TLSError | None:
+        """Tell what the peer had said before a write to it failed; returned is its alert."""
+        engine, room = self._engine, self.credit.late_room()
+        assert engine is not None
+        try:
+            while room > 0 and not self._peer_closed:
+                data = engine.last_words(RECORD_BYTES)
+                if isinstance(data, Want):
+                    break
+                room -= len(data)
+                if data:
+                    self.received += len(data)
+                    self.credit.spend(len(data))
+                    self._tell(Told.DATA, data)
+                else:
+                    self._peer_closed = True
+                    self._tell(Told.EOF, None)
+        except TLSError as error:
+            return error if "ALERT" in error.reason else None
+        except SessionEnded:
+            pass
+        return None
 
     def _finish(self, cause: SessionEnded, lingering: bool = False) -> None:
         """To be called again, by way of `end`, if it was interrupted."""
@@ -1131,6 +1180,10 @@ def _loggable(cause: SessionEnded) -> str:
 def _no_delay(sock: socket.socket) -> None:
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _reset(error: OSError) -> PeerReset:
+    return PeerReset(error.errno, f"the connection failed: {error.strerror}")
 
 
 def _peek(sock: socket.socket) -> bytes:

@@ -254,6 +254,117 @@ def test_a_write_to_a_peer_that_has_reset_the_connection_says_so(b: bridge.Bridg
     assert isinstance(ending.cause, bridge.PeerReset) and ending.report.unsent == 1
 
 
+@pytest.mark.parametrize("timeout", [None, PATIENCE, 0])
+@pytest.mark.parametrize("size", [1, MEGABYTE])
+def test_what_a_peer_has_said_before_it_hangs_up_is_read_though_a_write_fails(
+    pair: Pair, size: int, timeout: float | None
+) -> None:
+    client, server = pair
+    for answer in (b"too ", b"much"):
+        server.write(answer)
+    server.abort()
+    finished(server)
+    with pytest.raises(bridge.PeerReset):
+        client.write(bytes(size), timeout)
+    assert client.read(100) == b"too " and client.read(100) == b"much"
+    with pytest.raises(bridge.PeerReset):
+        client.read(100)
+
+
+def test_likewise_if_it_hangs_up_in_the_middle_of_a_write(
+    b: bridge.Bridge, contexts: Any, background: Background
+) -> None:
+    client, server = shaken(*streams(b, contexts, *map(shrink, tcp_pair())))
+    writing = background.run(client.write, bytes(MEGABYTE), PATIENCE)
+    sleeping(client)
+    server.write(b"too much")
+    server.abort()
+    with pytest.raises(bridge.PeerReset):
+        writing.result(PATIENCE)
+    assert client.read(100) == b"too much"
+    with pytest.raises(bridge.PeerReset):
+        client.read(100)
+
+
+def test_likewise_if_it_hangs_up_between_two_records_of_a_write(pair: Pair) -> None:
+    client, server = pair
+    client.write(b"question")
+    really, asked = client._hung_up, []
+
+    def hung_up(timeout: int) -> object:
+        asked.append(timeout)
+        if len(asked) == 2:
+            server.write(b"too much")
+            server.abort()
+            finished(server)
+        return really is not None and really(timeout)
+
+    client._hung_up = hung_up
+    with pytest.raises(bridge.PeerReset):
+        client.write(bytes(100_000))  # one piece
+    assert client.read(100) == b"too much"
+
+
+def test_likewise_if_it_says_close_notify_before(b: bridge.Bridge, contexts: Any) -> None:
+    client, server = shaken(*streams(b, contexts, *tcp_pair()))
+    server.write(b"too much")
+    server.send_eof()
+    server.abort()
+    finished(server)
+    with pytest.raises(bridge.PeerReset):
+        client.write(bytes(MEGABYTE))
+    assert client.read(100) == b"too much" and client.read(100) == b""
+
+
+def test_what_a_peer_has_said_is_left_in_the_kernel_while_it_may_say_more(pair: Pair) -> None:
+    client, server = pair
+    server.write(b"answer")
+    for size in (1, 1, 30_000):
+        client.write(bytes(size))
+        assert client.pending() == 0 and select.select([client._transport.sock], [], [], 0)[0]
+
+
+def test_a_peer_that_has_shut_its_half_of_tcp_down_can_be_written_to(pair: Pair) -> None:
+    client, server = pair
+    server.write(b"cut")
+    assert server._transport.sock is not None
+    server._transport.sock.shutdown(socket.SHUT_WR)
+    for size in (1, 30_000, 1):
+        client.write(bytes(size))
+        while size:
+            size -= len(server.read(size, PATIENCE))
+    assert client.read(100) == b"cut"
+    with pytest.raises(bridge.Truncated):
+        client.read(100)
+
+
+def test_likewise_if_nothing_was_read_yet_but_what_is_no_data(
+    b: bridge.Bridge, ca_file: str, server_cert: KeyPair
+) -> None:
+    near, far = tcp_pair()
+    client = b.stream(near, bridge.client_context(ca_file), server_hostname="localhost")
+    server = b.stream(far, bridge.server_context(server_cert.certfile, server_cert.keyfile))
+    while isinstance(now(client.handshake), Want) | isinstance(now(server.handshake), Want):
+        pass
+    assert server._transport.sock is not None
+    server._transport.sock.shutdown(socket.SHUT_WR)
+    for _ in range(3):
+        client.write(b"x")
+    assert server.read(100, PATIENCE) == b"x"
+
+
+def test_no_more_is_read_for_a_write_than_is_bounded(b: bridge.Bridge, contexts: Any) -> None:
+    client, server = shaken(*streams(b, contexts, *tcp_pair()))
+    while not isinstance(now(server.write, bytes(bridge.stream.RECORD_BYTES)), Want):
+        pass
+    assert server._transport.sock is not None
+    server._transport.sock.shutdown(socket.SHUT_WR)
+    for _ in range(3):
+        client.write(b"x")
+    assert client.pending() <= bridge.stream.AHEAD_BYTES + bridge.stream.RECORD_BYTES
+    server.abort()
+
+
 def test_send_eof_is_that_of_tls_and_then_that_of_tcp(
     b: bridge.Bridge, contexts: Any, tls_version: str
 ) -> None:

@@ -8,6 +8,7 @@ certificates, whom to trust, the protocols for ALPN, parameters for key exchange
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
 import operator
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.x509.oid import PublicKeyAlgorithmOID
 from OpenSSL import SSL, crypto
 from OpenSSL._util import exception_from_error_queue
 from OpenSSL._util import ffi as _ffi
@@ -106,7 +108,23 @@ class _Recorded:
     """Held while the store is filled, and while a core context is made; a signal handler may come in the middle."""
 
 
-class SSLContext(ssl.SSLContext):
+class _StandIn(abc.ABCMeta):
+    """While `SSLContext` is in the stdlib's place, what is one of the stdlib's is one of it, as everybody expects.
+
+    An `abc.ABCMeta`, so that whoever mixes a context with an abstract class still can.
+    """
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return (cls._stands_in() and isinstance(instance, _Stdlib)) or super().__instancecheck__(instance)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return (cls._stands_in() and issubclass(subclass, _Stdlib)) or super().__subclasscheck__(subclass)
+
+    def _stands_in(cls) -> bool:
+        return cls is ssl.SSLContext
+
+
+class SSLContext(ssl.SSLContext, metaclass=_StandIn):
     """An `ssl.SSLContext` whose sockets are the bridge's.  Any thread."""
 
     sslsocket_class = SSLSocket
@@ -117,10 +135,16 @@ class SSLContext(ssl.SSLContext):
         server_side: bool = False,
         server_hostname: str | None = None,
         *,
-        owner: SSLSocket,
+        owner: ssl.SSLSocket,
         session: Any = None,
-    ) -> Wire:
-        """What an `ssl.SSLSocket` asks its context for, to speak TLS.  An unusable setting is refused here."""
+    ) -> Any:
+        """What an `ssl.SSLSocket` asks its context for, to speak TLS.  An unusable setting is refused here.
+
+        One that is not ours gets the stdlib's TLS: it would not leave time-outs, and the end of its descriptor, to us.
+        """
+        if not isinstance(owner, SSLSocket):
+            plain = super()._wrap_socket  # type: ignore[misc]
+            return plain(sock, server_side, server_hostname, owner=owner, session=session)
         return Wire(owner, self, bool(server_side), server_hostname, session)
 
     def core(self, server_side: bool) -> Context:
@@ -179,7 +203,10 @@ class SSLContext(ssl.SSLContext):
             raw.use_certificate(chain[0])
             for certificate in chain[1:]:
                 raw.add_extra_chain_cert(certificate)
-            raw.use_privatekey(key)
+            if isinstance(key, crypto.PKey):
+                _check(_lib.SSL_CTX_use_PrivateKey(raw._context, key._pkey))
+            else:
+                raw.use_privatekey(key)
         write = keylog_writer(settings.keylog or False)
         if write is not None:
             raw.set_keylog_callback(functools.partial(log_key, write))
@@ -222,7 +249,7 @@ class SSLContext(ssl.SSLContext):
             secret = password
         with _errors_of_ssl("pyOpenSSL cannot use the certificate or its key"):
             chain = certificates(_read(certfile), "certfile")
-            key = _private_key(_read(certfile if keyfile is None else keyfile), secret)
+            key = _private_key(_read(certfile if keyfile is None else keyfile), secret, chain[0])
         with self._recorded.lock:
             self._recorded.identities[type(key)] = chain, key
 
@@ -417,12 +444,17 @@ def _read(path: Path) -> bytes:
         return file.read()
 
 
-def _private_key(pem: bytes, secret: Secret | None) -> Any:
-    """The first private key in *pem*, which the stdlib has found sound already: to check RSA again takes 0.1 s."""
+def _private_key(pem: bytes, secret: Secret | None, certificate: x509.Certificate) -> Any:
+    """The first private key in *pem*, which the stdlib has found sound already: to check RSA again takes 0.1 s.
+
+    One for RSA-PSS only is OpenSSL's: `cryptography` makes it one for RSA, which does not go with its certificate.
+    """
     secret = secret.encode() if isinstance(secret, str) else bytes(secret or b"")
     found = _PEM_KEY.search(pem)
     assert found is not None
     password = secret if b"ENCRYPTED" in found[0] else None
+    if certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSASSA_PSS:
+        return crypto.load_privatekey(crypto.FILETYPE_PEM, found[0], password)
     return load_pem_private_key(found[0], password, unsafe_skip_rsa_key_validation=True)
 
 

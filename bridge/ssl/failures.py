@@ -16,6 +16,7 @@ from bridge.errors import (
     CertificateError,
     DeadlineExceeded,
     EndOfStream,
+    ForkedError,
     HostnameMismatch,
     OperationTimeout,
     PeerReset,
@@ -27,7 +28,7 @@ from bridge.errors import (
 )
 from bridge.poll import Want
 
-_RENAMED_ALERTS = re.compile(r"^(SSL/)?TLS_ALERT_")
+_RENAMED_ALERTS = re.compile(r"\b(SSL/)?TLS([_ ])ALERT([_ ])", re.IGNORECASE)
 """What OpenSSL 3.2 and later call the alerts that SSL 3.0 brought; the stdlib goes by the older names."""
 
 
@@ -51,12 +52,13 @@ def as_stdlib(error: BridgeError, hostname: str | None = None) -> Exception:
     if isinstance(error, CertificateError):
         return _verification(error, hostname)
     if isinstance(error, TLSError):
-        reason = _RENAMED_ALERTS.sub("SSLV3_ALERT_", error.reason)
-        text = str(error).replace(error.reason, reason, 1)
+        reason, text = (_RENAMED_ALERTS.sub(_older, said) for said in (error.reason, str(error)))
         return ssl_error(ssl.SSLError, ssl.SSL_ERROR_SSL, text, reason)
     if isinstance(error, PeerReset):
         number = error.errno or errno.ECONNRESET
         return OSError(number, os.strerror(number))
+    if isinstance(error, ForkedError):
+        return OSError(errno.EBADF, str(error))
     if isinstance(error, (SessionClosed, SessionAborted)):
         return OSError(errno.EBADF, os.strerror(errno.EBADF))
     return error
@@ -64,9 +66,13 @@ def as_stdlib(error: BridgeError, hostname: str | None = None) -> Exception:
 
 def ssl_error(kind: type[ssl.SSLError], number: int, text: str, reason: str | None = None) -> ssl.SSLError:
     """One that has the attributes of the stdlib's own, which its constructor does not give it.  Any thread."""
-    error: Any = kind(number, text)
+    error: Any = kind(int(number), text)  # and no enumeration, which every message would show
     error.reason, error.library = reason, reason and "SSL"
     return error  # type: ignore[no-any-return]
+
+
+def _older(name: re.Match[str]) -> str:
+    return "SSLV3_ALERT_" if name[0].isupper() else "sslv3 alert "
 
 
 def _verification(error: CertificateError, hostname: str | None) -> ssl.SSLCertVerificationError:

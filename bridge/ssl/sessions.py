@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from bridge.connection import session_der
@@ -14,20 +15,33 @@ _TIME, _TIMEOUT, _LIFETIME, _TICKET = 0xA1, 0xA2, 0xA9, 0xAA
 """The tags of what we look for in i2d_SSL_SESSION(3)."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SSLSession:
     """As `ssl.SSLSession`, whose attributes it has."""
 
-    def __init__(self, raw: SSL.Session, context: object) -> None:
-        self.raw = raw
-        self.context = context
-        """Where it may be used: the SSLContext it came from."""
+    raw: SSL.Session
+    context: object
+    """Where it may be used: the SSLContext it came from."""
+    id: bytes
+    time: int
+    timeout: int
+    ticket_lifetime_hint: int
+    has_ticket: bool
+
+    @classmethod
+    def of(cls, raw: SSL.Session, context: object) -> SSLSession:
+        """What can be said about *raw*."""
         fields = list(elements(next(elements(session_der(raw)))[1]))
         tagged = dict(fields)
-        self.id: bytes = fields[3][1]
-        self.time = _number(tagged.get(_TIME))
-        self.timeout = _number(tagged.get(_TIMEOUT))
-        self.ticket_lifetime_hint = _number(tagged.get(_LIFETIME))
-        self.has_ticket = _TICKET in tagged
+        return cls(
+            raw,
+            context,
+            id=fields[3][1],
+            time=_number(tagged.get(_TIME)),
+            timeout=_number(tagged.get(_TIMEOUT)),
+            ticket_lifetime_hint=_number(tagged.get(_LIFETIME)),
+            has_ticket=_TICKET in tagged,
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SSLSession):

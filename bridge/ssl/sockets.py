@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import operator
 import os
 import socket
 import ssl
@@ -24,7 +25,19 @@ from typing import Any
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.engine import SessionInfo
-from bridge.errors import BridgeClosed, BridgeError, OperationTimeout, SessionEnded
+from bridge.errors import (
+    BridgeClosed,
+    BridgeError,
+    ConfigurationError,
+    EndOfStream,
+    HostnameMismatch,
+    OperationTimeout,
+    SessionClosed,
+    SessionEnded,
+    Truncated,
+    WouldBlock,
+)
+from bridge.poll import Want
 from bridge.ssl.facts import certificate_dict
 from bridge.ssl.failures import as_stdlib, ssl_error
 from bridge.ssl.process import TIMEOUTS, UNHURRIED, default_bridge
@@ -63,6 +76,7 @@ class Wire:
         self._owner = weakref.ref(sock)
         self._session: SSLSession | None = None
         self._pooled = False
+        self._unwrapping = False
         self.lock = threading.RLock()
         """Of whose the descriptor is: the socket's, and from `begin` on the stream's."""
         if session is not None:
@@ -75,7 +89,11 @@ class Wire:
 
     @context.setter
     def context(self, context: Any) -> None:
-        self._core = context.core(self.server_side)
+        try:
+            core = context.core
+        except AttributeError:
+            raise TypeError("The value must be a SSLContext") from None
+        self._core = core(self.server_side)
         self._context = context
 
     @property
@@ -121,7 +139,17 @@ class Wire:
                 inner.detach()
             if isinstance(error, BridgeClosed):
                 raise OSError(errno.EBADF, str(error)) from None
+            if isinstance(error, ConfigurationError):
+                raise self._no_name(error) from None
             raise
+
+    def _no_name(self, error: ConfigurationError) -> Exception:
+        """For a `server_hostname` that can be nobody's: no certificate is valid for it."""
+        if self.context.check_hostname and not self.server_side:
+            mismatch = HostnameMismatch(1, str(error))
+            mismatch.verify_code, mismatch.verify_message = _HOSTNAME_MISMATCH, str(error)
+            return self.failure(mismatch)
+        return ValueError(str(error))
 
     def begin_in_pool(self) -> None:
         """Have the handshake made by a worker, for whoever needs it done."""
@@ -136,6 +164,9 @@ class Wire:
     def _shake_hands(self, stream: Stream, timeout: float | None) -> None:
         try:
             stream.handshake(timeout)
+        except Truncated as error:
+            said_so = getattr(error, "reason", None) == "CLOSE_NOTIFY"
+            raise self.failure(EndOfStream() if said_so else error) from None
         except BridgeError as error:
             raise self.failure(error) from None
 
@@ -144,8 +175,9 @@ class Wire:
         stream = self.stream
         if stream is None:
             return None
-        if stream.info is None and self._pooled and stream.end is None and not stream.busy_here():
-            self._shake_hands(stream, self.timeout or None)
+        waits = self._pooled and self.timeout != 0 and not stream.busy_here()
+        if waits and stream.info is None and stream.end is None:
+            self._shake_hands(stream, self.timeout)
         return stream.info
 
     def failure(self, error: BridgeError, option: int | None = None) -> Exception:
@@ -154,12 +186,16 @@ class Wire:
             return BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         if self.said_all and option == socket.SO_SNDTIMEO and isinstance(error, SessionEnded):
             return BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        if self._unwrapping and isinstance(error, SessionClosed):
+            return _protocol_error("PROTOCOL_IS_SHUTDOWN")
         return as_stdlib(error, self.server_hostname)
 
     # Bytes.
 
     def read(self, size: int = 1024, buffer: Buffer = None) -> Any:
         """At most *size* bytes, or into *buffer* and how many."""
+        if type(size) is not int:
+            size = operator.index(size)
         if buffer is not None:
             with memoryview(buffer) as view, view.cast("B") as room:
                 if room.readonly:
@@ -193,16 +229,30 @@ class Wire:
 
     def pending(self) -> int:
         """Decrypted bytes that no poll announces."""
-        return 0 if self.stream is None or self.stream.busy_here() else self.stream.pending()
+        if self.stream is None or self.stream.busy_here():
+            return 0
+        try:
+            return self.stream.pending()
+        except BridgeError as error:
+            raise self.failure(error) from None
 
     # Ends.
 
     def shutdown(self) -> SSLSocket:
         """The end of TLS, both ways; the socket speaks plain text from then on."""
-        stream, sock = self.begin(), self._owner()
+        stream, sock, timeout = self.begin(), self._owner(), self.timeout
         assert sock is not None
+        if stream.info is None and stream.end is None and not self._pooled:
+            raise _protocol_error("SHUTDOWN_WHILE_IN_INIT")
+        if timeout is None and self.kernel_timeouts:
+            timeout = self.kernel_timeouts.get(socket.SO_RCVTIMEO)
+        self._unwrapping = True
         try:
-            inner, leftover = stream.unwrap(self.timeout)
+            inner, leftover = stream.unwrap(timeout)
+        except ConfigurationError:
+            raise _protocol_error("APPLICATION_DATA_AFTER_CLOSE_NOTIFY") from None
+        except OperationTimeout as error:
+            raise self.failure(error if timeout == self.timeout else WouldBlock(Want.READ)) from None
         except BridgeError as error:
             raise self.failure(error) from None
         with self.lock:
@@ -228,7 +278,9 @@ class Wire:
         return certificate_dict(certificate) if self.context.verify_mode != ssl.CERT_NONE else {}
 
     def get_verified_chain(self) -> list[_Certificate] | None:
-        """From the leaf to the root."""
+        """From the leaf to the root; as it was sent, if nothing is verified."""
+        if self.context.verify_mode == ssl.CERT_NONE:
+            return self.get_unverified_chain()
         info = self._info()
         return [_Certificate(_der(c)) for c in info.verified_chain] if info else None
 
@@ -269,16 +321,21 @@ class Wire:
 
     def verify_client_post_handshake(self) -> None:
         """Refused: see `SSLContext.post_handshake_auth`."""
+        if not self.server_side:
+            raise _protocol_error("NOT_SERVER")
         text = "the bridge does not ask for certificates after the handshake"
         raise ssl_error(ssl.SSLError, ssl.SSL_ERROR_SSL, text)
 
     @property
     def session(self) -> SSLSession | None:
         """What to pass on for resumption."""
-        if self.stream is not None and self.stream.info is not None and not self.server_side:
-            raw = self.stream.session()
+        if self.stream is not None and self.stream.info is not None:
+            try:
+                raw = self.stream.session()
+            except BridgeError as error:
+                raise self.failure(error) from None
             if raw is not None:
-                self._session = SSLSession(raw, self.context)
+                self._session = SSLSession.of(raw, self.context)
         return self._session
 
     @session.setter
@@ -326,7 +383,7 @@ class SSLSocket(ssl.SSLSocket):
         if wire is None or flags:
             return self._recv_in_plain_text(buflen, flags) if self._leftover else super().recv(buflen, flags)
         stream = wire.stream
-        if stream is None or buflen <= 0 or wire.kernel_timeouts:
+        if stream is None or type(buflen) is not int or buflen <= 0 or wire.kernel_timeouts:
             return self._forgiving(wire, buflen, None, b"")  # type: ignore[no-any-return]
         try:
             try:
@@ -399,9 +456,10 @@ class SSLSocket(ssl.SSLSocket):
                 super().settimeout(value)
                 return
             if value is not None:
-                value = float(value + 0)  # which a str is refused by
-                if not value >= 0:
-                    raise ValueError("Timeout value out of range")
+                super().settimeout(
+                    value
+                )  # which refuses what is none, and keeps the descriptor from blocking
+                value = super().gettimeout()
             wire.timeout = value
 
     def gettimeout(self) -> float | None:
@@ -435,11 +493,14 @@ class SSLSocket(ssl.SSLSocket):
         if wire is None or wire.stream is None:
             super().shutdown(how)
             return
-        if how != socket.SHUT_RD:
-            wire.said_all = True
-            wire.stream.send_eof(timeout=0)  # what is stuck leaves when it can
-        if how != socket.SHUT_WR:
-            wire.stream.stop_reading()
+        try:
+            if how != socket.SHUT_RD:
+                wire.said_all = True
+                wire.stream.send_eof(timeout=0)  # what is stuck leaves when it can
+            if how != socket.SHUT_WR:
+                wire.stream.stop_reading()
+        except BridgeError as error:
+            raise wire.failure(error) from None
         if how != socket.SHUT_WR or wire.stream.info is None:
             try:
                 socket.socket.shutdown(self, how)
@@ -544,6 +605,11 @@ class SSLSocket(ssl.SSLSocket):
         return made, address
 
 
+def _protocol_error(reason: str) -> ssl.SSLError:
+    text = f"[SSL: {reason}] {reason.lower().replace('_', ' ')}"
+    return ssl_error(ssl.SSLError, ssl.SSL_ERROR_SSL, text, reason)
+
+
 def _der(certificate: Any) -> bytes:
     return bytes(certificate.public_bytes(Encoding.DER))
 
@@ -558,6 +624,8 @@ def _check_connected(sock: socket.socket) -> None:
         raise
 
 
+_HOSTNAME_MISMATCH = 62
+"""X509_V_ERR_HOSTNAME_MISMATCH (X509_STORE_CTX_get_error(3))."""
 _NOBODYS = contextlib.nullcontext()
 _KERNEL_TIMEOUTS = tuple(
     option for name in ("SO_RCVTIMEO", "SO_SNDTIMEO") if (option := getattr(socket, name, None)) is not None

@@ -73,7 +73,10 @@ def over_tls(context: Any, talk: Talk) -> Talk:
 
     def shake_hands(sock: socket.socket) -> None:
         with context.wrap_socket(sock, server_side=True) as wrapped:
-            side = "ours" if isinstance(context, our_ssl().SSLContext) else "theirs"
+            ours = (
+                our_ssl().SSLContext in type(context).__mro__
+            )  # of which all are instances while it is injected
+            side = "ours" if ours else "theirs"
             assert spoken_by(wrapped) == side, f"{side} expected, not {type(wrapped)}"
             talk(wrapped)
 

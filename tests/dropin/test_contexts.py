@@ -9,6 +9,7 @@ import datetime
 import pickle
 import socket
 import ssl
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -263,6 +264,23 @@ def test_one_identity_for_each_kind_of_key_is_kept(
     for kind in ("ECDSA", "RSA"):
         their_client.set_ciphers(f"ECDHE-{kind}-AES128-GCM-SHA256")
         assert agreed(their_client, our_server)[0].cipher == f"ECDHE-{kind}-AES128-GCM-SHA256"
+
+
+@pytest.mark.parametrize("secret", [None, "secret"])
+def test_a_certificate_for_rsa_pss_only(
+    secret: str | None, openssl: str, their_client: Any, tmp_path: Path
+) -> None:
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
+    make = f"genpkey -algorithm rsa-pss -pkeyopt rsa_keygen_bits:2048 -out {key}"
+    protect = () if secret is None else ("-aes256", "-pass", f"pass:{secret}")
+    subprocess.run([openssl, *make.split(), *protect], check=True, capture_output=True)
+    sign = f"req -x509 -subj /CN=pss -addext subjectAltName=DNS:localhost -key {key} -out {certificate}"
+    subprocess.run([openssl, *sign.split(), "-passin", "pass:secret"], check=True, capture_output=True)
+    server = KINDS["ours"](ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(certificate, key, secret)
+    their_client.load_verify_locations(certificate)
+    client, _ = agreed(their_client, server)
+    assert client.peer is not None and client.peer["subject"] == ((("commonName", "pss"),),)
 
 
 def test_another_identity_replaces_the_one_before_for_later_connections(

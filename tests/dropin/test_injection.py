@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import collections.abc
 import os
 import py_compile
 import ssl
@@ -81,6 +83,52 @@ def test_a_context_made_before_keeps_the_stdlibs_tls(
         assert type(sock) is ssl.SSLSocket
         assert sock.recv(1) == b""
     served.result(PATIENCE)
+
+
+class Early(ssl.SSLContext):
+    """A subclass of the stdlib's, from before the injection."""
+
+
+def test_contexts_of_the_stdlib_are_instances_as_long_as_ours_are_in_their_place(
+    ca_file: str, server_cert: KeyPair
+) -> None:
+    before = make_client_context("theirs", ca_file)
+    bridge.ssl.inject()
+    for context in (before, Early(ssl.PROTOCOL_TLS_CLIENT), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)):
+        assert isinstance(context, ssl.SSLContext) and issubclass(type(context), ssl.SSLContext)
+        assert not isinstance(context, Later) and not issubclass(type(context), Later)
+    assert not isinstance(ssl, ssl.SSLContext) and not issubclass(ssl.SSLSocket, ssl.SSLContext)
+    with pytest.raises(TypeError):
+        issubclass(before, ssl.SSLContext)  # type: ignore[arg-type]
+    if hasattr(asyncio.StreamWriter, "start_tls"):  # since Python 3.11
+        assert asyncio.run(_start_tls(before, make_server_context("ours", server_cert))) == b"hello"
+    bridge.ssl.extract()
+    assert isinstance(Later(ssl.PROTOCOL_TLS_CLIENT), bridge.ssl.SSLContext)
+    for context in (before, Early(ssl.PROTOCOL_TLS_CLIENT)):
+        assert isinstance(context, ssl.SSLContext) and not isinstance(context, bridge.ssl.SSLContext)
+
+
+async def _start_tls(client: ssl.SSLContext, server: ssl.SSLContext) -> bytes:
+    """asyncio looks at the class of a context before it upgrades a connection."""
+
+    async def greet(_: object, writer: asyncio.StreamWriter) -> None:
+        await writer.start_tls(server)
+        writer.write(b"hello")
+        writer.close()
+
+    async with await asyncio.start_server(greet, "127.0.0.1", 0) as listener:
+        reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
+        await writer.start_tls(client, server_hostname="localhost")
+        data = await asyncio.wait_for(reader.read(), PATIENCE)
+        writer.close()
+        return data
+
+
+class Later(bridge.ssl.SSLContext, collections.abc.Sized):
+    """A subclass of ours, and of an abstract class too."""
+
+    def __len__(self) -> int:
+        return 0
 
 
 def test_names_that_are_not_ours_are_the_stdlibs() -> None:

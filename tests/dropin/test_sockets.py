@@ -6,6 +6,7 @@ import array
 import concurrent.futures
 import contextlib
 import errno
+import fractions
 import gc
 import os
 import select
@@ -16,6 +17,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +26,7 @@ from typing import Any
 import pytest
 from conftest import KeyPair
 from dropin_rig import Arrangement, make_client_context, make_server_context, our_ssl
-from peers import PATIENCE, Background, dial, receive_exactly
+from peers import PATIENCE, Background, dial, receive_exactly, until
 from rig import tcp_pair
 
 import bridge
@@ -120,15 +122,34 @@ def test_the_chains_are_those_of_the_stdlib_s_object(mixed: Ends, ends: Ends) ->
         assert wire.owner is client
 
 
-def test_what_cannot_be_had_is_refused_as_the_stdlib_refuses_it(mixed: Ends) -> None:
+def test_a_chain_that_nobody_verifies_is_the_one_that_was_sent(
+    background: Background, server_cert: KeyPair
+) -> None:
+    context = our_ssl().SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    client, server = wrap(background, context, make_server_context("theirs", server_cert))
+    with client, server:
+        wire, der = client._sslobj, client.getpeercert(binary_form=True)
+        for chain in (wire.get_verified_chain(), wire.get_unverified_chain()):
+            assert [shown.public_bytes(2) for shown in chain] == [der]
+
+
+def test_what_cannot_be_had_is_refused_as_the_stdlib_refuses_it(mixed: Ends, ends: Ends) -> None:
     texts = []
     for sock in mixed:
         with pytest.raises(ValueError) as caught:
             sock.get_channel_binding("tls-something")
         texts.append(str(caught.value))
     assert texts[0] == texts[1]
+    for sock in mixed[0], ends[0]:
+        with pytest.raises(ssl.SSLError, match="not server") as refused:
+            sock._sslobj.verify_client_post_handshake()
+        assert refused.value.reason == "NOT_SERVER"
     with pytest.raises(ssl.SSLError, match="after the handshake"):
-        mixed[0]._sslobj.verify_client_post_handshake()
+        ends[1]._sslobj.verify_client_post_handshake()
+    for sock in (*mixed, ends[0]):
+        with pytest.raises(TypeError, match="The value must be a SSLContext"):
+            sock.context = 5
     with pytest.raises(ValueError, match="size should not be negative"):
         mixed[0].read(-1)
     assert mixed[0].read(0) == b""
@@ -147,6 +168,52 @@ def test_before_the_handshake_there_are_no_facts(ca_file: str) -> None:
             client.getpeercert()
 
 
+class TheirOwn(ssl.SSLSocket):
+    """A subclass of the stdlib's, which knows nothing of ours."""
+
+
+class OurOwn(our_ssl().SSLSocket):  # type: ignore[misc,name-defined]
+    """A subclass of ours."""
+
+
+@pytest.mark.parametrize("kind", [TheirOwn, OurOwn])
+def test_a_class_of_ones_own_is_the_only_owner_of_its_descriptor(
+    kind: type[ssl.SSLSocket], background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    context = make_client_context("ours", ca_file)
+    context.sslsocket_class = kind
+    client, server = wrap(background, context, make_server_context("theirs", server_cert))
+    with server:
+        assert type(client) is kind
+        server.sendall(b"hello")
+        assert client.recv(10) == b"hello"
+        client.settimeout(0.01)
+        before = time.monotonic()
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        assert time.monotonic() - before < PATIENCE, "which is the time-out that it was wrapped with"
+        descriptor = client.fileno()
+        client.close()
+        with contextlib.suppress(OSError):
+            assert server.recv(1) == b""
+        until(lambda: not is_open(descriptor))
+        with open(os.devnull, "rb") as file:
+            os.dup2(file.fileno(), descriptor)  # the number is free, and somebody else's now
+            del client
+            gc.collect()
+            assert is_open(descriptor)
+            os.close(descriptor)
+
+
+def is_open(descriptor: int) -> bool:
+    """Whether it is a descriptor of this process."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
 # ── bytes ──
 
 
@@ -163,6 +230,16 @@ def test_receiving_into_what_has_room(mixed: Ends) -> None:
     with pytest.raises(ValueError, match="non-zero flags not allowed"):
         client.recv(1, socket.MSG_PEEK)
     assert receive_exactly(client, 26) == b"456789" + b"0123456789" * 2
+
+
+def test_a_size_that_is_no_integer_costs_no_bytes(mixed: Ends) -> None:
+    client, server = mixed
+    server.sendall(b"hello")
+    for size in (2.0, "2", None):
+        for call in (client.recv, client.read, lambda size: client.read(size, bytearray(9))):
+            with pytest.raises(TypeError, match="object cannot be interpreted as an integer"):
+                call(size)
+    assert client.recv(True) == b"h" and client.recv(5) == b"ello"
 
 
 def test_sending_what_has_bytes(mixed: Ends) -> None:
@@ -222,6 +299,29 @@ def test_writes_of_several_threads_do_not_interleave(ends: Ends, background: Bac
     assert all(len(set(got[start : start + 200_000])) == 1 for start in range(0, 800_000, 200_000))
 
 
+def test_a_write_that_fails_does_not_take_the_refusal_with_it(
+    background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    """In TLS 1.3 a client's handshake is done before the server has seen that there is no certificate."""
+    demanding = make_server_context("theirs", server_cert)
+    demanding.verify_mode = ssl.CERT_REQUIRED
+
+    def refuse(sock: socket.socket) -> None:
+        with pytest.raises(ssl.SSLError):
+            demanding.wrap_socket(sock, server_side=True)
+        sock.close()
+
+    address, (served,) = background.serve(refuse)
+    with make_client_context("ours", ca_file).wrap_socket(
+        dial(address), server_hostname="localhost"
+    ) as client:
+        served.result(PATIENCE)
+        for call in (lambda: client.sendall(b"question"), lambda: client.recv(100)):
+            with pytest.raises(ssl.SSLError) as caught:
+                call()
+            assert caught.value.reason == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
+
+
 # ── time-outs, and not waiting at all ──
 
 
@@ -232,9 +332,13 @@ def test_a_time_out_is_the_very_class_and_harms_nothing(mixed: Ends) -> None:
         client.recv(1)
     assert type(caught.value) is TimeoutError and not isinstance(caught.value, ssl.SSLError)
     assert client.gettimeout() == client.timeout == 0.02 and client.getblocking()
-    for wrong, error in ((-1, ValueError), ("1", (TypeError, ValueError))):
-        with pytest.raises(error):
-            client.settimeout(wrong)
+    for wrong in (-1, "1", float("inf"), float("nan"), 1e12, 10**30, fractions.Fraction(1, 2)):
+        refused = []
+        for sock in (client, server):
+            with pytest.raises((TypeError, ValueError, OverflowError)) as caught:
+                sock.settimeout(wrong)
+            refused.append((type(caught.value), str(caught.value)))
+        assert refused[0] == refused[1] and client.gettimeout() == 0.02
     client.settimeout(PATIENCE)
     server.sendall(b"late")
     assert client.recv(10) == b"late"
@@ -446,12 +550,23 @@ def test_a_socket_whose_peer_has_gone_before_it_begins(known: bool, ca_file: str
         assert caught.value.errno == (errno.ENOTCONN if known else errno.ECONNRESET)
 
 
-def test_a_name_that_is_none_is_refused_at_the_handshake(ca_file: str) -> None:
+@pytest.mark.parametrize("name", ["a b.example", "127.1", "a.example:443", "[::1]"])
+def test_a_name_that_is_none_is_refused_at_the_handshake(name: str, ca_file: str) -> None:
     near, far = tcp_pair()
-    with far, client_of(None, ca_file, near, server_hostname="a b.example") as client:
-        with pytest.raises(bridge.ConfigurationError, match="neither a DNS name nor an IP address"):
+    with far, client_of(None, ca_file, near, server_hostname=name) as client:
+        with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch") as caught:
             client.do_handshake()
+        assert type(caught.value) is ssl.SSLCertVerificationError and caught.value.verify_code == 62
         assert client.fileno() != -1
+
+
+def test_it_is_refused_too_where_no_name_is_checked(ca_file: str) -> None:
+    near, far = tcp_pair()
+    context = make_client_context("ours", ca_file)
+    context.check_hostname = False
+    with far, pytest.raises(ValueError, match="neither a DNS name nor an IP address") as caught:
+        context.wrap_socket(near, server_hostname="a b.example")
+    assert type(caught.value) is ValueError
 
 
 def test_a_socket_that_was_never_handed_out_is_closed_in_silence(
@@ -707,6 +822,103 @@ def test_unwrap_gives_the_plain_socket_back_which_can_be_wrapped_again(
         assert served.recv(100) == b"in TLS again"
 
 
+def test_unwrap_heeds_so_rcvtimeo(mixed: Ends) -> None:
+    client, _ = mixed
+    client.settimeout(None)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 20_000))
+    for _ in range(2):
+        with pytest.raises(ssl.SSLWantReadError):
+            client.unwrap()
+    client.settimeout(0.01)
+    with pytest.raises(TimeoutError):
+        client.unwrap()
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["unread", "half-read"])
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+def test_unwrap_with_data_unread_waits_for_nothing(
+    whose: str, begun: bool, background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    made = wrap(background, make_client_context(whose, ca_file), make_server_context("theirs", server_cert))
+    with made[0] as client, made[1] as server:
+        client.settimeout(None)
+        server.sendall(b"unread")
+        assert not begun or client.recv(1) == b"u"
+        with pytest.raises(ssl.SSLError) as caught:
+            client.unwrap()
+        assert caught.value.args == (1, caught.value.args[1]) and caught.value.library == "SSL"
+        assert caught.value.reason == "APPLICATION_DATA_AFTER_CLOSE_NOTIFY"
+        assert "application data after close notify" in str(caught.value)
+
+
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+def test_nothing_can_be_said_after_an_unwrap_that_would_block(
+    whose: str, background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    made = wrap(background, make_client_context(whose, ca_file), make_server_context("theirs", server_cert))
+    with made[0] as client, made[1]:
+        client.settimeout(0)
+        with pytest.raises(ssl.SSLWantReadError):
+            client.unwrap()
+        for call in (client.send, client.sendall, client.write):
+            with pytest.raises(ssl.SSLError, match="protocol is shutdown") as caught:
+                call(b"x")
+            assert caught.value.reason == "PROTOCOL_IS_SHUTDOWN" and caught.value.errno == 1
+
+
+def test_once_that_is_read_unwrap_goes_on(mixed: Ends, background: Background) -> None:
+    client, server = mixed
+    server.sendall(b"unread")
+    with pytest.raises(ssl.SSLError, match="APPLICATION_DATA_AFTER_CLOSE_NOTIFY"):
+        client.unwrap()
+    assert server.recv(1) == b""
+    unwrapping = background.run(server.unwrap)
+    assert client.recv(100) == b"unread"
+    client.unwrap().sendall(b"plain")
+    assert unwrapping.result(PATIENCE).recv(100) == b"plain"
+
+
+def test_whoever_does_not_unwrap_after_all_leaves_no_descriptor(mixed: Ends, background: Background) -> None:
+    client, server = mixed
+    client.settimeout(0)
+    with pytest.raises(ssl.SSLWantReadError):
+        client.unwrap()
+    unwrapping = background.run(server.unwrap)
+    client.settimeout(PATIENCE)
+    with contextlib.suppress(OSError):
+        assert client.recv(1) == b""
+    unwrapping.result(PATIENCE)
+    client.close()
+
+
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+def test_unwrap_before_the_handshake_waits_for_nothing(whose: str, ca_file: str) -> None:
+    near, far = tcp_pair()
+    with (
+        far,
+        make_client_context(whose, ca_file).wrap_socket(
+            near, server_hostname="localhost", do_handshake_on_connect=False
+        ) as client,
+    ):
+        client.settimeout(None)
+        with pytest.raises(ssl.SSLError) as caught:
+            client.unwrap()
+        assert caught.value.reason == "SHUTDOWN_WHILE_IN_INIT" and caught.value.errno == 1
+
+
+def test_an_accepted_socket_that_is_unwrapped_at_once_has_its_handshake_first(
+    background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    context = make_server_context("ours", server_cert)
+    with context.wrap_socket(socket.create_server(("127.0.0.1", 0)), server_side=True) as listener:
+        near = dial(listener.getsockname())
+        accepted, _ = listener.accept()
+        unwrapping = background.run(accepted.unwrap)
+        client = make_client_context("theirs", ca_file).wrap_socket(near, server_hostname="localhost")
+        with client.unwrap(), unwrapping.result(PATIENCE):
+            assert client.fileno() != -1
+
+
 def test_a_forgotten_socket_is_closed_with_a_warning(
     ends: Ends, ca_file: str, server_cert: KeyPair, background: Background
 ) -> None:
@@ -894,6 +1106,19 @@ def test_sessions_are_told_apart_by_their_ids(mixed: Ends) -> None:
     assert session == again and hash(session) == hash(again) and session != session.id
     server.sendall(b"y")
     assert client.recv(1) == b"y" and len({session, client.session}) == 1
+    with pytest.raises(AttributeError):
+        session.id = b"another"
+
+
+def test_a_server_has_one_to_show_too(background: Background, ca_file: str, server_cert: KeyPair) -> None:
+    for server in ("ours", "theirs"):
+        made = wrap(
+            background, make_client_context("theirs", ca_file), make_server_context(server, server_cert)
+        )
+        with made[0], made[1]:
+            session = made[1].session
+            assert len(session.id) == 32 and not session.has_ticket and session.ticket_lifetime_hint == 0
+            assert session.timeout == 7200 and session.time > 1e9
 
 
 def test_a_session_is_set_before_the_handshake_on_a_client_s_side(mixed: Ends, ends: Ends) -> None:
@@ -903,12 +1128,41 @@ def test_a_session_is_set_before_the_handshake_on_a_client_s_side(mixed: Ends, e
         (ends[0], "Cannot set session after handshake"),
         (ends[1], "Cannot set session for server-side SSLSocket"),
     ):
-        session = SSLSession(ends[0]._sslobj.stream.session(), sock.context)
+        session = SSLSession.of(ends[0]._sslobj.stream.session(), sock.context)
         with pytest.raises(ValueError, match=words):
             sock.session = session
 
 
 # ── processes ──
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_connected_socket_says_in_a_child_of_fork_that_it_is_none(ends: Ends) -> None:
+    """By an OSError: programs and libraries expect no other of a socket."""
+    client, server = ends
+    calls: list[Callable[[], object]] = [
+        *(lambda name=name: getattr(client, name)() for name in ("recv", "read", "pending", "unwrap")),
+        *(lambda name=name: getattr(client, name)(b"x") for name in ("send", "sendall", "write")),
+        lambda: client.shutdown(socket.SHUT_WR),
+        lambda: client.session,
+    ]
+    child = os.fork()
+    if child == 0:
+        try:
+            for call in calls:
+                with pytest.raises(OSError, match="fork") as caught:
+                    call()
+                assert caught.value.errno == errno.EBADF
+            client.close()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    signal.alarm(int(PATIENCE))
+    assert os.waitpid(child, 0)[1] == 0
+    signal.alarm(0)
+    client.sendall(b"still here")
+    assert server.recv(100) == b"still here"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -1078,8 +1332,8 @@ def test_the_first_call_that_may_not_wait_does_not(method: str, ca_file: str) ->
             getattr(client, method)(1 if method in ("recv", "read") else b"x")
 
 
-def test_the_facts_of_an_accepted_socket_are_waited_for_also_if_it_never_blocks(
-    background: Background, ca_file: str, server_cert: KeyPair
+def test_the_facts_of_an_accepted_socket_that_never_blocks_are_not_waited_for(
+    ca_file: str, server_cert: KeyPair, background: Background
 ) -> None:
     context = make_server_context("ours", server_cert)
     with context.wrap_socket(socket.create_server(("127.0.0.1", 0)), server_side=True) as listener:
@@ -1087,10 +1341,15 @@ def test_the_facts_of_an_accepted_socket_are_waited_for_also_if_it_never_blocks(
         accepted, _ = listener.accept()
         with accepted:
             accepted.setblocking(False)
-            facts = background.run(lambda: (accepted.version(), accepted.cipher(), accepted.getpeercert()))
-            client = make_client_context("theirs", ca_file).wrap_socket(near, server_hostname="localhost")
-            with client:
-                assert facts.result(PATIENCE) == (client.version(), client.cipher(), None)
+            assert accepted.version() is accepted.cipher() is accepted.selected_alpn_protocol() is None
+            with pytest.raises(ValueError, match="handshake not done yet"):
+                accepted.getpeercert()
+            context = make_client_context("theirs", ca_file)
+            connecting = background.run(lambda: context.wrap_socket(near, server_hostname="localhost"))
+            patiently(accepted, accepted.do_handshake)
+            with connecting.result(PATIENCE) as client:
+                facts = accepted.version(), accepted.cipher(), accepted.getpeercert()
+                assert facts == (client.version(), client.cipher(), None)
 
 
 def test_a_signal_handler_may_make_and_close_sockets_whatever_it_interrupts(ca_file: str) -> None:
@@ -1159,14 +1418,36 @@ def test_what_is_a_tls_socket_already_is_refused_and_stays_as_it_is(ends: Ends, 
     [
         (bridge.EndOfStream("the end"), ssl.SSLZeroReturnError),
         (bridge.SessionAborted("aborted"), OSError),
+        (bridge.ForkedError("forked"), OSError),
         (bridge.ConfigurationError("not for the stdlib"), bridge.ConfigurationError),
     ],
 )
 def test_each_error_is_the_very_class_of_the_stdlib(error: bridge.BridgeError, kind: type[Exception]) -> None:
     made: Any = as_stdlib(error)
     assert type(made) is kind
+    assert type(made) is not OSError or made.errno == errno.EBADF
     if isinstance(made, ssl.SSLError):
         assert made.reason is made.library is None
+
+
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+def test_what_a_peer_says_instead_of_a_handshake(whose: str, ca_file: str) -> None:
+    for said, kind, words in (
+        (b"\1\0", ssl.SSLZeroReturnError, "TLS/SSL connection has been closed"),  # close_notify
+        (b"\2\x28", ssl.SSLError, "SSLV3_ALERT_HANDSHAKE_FAILURE. sslv3 alert handshake failure"),
+        (b"\2\x46", ssl.SSLError, "TLSV1_ALERT_PROTOCOL_VERSION. tlsv1 alert protocol version"),
+    ):
+        near, far = tcp_pair()
+        far.sendall(b"\x15\3\3\0\2" + said)
+        with (
+            far,
+            make_client_context(whose, ca_file).wrap_socket(
+                near, server_hostname="localhost", do_handshake_on_connect=False
+            ) as client,
+        ):
+            with pytest.raises(ssl.SSLError, match=words) as caught:
+                client.do_handshake()
+            assert type(caught.value) is kind and type(caught.value.args[0]) is int
 
 
 def test_errors_have_the_attributes_that_the_stdlibs_have() -> None:
