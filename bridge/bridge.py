@@ -239,11 +239,14 @@ class Bridge:
         timeouts: Timeouts | None = None,
         resume: SSL.Session | None = None,
         owner: Callable[[], object] = nobody,
+        leaving: Callable[[Stream], object] = nobody,
     ) -> Stream:
         """A session over *sock* as a stream of bytes, worked by the threads that call it: for look-alikes of sockets.
 
         As `adopt`, but nothing has been sent yet: the handshake starts with the first call.  *resume* is what
-        `Stream.session` gave; callbacks find *owner* on their connection's record.  To be closed by `Stream.close`.
+        `Stream.session` gave; callbacks find *owner* on their connection's record.  *leaving* is called with the
+        stream, by whatever thread, when its descriptor is about to be closed, for who knows it by its number; never
+        if `unwrap` has handed it back.  To be closed by `Stream.close`.
         """
         self._check_open()
         config, server_side = _sided(context, server_side)
@@ -259,7 +262,8 @@ class Bridge:
             resume=resume,
             owner=owner,
         )
-        stream = Stream(f"{next(_names)} over {plan.peer}", plan, next(self._turns), self._on_gone)
+        name = f"{next(_names)} over {plan.peer}"
+        stream = Stream(name, plan, next(self._turns), self._on_gone, leaving)
         try:
             self._count_in(self._streams, stream, None)
         except BridgeClosed:

@@ -29,7 +29,7 @@ from bridge.errors import (
     fresh,
 )
 from bridge.lease import Lease
-from bridge.limits import RECORD_BYTES
+from bridge.limits import RECORD_BYTES, check_timeout
 from bridge.poll import Want, hang_up_watch
 from bridge.totals import Account
 from bridge.transport import LEAST_READ, ONE_RECORD, CloseReport, Ending, Plan, Told, Transport
@@ -163,7 +163,7 @@ class Stream:
         "_hung_up",
         "_info",
         "_lease",
-        "_owner",
+        "_let_go",
         "_received",
         "_sent",
         "_transport",
@@ -172,7 +172,14 @@ class Stream:
         "worker",
     )
 
-    def __init__(self, name: str, plan: Plan, worker: Worker, gone: Callable[[Stream, Ending], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        plan: Plan,
+        worker: Worker,
+        gone: Callable[[Stream, Ending], None],
+        leaving: Callable[[Stream], object],
+    ) -> None:
         self._born = forks.generation()
         self._sent, self._received = _Sent(), _Received()
         self._transport = Transport(name, plan, self._sent, self._received, self._told)
@@ -183,7 +190,7 @@ class Stream:
             self._transport, worker, self._leaving, lambda: self._buried(gone)
         )
         self._writers = threading.RLock()  # one write at a time: those of several threads never interleave
-        self._owner = plan.owner
+        self._let_go = leaving
         # Guarded by the lease.
         self._info: SessionInfo | None = None
         self._ending: Ending | None = None
@@ -209,13 +216,11 @@ class Stream:
             self._lease.unattended = False
 
     def _leaving(self) -> None:
-        """The descriptor is about to be closed: a look-alike of a socket must not go by its number any more."""
-        bereave = getattr(self._owner(), "_bereave", None)
         unwrapped = None if self._ending is None else self._ending.sock
-        if unwrapped is not None and not self._handed_back:
+        if unwrapped is None:
+            self._let_go(self)
+        elif not self._handed_back:
             unwrapped.close()
-        elif bereave is not None and unwrapped is None:
-            bereave(self)
 
     def _buried(self, gone: Callable[[Stream, Ending], None]) -> None:
         assert self._ending is not None
@@ -237,6 +242,7 @@ class Stream:
         *timeout* in seconds: OperationTimeout after that, None: never, 0: WouldBlock unless it can be done at once.
         Raises the cause if it fails.
         """
+        _refuse(1, timeout)
         self._open(timeout)
         assert self._info is not None
         return self._info
@@ -281,6 +287,8 @@ class Stream:
         lease, received, transport = self._lease, self._received, self._transport
         if lease.lock._is_owned():  # type: ignore[attr-defined]
             lease.refuse()
+        if size <= 0 or (timeout is not None and not timeout >= 0):
+            _refuse(size, timeout)
         try:
             with lease.lock:
                 try:
@@ -312,6 +320,7 @@ class Stream:
     @_leased
     def peek(self, size: int, timeout: float | None = None) -> bytes:
         """As `read`, and the bytes stay."""
+        _refuse(size, timeout)
         give_up = None if timeout is None else time.monotonic() + timeout
         if not self._received.parts and not self._await_bytes(timeout, give_up):
             return b""
@@ -376,6 +385,7 @@ class Stream:
             if timeout is None:
                 with writers:
                     return self._write(data, None)
+            _refuse(1, timeout)
             give_up = time.monotonic() + timeout
             if not writers.acquire(timeout=min(timeout, threading.TIMEOUT_MAX)):
                 raise WouldBlock(Want.WRITE) if timeout == 0 else OperationTimeout(_TOO_LATE)
@@ -541,6 +551,7 @@ class Stream:
         hangs up; and ConfigurationError if application data comes, or is there, before its close_notify: once that is
         read, call it again.
         """
+        _refuse(1, timeout)
         unwrapped = self._unwrap(timeout)
         if self._lease.attended:
             # A worker that was polling must not meet a closed descriptor.  In a signal handler that has interrupted a
@@ -653,6 +664,14 @@ class Stream:
 
     def __repr__(self) -> str:
         return f"<Stream {self.name} {self._transport.state.value}>"
+
+
+def _refuse(size: int, timeout: float | None) -> None:
+    """ValueError for a *size* or a *timeout* that makes no sense."""
+    if size <= 0:
+        raise ValueError(f"size must be positive, not {size!r}")
+    if timeout is not None and not timeout >= 0:
+        check_timeout("timeout", timeout)
 
 
 def _never(_: int) -> bool:

@@ -843,6 +843,27 @@ def test_a_close_in_the_middle_of_a_call_is_left_to_the_worker(pair: Pair) -> No
     assert isinstance(finished(client), bridge.SessionClosed)
 
 
+@pytest.mark.parametrize("timeout", [-1, float("nan")])
+def test_what_makes_no_sense_is_refused_and_costs_no_byte(pair: Pair, timeout: float) -> None:
+    """Nothing is the answer at the peer's end, and at no other time."""
+    near, far = pair
+    far.write(b"helloworld")
+    for size in (0, -5):
+        for call in (near.read, near.peek):
+            with pytest.raises(ValueError, match="size must be positive"):
+                call(size, PATIENCE)
+    uses: list[Callable[[], object]] = [
+        lambda: near.read(1, timeout),
+        lambda: near.peek(1, timeout),
+        lambda: near.write(b"x", timeout),
+        lambda: near.unwrap(timeout),
+    ]
+    for use in uses:
+        with pytest.raises(bridge.ConfigurationError, match="timeout must not be negative"):
+            use()
+    assert near.read(100, PATIENCE) == b"helloworld"
+
+
 def test_abort_resets(pair: Pair) -> None:
     client, server = pair
     client.abort()

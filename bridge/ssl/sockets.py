@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import operator
 import os
 import socket
@@ -20,6 +21,7 @@ import struct
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -130,6 +132,7 @@ class Wire:
                 server_side=self.server_side,
                 resume=None if self._session is None else self._session.raw,
                 owner=self._owner,
+                leaving=functools.partial(_bereave, self._owner),
                 timeouts=TIMEOUTS if self._pooled else UNHURRIED,
             )
         except BaseException as error:
@@ -608,6 +611,12 @@ class SSLSocket(ssl.SSLSocket):
 def _protocol_error(reason: str) -> ssl.SSLError:
     text = f"[SSL: {reason}] {reason.lower().replace('_', ' ')}"
     return ssl_error(ssl.SSLError, ssl.SSL_ERROR_SSL, text, reason)
+
+
+def _bereave(owner: Callable[[], SSLSocket | None], stream: Stream) -> None:
+    sock = owner()
+    if sock is not None:
+        sock._bereave(stream)
 
 
 def _der(certificate: Any) -> bytes:
