@@ -72,9 +72,9 @@ from bridge.listener import Listener
 from bridge.session import Session
 from bridge.stream import Stream
 from bridge.tap import TraceEvent
+from bridge.terms import CloseReport
 from bridge.totals import Totals
 from bridge.tracing import Trace, trace
-from bridge.transport import CloseReport
 
 __version__ = "0.1.0"
 

@@ -39,9 +39,10 @@ from bridge.listener import Listener
 from bridge.outbox import Outbox
 from bridge.session import Session
 from bridge.stream import Stream
+from bridge.terms import Ending, Plan
 from bridge.threads import check_may_wait, let_through
 from bridge.totals import Account, Totals, total
-from bridge.transport import Ending, Plan, Transport
+from bridge.transport import Transport
 from bridge.worker import Worker
 
 CodecFactory = Callable[[], "codecs.Codec[Any]"]

@@ -23,8 +23,9 @@ from bridge.inbox import Inbox, ReadCredit, SessionInbox
 from bridge.limits import RECORD_BYTES
 from bridge.outbox import Outbox
 from bridge.poll import READ, my_sleeper
+from bridge.terms import Ending, Told, interrupted
 from bridge.threads import check_may_wait, let_through, serving_all, this_thread
-from bridge.transport import Ending, Told, Transport, interrupted
+from bridge.transport import Transport
 from bridge.worker import Command, Worker
 
 MESSAGE_BYTES = 64

@@ -44,7 +44,8 @@ from bridge import forks
 from bridge.crossing import Gate, let_go
 from bridge.errors import SessionEnded
 from bridge.poll import NOTHING, Sleeper, Want, look, my_sleeper
-from bridge.transport import Transport, interrupted
+from bridge.terms import interrupted
+from bridge.transport import Transport
 from bridge.worker import Worker, fail
 
 T = TypeVar("T")

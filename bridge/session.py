@@ -14,7 +14,7 @@ from bridge.engine import SessionInfo
 from bridge.errors import ConfigurationError, EndOfStream, SessionAborted, SessionClosed, SessionEnded, fresh
 from bridge.inbox import SessionInbox
 from bridge.limits import RECORD_BYTES, Limits, Timeouts, check_timeout
-from bridge.transport import CloseReport
+from bridge.terms import CloseReport
 
 
 class Session:

@@ -31,8 +31,9 @@ from bridge.errors import (
 from bridge.lease import Lease
 from bridge.limits import RECORD_BYTES, check_timeout
 from bridge.poll import Want, hang_up_watch
+from bridge.terms import CloseReport, Ending, Plan, Told
 from bridge.totals import Account
-from bridge.transport import LEAST_READ, ONE_RECORD, CloseReport, Ending, Plan, Told, Transport
+from bridge.transport import LEAST_READ, ONE_RECORD, Transport
 from bridge.worker import Worker
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ FLOORS = (
         "addresses",
         "picture",
     ),  # one thread
-    ("crossing", "outbox", "inbox"),  # what crosses
+    ("crossing", "outbox", "inbox", "terms"),  # what crosses
     ("transport", "acceptor", "worker", "lease", "coordinator"),  # threads
     ("session", "stream", "listener", "tracing", "bridge"),  # handles, and the only wiring
     # the drop-in: what the stdlib's classes are made of, and under their names

@@ -21,7 +21,7 @@ from bridge.errors import EndOfStream, SessionAborted, SessionClosed, Truncated
 from bridge.inbox import Inbox, ReadCredit, SessionInbox
 from bridge.limits import RECORD_BYTES
 from bridge.outbox import Outbox
-from bridge.transport import CloseReport, Ending, Told
+from bridge.terms import CloseReport, Ending, Told
 
 INFO = SessionInfo("TLSv1.3", "some", 256, None, None, (), None, None, False)
 LIMIT = 100_000

@@ -33,6 +33,7 @@ from bridge import transport
 from bridge.limits import RECORD_BYTES
 from bridge.poll import Want
 from bridge.session import Session
+from bridge.terms import CloseReport
 
 Contexts = tuple[bridge.Context, bridge.Context]
 
@@ -189,7 +190,7 @@ def test_a_session_that_a_bug_has_ended_lingers_for_a_while_only(
 def test_a_close_was_polite_if_all_has_left_and_close_notify_too(
     unsent: int, said: bool, polite: bool
 ) -> None:
-    assert bool(transport.CloseReport(unsent, said, not said)) is polite
+    assert bool(CloseReport(unsent, said, not said)) is polite
 
 
 def test_bytes_moved_are_those_of_both_ways(lockstep: Lockstep, contexts: Contexts) -> None:
