@@ -444,6 +444,8 @@ class Bridge:
                 for worker in self._workers:
                     worker.stop()
                 self._coordinator.stop()
+                for inbox in self._inboxes:
+                    inbox._detach()
 
     # Wiring.
 
@@ -489,7 +491,7 @@ class Bridge:
             self._inbox_tally,
             channel.resume,
             channel.inbox,
-            stepwise=type(made).decode is not codecs.Raw.decode,
+            stepwise=getattr(made.decode, "__func__", None) is not codecs.Raw.decode,
         )
         channel.transport = Transport(channel.name, plan, channel.outbox, channel.credit, channel.tell)
         channel.on_closed = self._on_closed
@@ -554,7 +556,8 @@ class Bridge:
     def _on_client(self, listener: Listener, channel: Channel) -> None:
         """The coordinator: a client's handshake is done."""
         listener.handshakes.add(-1)
-        listener._deliver(channel.handle)
+        if channel.handle is not None:  # or it has been closed meanwhile
+            listener._deliver(channel.handle)
         if listener.inbox is None:
             channel.forget_handle()
 

@@ -341,7 +341,7 @@ def _route(connection: SSL.Connection) -> None:
     switch to as well: without it a resumed session of TLS 1.2 does not know its name.
     """
     record = connection.get_app_data()
-    if record is None:  # a connection that somebody else has made with our context
+    if not isinstance(record, Record):  # a connection that somebody else has made with our context
         return
     target = context = record.context
     if context._routes:

@@ -102,10 +102,11 @@ class Channel:
 
     def tell(self, kind: str, payload: Any) -> None:
         """For the transport: note an event.  The worker's thread."""
-        worker = self.worker
-        worker.produced.append((self, kind, payload))
         if kind is Told.DATA and self.credit.stepwise and len(payload) >= RECORD_BYTES:
-            worker.flush()  # more may be read at once if this is decoded at once
+            alone = self.credit.undecoded() == len(payload) and self.opened.peek() is not None
+            if alone and self.coordinator.decode_now(self, payload):
+                return  # and more may be read at once
+        self.worker.produced.append((self, kind, payload))
 
     def has_sent(self) -> None:
         """The outbox has something for the coordinator.  Any thread; never waits."""
@@ -276,6 +277,19 @@ class Coordinator:
                 self._lock.release()
         else:
             self._mailbox.put(*words)
+
+    def decode_now(self, channel: Channel, data: bytes) -> bool:
+        """What a worker has read, if nothing else of its session is on its way: handled if the coordinator is idle.
+
+        Whether it was.  With the session's lock, so nobody else's words are.  Workers only; waits for this codec alone.
+        """
+        if not self._lock.acquire(False):
+            return False
+        try:
+            self._handle([(channel, Told.DATA, data)])
+        finally:
+            self._lock.release()
+        return True
 
     def hand_in(self, channel: Channel, data: bytes) -> None:
         """What a receiver has read of its own session: handled here and now, or queued.  With the session's lock.

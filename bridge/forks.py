@@ -50,7 +50,8 @@ def _in_child() -> None:
     current += 1
     _process = os.getpid()
     for lock in list(_locks):
-        lock._at_fork_reinit()
+        if not lock._is_owned():  # by the thread that has forked, and goes on
+            lock._at_fork_reinit()
 
 
 if hasattr(os, "register_at_fork"):

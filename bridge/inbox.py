@@ -92,7 +92,7 @@ class ReadCredit:
 
     def late_room(self) -> int:
         """How many bytes may be read once nothing can be written any more."""
-        return self.room()
+        return self._limit - self.held()
 
     def spend(self, count: int) -> None:
         """*count* bytes were read."""
@@ -136,6 +136,10 @@ class ReadCredit:
         """Whether all that was read has been decoded, so that what is read next may be decoded next."""
         return self._read == self._decoded
 
+    def undecoded(self) -> int:
+        """How many of all the bytes that were read the coordinator has not seen."""
+        return self._read - self._decoded
+
     def held(self) -> int:
         """What is read and not taken, in bytes."""
         return -self._decoded + self._read + self._used  # in this order it is never less than nothing
@@ -153,7 +157,9 @@ class ReadCredit:
         self._decoded += count  # last: see `_room`
         if self._reported or self._used >= TALLY_STEP:
             self._report()
-        if not self._paused or self.held() > self._limit // 2:
+        if not self._paused or not (
+            self.held() <= self._limit // 2 or (self.stepwise and count and self._room())
+        ):
             return False
         self._paused = False
         return True

@@ -250,8 +250,8 @@ class Worker:
                             self._fail(pollable, error)
                             self._runnable[pollable] = AGAIN
             if len(self.produced) >= HAND_OVER:
-                self.flush()
-        self.flush()
+                self._flush()
+        self._flush()
 
     def _fail(self, pollable: Pollable, error: BaseException) -> None:
         let_through(error)
@@ -345,8 +345,7 @@ class Worker:
             self._poller.forget(watch.sock)
             watch.mask = NOTHING
 
-    def flush(self) -> None:
-        """Hand over what the turns have produced so far."""
+    def _flush(self) -> None:
         if self.produced:
             produced, self.produced = self.produced, []
             self._hand_over(produced)
@@ -358,6 +357,6 @@ class Worker:
                     pollable.end(SessionAborted("the bridge was closed"))
                 pollable.turn(NOTHING, time.monotonic())
                 self._attend(pollable, watch)
-        self.flush()
+        self._flush()
         self._poller.close()
         self._doorbell.close()

@@ -1205,6 +1205,21 @@ def test_adopting_what_cannot_be() -> None:
 # Frozen.
 
 
+@both_versions
+def test_a_context_serves_connections_of_others_whatever_their_app_data(version: str) -> None:
+    raw = server(**only(version)).raw
+    ours, theirs = Ours(client(), "a.example"), SSL.Connection(raw, None)
+    theirs.set_accept_state()
+    theirs.set_app_data({"somebody": "else's"})
+    for _ in range(10):
+        for one, other in ((ours.connection, theirs), (theirs, ours.connection)):
+            with contextlib.suppress(SSL.WantReadError):
+                one.do_handshake()
+            with contextlib.suppress(SSL.WantReadError):
+                other.bio_write(one.bio_read(1 << 20))
+    assert theirs.get_servername() == b"a.example" and theirs.get_protocol_version_name() == version
+
+
 def test_a_context_is_frozen() -> None:
     context = client()
     for name in ("raw", "check_hostname", "something_new"):

@@ -192,6 +192,23 @@ def test_a_codec_that_raises_ends_its_own_session_only(pair: Pair, logs: list[An
     assert not [entry for entry in logs if entry["event"] in ("worker.failed", "coordinator.failed")]
 
 
+class Wrapper:
+    """A codec by delegation: its class has no method of one."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def test_a_codec_need_not_have_its_methods_from_its_class(pair: Pair) -> None:
+    client, server = pair(lambda: Wrapper(codecs.Lines()))
+    client.send("hello")
+    assert server.recv(PATIENCE) == "hello"
+    assert_alive((client, server), message="x")
+
+
 class BadCommand(bridge.CodecError):
     """Takes other arguments than it passes on."""
 

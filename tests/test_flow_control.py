@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import KeyPair
 from peers import Checker, Pattern, until
-from rig import Lockstep, Raw, raw_context
+from rig import Lockstep, Raw, busy, raw_context
 
 import bridge
 from bridge import codecs
@@ -205,6 +205,65 @@ def test_messages_of_one_byte_stay_within_bounds(
             assert limits.inbox_bytes <= held <= limits.inbox_bytes + RECORD_BYTES
         session.abort()
         lockstep.settle()
+
+
+@pytest.fixture
+def talk(tls_version: str, server_ctx: bridge.Context) -> Iterator[tuple[Lockstep, bridge.Session, Raw]]:
+    """A session that gets lines, and its peer."""
+    with Lockstep() as lockstep:
+        near, far = lockstep.large_pair()
+        session = lockstep.session(server_ctx, near, codec=codecs.Lines)
+        peer = Raw(raw_context(tls_version), far, False)
+        lockstep.until(lambda: peer.handshake() is None)
+        lockstep.settle()
+        yield lockstep, session, peer
+        session.abort()
+        lockstep.settle()
+
+
+def test_whoever_waited_for_a_record_to_be_decoded_reads_on_while_there_is_room(
+    talk: tuple[Lockstep, bridge.Session, Raw],
+) -> None:
+    """An inbox that is full is read for again at half of it; this one is not full."""
+    lockstep, session, peer = talk
+    line = b"y" * 1023 + b"\n"
+    for _ in range(10):
+        peer.write(16 * line)
+        lockstep.settle()
+    held = session._channel.credit.held()
+    assert held > bridge.Limits().inbox_bytes // 2
+    with busy(session._coordinator):
+        for _ in range(2):
+            peer.write(16 * line)
+            for _ in range(3):
+                lockstep.bridges[0]._workers[0].step()
+    lockstep.settle()
+    assert session._channel.credit.held() == held + 32 * len(line) and not session.inbox.full()
+
+
+def test_a_codec_is_not_run_with_another_session_s_lock(
+    talk: tuple[Lockstep, bridge.Session, Raw], server_ctx: bridge.Context, tls_version: str
+) -> None:
+    """Or else a receiver of that session would wait for it, longer than its timeout may be."""
+    lockstep, session, peer = talk
+    locks: list[bool] = []
+
+    class Looking(codecs.Lines):
+        def decode(self, data: bytes) -> list[str]:
+            locks.append(session._channel.transport.lock._is_owned())  # type: ignore[attr-defined]
+            return super().decode(data)
+
+    near, far = lockstep.large_pair()
+    other = lockstep.bridges[0].adopt(near, server_ctx, codec=Looking, wait=False)
+    friend = Raw(raw_context(tls_version), far, False)
+    lockstep.until(lambda: friend.handshake() is None)
+    lockstep.settle()
+    for _ in range(4):  # whichever of both has the first turn
+        friend.write(b"a line\n")
+        peer.write(b"z" * (RECORD_BYTES - 1) + b"\n")
+        lockstep.settle()
+    assert len(locks) == 4 and not any(locks)
+    other.abort()
 
 
 @pytest.mark.parametrize("messages", [1, 100])

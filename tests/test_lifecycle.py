@@ -845,6 +845,25 @@ thread.join()
 
 
 @needs_fork
+def test_a_child_that_was_forked_inside_of_a_lock_leaves_it_in_peace(
+    program: Callable[[str], Program],
+) -> None:
+    running = program(
+        """
+from bridge import forks
+lock = forks.open_lock()
+with lock:
+    pid = os.fork()
+assert lock.acquire(False)
+if not pid:
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    )
+    assert running.end() == (0, "7", "")
+
+
+@needs_fork
 def test_the_child_of_a_fork_may_make_its_own_bridge_and_exit_as_usual(
     program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor
 ) -> None:

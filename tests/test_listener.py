@@ -20,12 +20,13 @@ import trustme
 from conftest import KeyPair
 from OpenSSL import SSL
 from peers import until
-from rig import Lockstep
+from rig import Lockstep, Raw, busy, raw_context
 from structlog.testing import capture_logs
 
 import bridge
 from bridge import codecs
 from bridge.acceptor import ACCEPT_BUDGET
+from bridge.states import State
 
 PATIENCE = 30.0
 ROOT = str(Path(bridge.__file__).parents[1])
@@ -266,6 +267,32 @@ def test_a_shared_inbox_that_nobody_empties_pauses_accepting(
         assert shared.get_nowait()[1] is None
         with far.connect(listener.address, client_ctx, server_hostname="localhost"):
             pass
+
+
+def test_a_session_that_was_closed_before_anybody_had_it_is_not_handed_out(
+    server_ctx: bridge.Context, tls_version: str
+) -> None:
+    with Lockstep() as lockstep:
+        b = lockstep.bridge()
+        listener = b.listen(("127.0.0.1", 0), server_ctx)
+        sock = socket.create_connection(listener.address)
+        sock.setblocking(False)
+        lockstep.sockets.append(sock)
+        client = Raw(raw_context(tls_version), sock, False)
+        lockstep.until(lambda: client.handshake() is not None and len(b._channels) == 1)
+        (channel,) = b._channels
+        with busy(b._coordinator):
+            while channel.transport.state is not State.OPEN:
+                client.handshake()
+                b._workers[0].step(0.001)
+            told = b._coordinator._mailbox.take()
+            b._coordinator.close(channel, None)
+            b._coordinator._mailbox.put(*told)  # behind it
+        with capture_logs() as logs:
+            lockstep.settle()
+        assert listener.waiting() == 0 and not named(logs, "coordinator.failed")
+        channel.worker.post(channel.transport, "abort", bridge.SessionAborted("enough"))
+        lockstep.settle()
 
 
 def test_sessions_that_failed_count_while_they_linger(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import gc
 import queue
 import socket
 import sys
@@ -518,6 +519,18 @@ def test_an_inbox_takes_words_and_can_be_shut_down(pool: ThreadPoolExecutor) -> 
     ]
     with pytest.raises(bridge.ShutDown):
         shared.get_nowait()
+
+
+def test_an_inbox_of_a_forgotten_bridge_ends() -> None:
+    shared = bridge.Inbox()
+    forgotten = bridge.Bridge(workers=1)
+    forgotten._count_in(forgotten._channels, None, shared)  # type: ignore[arg-type]
+    forgotten._channels.remove(None)  # type: ignore[arg-type]
+    with pytest.warns(ResourceWarning, match="a Bridge was forgotten"):
+        del forgotten
+        gc.collect()
+    with pytest.raises(bridge.ShutDown):
+        shared.get(timeout=PATIENCE)
 
 
 def test_an_inbox_that_was_shut_down_stays_so(

@@ -23,13 +23,14 @@ from rig import (
     is_open,
     only,
     raw_context,
+    received,
     tcp_pair,
     wants,
 )
 from structlog.testing import capture_logs
 
 import bridge
-from bridge import transport
+from bridge import codecs, transport
 from bridge.limits import RECORD_BYTES
 from bridge.poll import Want
 from bridge.session import Session
@@ -336,6 +337,31 @@ def test_a_session_that_fails_with_what_it_reads_lingers_for_a_while_only(
     far.send(record(23, bytes(32)))
     lockstep.until(lambda: mine.finished)
     assert isinstance(server.end, bridge.TLSError)
+
+
+@pytest.mark.parametrize("codec", [codecs.Raw, codecs.Lines])
+def test_what_a_peer_has_said_before_it_resets_is_heard_out(
+    lockstep: Lockstep, contexts: Contexts, tls_version: str, server_cert: KeyPair, codec: Any
+) -> None:
+    """A write was stuck, so OpenSSL reads on when it has failed."""
+    near, far = lockstep.small_tcp_pair()
+    far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what it says is there before it resets
+    client = lockstep.session(contexts[0], near, codec=codec)
+    peer = Raw(raw_context(tls_version, server_cert), far, server_side=True)
+    while not is_open(client):
+        peer.handshake()
+        lockstep.round()
+    for _ in range(12):
+        client.send(codec().decode(b"x" * 16_000 + b"\n")[0])
+    lockstep.settle()
+    for word in (b"sorry,\n", b"too much\n"):
+        assert peer.write(word) == len(word)
+    peer.call("shutdown")
+    reset(far)
+    lockstep.until(lambda: is_closed(client))
+    got = [bytes(word, "ascii") if isinstance(word, str) else word.strip() for word in received(client)]
+    assert b" ".join(got).split() == [b"sorry,", b"too", b"much"]
+    assert isinstance(client.end, bridge.EndOfStream)
 
 
 def test_a_second_failure_cuts_no_linger_short(
