@@ -69,7 +69,10 @@ def _unix(path: str | bytes) -> Address:
 
 
 def _check_numbers(port: object, more: Sequence[object]) -> None:
-    if not _whole(port, 0xFFFF) and not isinstance(port, str):  # which is the name of a service
+    service = isinstance(port, str) and port.isascii() and not port.isdigit()  # the name of one
+    if isinstance(port, str) and port.isascii() and port.isdigit():
+        port = int(port)
+    if not service and not _whole(port, 0xFFFF):
         raise ConfigurationError(f"the port must be a whole number from 0 to 65535, not {port!r}")
     bounds = (0xFFFFF, 0xFFFFFFFF)
     if len(more) > len(bounds) or not all(map(_whole, more, bounds)):

@@ -71,16 +71,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except bridge.ConfigurationError as error:
         reason = str(error)
     except bridge.BridgeError as error:
-        print(f"tls-bridge {arguments.command}: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return _complain(f"tls-bridge {arguments.command}: {type(error).__name__}: {error}", 1)
     except OSError as error:
         _let_go()
         reason = error.strerror or str(error)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    print(f"tls-bridge {arguments.command}: error: {reason}", file=sys.stderr)
-    return 2
+        return _complain("interrupted", 130)
+    return _complain(f"tls-bridge {arguments.command}: error: {reason}", 2)
+
+
+def _complain(text: str, status: int) -> int:
+    """Say *text* on stderr, if that can be.  *status*, or that nobody reads it."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        _let_go()
+        return UNREAD
+    except OSError:
+        _let_go()
+    return status
 
 
 def _prepare_streams() -> None:
@@ -190,33 +199,36 @@ def _run(words: list[str]) -> int:
     if not words or words == ["-m"]:
         _parser().error("run needs the path of a script, or -m and a module")
     ssl.inject()
+    safe = bool(getattr(sys.flags, "safe_path", sys.flags.isolated))  # then Python adds nothing to the path
+    if not safe:
+        del sys.path[0]  # our own folder
     # It stays there: a program's threads and exit handlers outlive its last line.
     program = sys.modules["__main__"] = types.ModuleType("__main__")
     vars(program)["__builtins__"] = builtins
     if words[0] == "-m":
-        sys.argv, sys.path[0] = words[1:], os.getcwd()
+        sys.argv = words[1:]
+        sys.path[:0] = [] if safe else [os.getcwd()]
         runpy._run_module_as_main(words[1])  # type: ignore[attr-defined]
         return 0
     sys.argv = words
     if pkgutil.get_importer(words[0]) is not None:  # a directory or a zip file with a __main__.py
-        sys.path[0] = words[0]
+        sys.path.insert(0, os.path.abspath(words[0]))
         runpy._run_module_as_main("__main__", alter_argv=False)  # type: ignore[attr-defined]
         return 0
-    return _run_script(os.path.abspath(words[0]), program)
+    return _run_script(os.path.abspath(words[0]), program, safe)
 
 
-def _run_script(path: str, program: types.ModuleType) -> int:
+def _run_script(path: str, program: types.ModuleType, safe: bool) -> int:
     compiled = path.endswith(".pyc")
     kind: Any = importlib.machinery.SourcelessFileLoader if compiled else importlib.machinery.SourceFileLoader
     loader = kind("__main__", path)
     try:
         content = loader.get_data(path)
     except OSError as error:
-        print(f"tls-bridge run: error: cannot open {path}: {error.strerror}", file=sys.stderr)
-        return 2
+        return _complain(f"tls-bridge run: error: cannot open {path}: {error.strerror}", 2)
     code = loader.get_code("__main__") if compiled else loader.source_to_code(content, path)
     vars(program).update(__file__=path, __loader__=loader, __cached__=None)
-    sys.path[0] = os.path.dirname(os.path.realpath(path))
+    sys.path[:0] = [] if safe else [os.path.dirname(os.path.realpath(path))]
     exec(code, vars(program))
     return 0
 

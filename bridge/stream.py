@@ -33,7 +33,7 @@ from bridge.limits import RECORD_BYTES, check_timeout
 from bridge.poll import Want, hang_up_watch
 from bridge.terms import CloseReport, Ending, Plan, Told
 from bridge.totals import Account
-from bridge.transport import LEAST_READ, ONE_RECORD, Transport
+from bridge.transport import ONE_RECORD, Transport
 from bridge.worker import Worker
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ PIECE_BYTES = 16 * RECORD_BYTES
 """How much of a large write is handed to the transport at a time: what one turn may write."""
 AHEAD_BYTES = 1024 * 1024
 """How much may be read that nobody asked for, before a write fails."""
+AT_ONCE = 0.001
+"""Seconds after which a write is no answer any more to what was read, and the peer may have hung up meanwhile."""
 LEAVING_SECONDS = 1.0
 """How long a socket that is handed back may wait for the worker's next step."""
 ANYTHING = Want.READ | Want.WRITE
@@ -218,10 +220,10 @@ class Stream:
 
     def _leaving(self) -> None:
         unwrapped = None if self._ending is None else self._ending.sock
-        if unwrapped is None:
+        if not self._handed_back:
             self._let_go(self)
-        elif not self._handed_back:
-            unwrapped.close()
+            if unwrapped is not None:
+                unwrapped.close()
 
     def _buried(self, gone: Callable[[Stream, Ending], None]) -> None:
         assert self._ending is not None
@@ -460,7 +462,11 @@ class Stream:
         transport, sent = self._transport, self._sent
         left, hung_up = len(piece), None
         try:
-            if transport.quiet and (left > RECORD_BYTES or not transport.answerable):
+            if transport.quiet and (
+                left > RECORD_BYTES
+                or not transport.answerable
+                or time.monotonic() - transport.heard > AT_ONCE
+            ):
                 hung_up = self._hung_up
                 if hung_up is None or hung_up(0):
                     hung_up = self._hear_out()
@@ -498,9 +504,7 @@ class Stream:
         hung_up = self._hung_up = self._hung_up or hang_up_watch(transport.sock)
         if not hung_up(0):
             return hung_up
-        for _ in range(AHEAD_BYTES // LEAST_READ):
-            if not transport.quiet or received.used >= AHEAD_BYTES:
-                break
+        while transport.quiet and received.used < AHEAD_BYTES:  # it can say no more than is there
             if not transport.has_input():
                 self._hung_up = _never
                 break
@@ -532,9 +536,18 @@ class Stream:
         """
         if self._info is None or self._ending is not None:
             return
+        self._lease.at_once(self._look_before_the_end)
         self._lease.command("send_eof", True)
         if timeout != 0:
             self._wait(self._said_close, timeout, "shutdown", Want.WRITE)
+
+    def _look_before_the_end(self) -> None:
+        if self._transport.quiet:
+            try:
+                self._hear_out()
+            except SessionEnded as error:
+                self._transport.end(error)
+                self._lease.ring()
 
     def _said_close(self) -> bool:
         return self._transport.said_close() or self._ending is not None

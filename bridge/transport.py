@@ -156,6 +156,7 @@ class Transport:
         "deadline",
         "draining",
         "finished",
+        "heard",
         "lock",
         "mask",
         "name",
@@ -212,6 +213,8 @@ class Transport:
         """Something was read since the last `write_at_once`, which might be an answer to it; or nothing was written.
 
         Whoever calls that takes it back."""
+        self.heard = 0.0
+        """When `read_at_once` has read something last."""
         self.brief = False
         """What was read last was one short record, so `take_at_once` may be worth while."""
         # What is to be done.
@@ -338,6 +341,7 @@ class Transport:
                 self.received += size
                 self.answerable = True
                 read.want, read.since = READ, time.monotonic()
+                self.heard = read.since
                 read.ready = size == RECORD_BYTES
                 if not engine.on_detour:
                     self.mask = NOTHING if read.ready else READ

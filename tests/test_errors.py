@@ -383,6 +383,8 @@ def test_an_address_in_use(b: bridge.Bridge, server_ctx: bridge.Context, tmp_pat
         (("::1%no-such-interface", 443), "cannot resolve '::1%no-such-interface'"),
         (("localhost", "no-such-service"), "cannot resolve 'localhost'"),
         (("127.0.0.1", 65536), "port.*65535"),
+        (("127.0.0.1", "65536"), "port.*65535"),
+        (("127.0.0.1", "\udc80"), "port.*65535"),
         (("127.0.0.1", -1), "port.*65535|cannot resolve"),
         (("a" * 64 + ".example", 443), "is no host name: .*label (empty|too long|empty or too long)"),
         (("a..b", 443), "is no host name: .*label (empty|too long|empty or too long)"),

@@ -271,6 +271,43 @@ def test_what_a_peer_has_said_before_it_hangs_up_is_read_though_a_write_fails(
         client.read(100)
 
 
+def test_likewise_if_something_was_read_a_while_before(pair: Pair) -> None:
+    """What is written at once is an answer, and costs no look."""
+    client, server = pair
+    server.write(b"welcome")
+    assert client.read(100) == b"welcome"
+    client._transport.heard -= 1.0
+    server.write(b"421 goodbye")
+    server.abort()
+    finished(server)
+    with pytest.raises(bridge.PeerReset):
+        client.write(b"x")
+    assert client.read(100) == b"421 goodbye"
+
+
+def test_likewise_if_it_is_our_own_end_that_fails(pair: Pair) -> None:
+    client, server = pair
+    server.write(b"421 goodbye")
+    server.abort()
+    finished(server)
+    client.send_eof(0)
+    assert client.read(100) == b"421 goodbye"
+
+
+def test_likewise_if_it_was_said_in_many_small_records(pair: Pair) -> None:
+    client, server = pair
+    sock = client._transport.sock
+    assert sock is not None
+    for _ in range(500):
+        server.write(b"%050d" % 1)
+    until(lambda: len(sock.recv(1 << 20, socket.MSG_PEEK)) > 300 * 80)
+    server.abort()
+    finished(server)
+    with pytest.raises(bridge.PeerReset):
+        client.write(b"x")
+    assert client.pending() >= 300 * 50
+
+
 def test_likewise_if_it_hangs_up_in_the_middle_of_a_write(
     b: bridge.Bridge, contexts: Any, background: Background
 ) -> None:

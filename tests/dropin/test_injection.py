@@ -256,6 +256,22 @@ def test_run_of_a_missing_script_is_one_line_and_status_2(tmp_path: Path) -> Non
     assert run("none.py", cwd=tmp_path) == ("", 2, said)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="-P came with Python 3.11")
+def test_a_path_that_python_was_to_leave_alone_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "uses.py").write_text("import sys; print('/nowhere' in sys.path, '' in sys.path)")
+    (tmp_path / "uses.py").write_text("raise SystemExit('it is in the current directory')")
+    ran = subprocess.run(
+        [sys.executable, "-P", "-m", "bridge", "run", "-m", "uses"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path / 'first'}{os.pathsep}{ROOT}"},
+    )
+    assert (ran.stdout, ran.returncode, ran.stderr) == ("False False\n", 0, "")
+
+
 def test_run_without_a_program_says_what_it_needs() -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "bridge", "run"],

@@ -891,6 +891,29 @@ def test_whoever_does_not_unwrap_after_all_leaves_no_descriptor(mixed: Ends, bac
     client.close()
 
 
+def test_nor_is_its_descriptor_closed_under_it_with_the_bridge(
+    ca_file: str, server_cert: KeyPair, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = bridge.Bridge(workers=1)
+    monkeypatch.setattr("bridge.ssl.sockets.default_bridge", lambda: own)
+    near, far = tcp_pair()
+    context = make_server_context("theirs", server_cert)
+    served = background.run(lambda: context.wrap_socket(far, server_side=True))
+    client = make_client_context("ours", ca_file).wrap_socket(near, server_hostname="localhost")
+    server = served.result(PATIENCE)
+    client.settimeout(0)
+    with pytest.raises(ssl.SSLWantReadError):
+        client.unwrap()
+    unwrapping = background.run(server.unwrap)
+    client.settimeout(PATIENCE)
+    with contextlib.suppress(OSError):
+        assert client.recv(1) == b""
+    unwrapping.result(PATIENCE).close()
+    own.close()
+    assert client.fileno() == -1
+    client.close()
+
+
 @pytest.mark.parametrize("whose", ["ours", "theirs"])
 def test_unwrap_before_the_handshake_waits_for_nothing(whose: str, ca_file: str) -> None:
     near, far = tcp_pair()
