@@ -102,7 +102,7 @@ class Channel:
 
     def tell(self, kind: str, payload: Any) -> None:
         """For the transport: note an event.  The worker's thread."""
-        if kind is Told.DATA and self.credit.stepwise and len(payload) >= RECORD_BYTES:
+        if self.credit.stepwise and kind is Told.DATA and len(payload) >= RECORD_BYTES:
             alone = self.credit.undecoded() == len(payload) and self.opened.peek() is not None
             if alone and self.coordinator.decode_now(self, payload):
                 return  # and more may be read at once

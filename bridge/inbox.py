@@ -71,6 +71,10 @@ class ReadCredit:
 
     # Called by the owner of the socket.
 
+    def allows(self) -> bool:
+        """Whether there is any `room`."""
+        return (self._read == self._decoded and not self._used) or self.room() > 0
+
     def room(self) -> int:
         """How many bytes may be read, or a record more.  If none, the owner will be called back."""
         room = self._room()

@@ -88,6 +88,9 @@ class _Received:
         self.parts: collections.deque[bytes] = collections.deque()
         self.used = self.kept = 0
 
+    def allows(self) -> bool:
+        return self.used < self.asking
+
     def room(self) -> int:
         return self.asking if self.used < self.asking else 0
 

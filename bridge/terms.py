@@ -48,6 +48,9 @@ class ReceiveCredit(Protocol):
     kept: int
     """Bytes of a message that is not whole yet."""
 
+    def allows(self) -> bool:
+        """Whether a record may be read."""
+
     def room(self) -> int:
         """How many bytes may be read."""
 

@@ -261,7 +261,7 @@ class Transport:
         False after the short way: there is nothing new to wait for.
         """
         on_time = self.deadline is None or now < self.deadline
-        if self.quiet and ready == self.mask == READ and on_time and self.credit.room() > 0:
+        if self.quiet and ready == self.mask == READ and on_time and self.credit.allows():
             data = self.take_at_once(now)
             if data:
                 self._tell(Told.DATA, data)
