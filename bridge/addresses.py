@@ -69,10 +69,9 @@ def _unix(path: str | bytes) -> Address:
 
 
 def _check_numbers(port: object, more: Sequence[object]) -> None:
-    service = isinstance(port, str) and port.isascii() and not port.isdigit()  # the name of one
-    if isinstance(port, str) and port.isascii() and port.isdigit():
-        port = int(port)
-    if not service and not _whole(port, 0xFFFF):
+    if isinstance(port, str) and port.isascii():
+        port = int(port) if port.isdigit() else 0  # which stands for the name of a service
+    if not _whole(port, 0xFFFF):
         raise ConfigurationError(f"the port must be a whole number from 0 to 65535, not {port!r}")
     bounds = (0xFFFFF, 0xFFFFFFFF)
     if len(more) > len(bounds) or not all(map(_whole, more, bounds)):

@@ -207,7 +207,8 @@ def _run(words: list[str]) -> int:
     vars(program)["__builtins__"] = builtins
     if words[0] == "-m":
         sys.argv = words[1:]
-        sys.path[:0] = [] if safe else [os.getcwd()]
+        if not safe:
+            sys.path.insert(0, os.getcwd())
         runpy._run_module_as_main(words[1])  # type: ignore[attr-defined]
         return 0
     sys.argv = words
@@ -228,7 +229,8 @@ def _run_script(path: str, program: types.ModuleType, safe: bool) -> int:
         return _complain(f"tls-bridge run: error: cannot open {path}: {error.strerror}", 2)
     code = loader.get_code("__main__") if compiled else loader.source_to_code(content, path)
     vars(program).update(__file__=path, __loader__=loader, __cached__=None)
-    sys.path[:0] = [] if safe else [os.path.dirname(os.path.realpath(path))]
+    if not safe:
+        sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
     exec(code, vars(program))
     return 0
 

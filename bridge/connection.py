@@ -26,7 +26,7 @@ from OpenSSL import SSL, crypto
 
 from bridge import forks
 from bridge.errors import CertificateError, ConfigurationError, SessionEnded, TLSError
-from bridge.names import PeerName, peer_certificate, refusal
+from bridge.names import ADDRESS_MISMATCH, HOST_MISMATCH, PeerName, peer_certificate, refusal
 from bridge.record import Record
 
 OCSPStaple = bytes | Callable[[str | None], bytes] | None
@@ -53,6 +53,8 @@ _NOT_YET = {errno.EAGAIN, errno.EWOULDBLOCK}
 
 
 SCRATCH_BYTES = 16 * 1024
+ONE_RECORD = SCRATCH_BYTES + 1
+"""A size for `Connection.recv` that its buffer is too small for: it makes one SSL_read(3) and gets behind nothing."""
 OTHER_RECORDS = 4
 """How many records without data (tickets, new keys, requests for a handshake) one read gets behind: what honest peers
 send in a row.  A peer that floods us with more has its turns like everybody."""
@@ -265,7 +267,7 @@ def note_verification(
     if ok or not isinstance(record, Record):
         return bool(ok)
     try:
-        if code not in _NAMES or record.expected is None:
+        if code not in (HOST_MISMATCH, ADDRESS_MISMATCH) or record.expected is None:
             raise _verification_error(record.context.server_side, certificate, code, depth)
         record.context.check_name(certificate.to_cryptography(), record.expected)
     except SessionEnded as error:
@@ -312,8 +314,6 @@ def _verification_error(
     )
 
 
-_NAMES = (62, 64)
-"""X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH."""
 _UNTRUSTED = (18, 19, 20, 21)
 """X509_V_ERR_*: the chain ends where nobody is trusted."""
 

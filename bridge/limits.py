@@ -74,8 +74,8 @@ class Limits:
     outbox_bytes: int = 256 * 1024
     """Sent and not yet taken by the kernel, a session.  Beyond it `send` waits.  A larger message goes alone."""
     total_bytes: int = 256 * 1024 * 1024
-    """The same, each way, over all sessions.  Beyond it a session may hold one
-    message at a time, or what one record holds, so none starves."""
+    """The same, each way, over all sessions.  Beyond it a session may hold one message at a time, or what one record
+    holds, so none starves."""
     message_bytes: int = 64 * 1024 * 1024
     """The largest encoded message `send` takes."""
     backlog: int = 1_024

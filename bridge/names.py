@@ -25,6 +25,8 @@ from service_identity.hazmat import DNS_ID, DNSPattern
 from bridge.errors import CertificateError, ConfigurationError, HostnameMismatch
 
 _LABEL = re.compile(r"[a-z0-9_-]{1,63}")
+HOST_MISMATCH, ADDRESS_MISMATCH = 62, 64
+"""X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH (X509_STORE_CTX_get_error(3))."""
 _SHOWN = 8  # of a certificate's names in a message: some hold hundreds
 
 
@@ -82,7 +84,10 @@ class PeerName:
             found = "without any host name (it has no subjectAltName, and its common name does not count)"
         if self.address is not None and self.ascii in presented:
             wanted += " (which it holds as a DNS name, and not as an IP address)"
-        code, text = (62, "hostname mismatch") if self.address is None else (64, "IP address mismatch")
+        if self.address is None:
+            code, text = HOST_MISMATCH, "hostname mismatch"
+        else:
+            code, text = ADDRESS_MISMATCH, "IP address mismatch"
         return refusal(
             f"the server's certificate is {found}, not for {wanted}", code, text, cls=HostnameMismatch
         )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from bridge import forks
+from bridge.connection import ONE_RECORD
 from bridge.crossing import Latch, let_go
 from bridge.engine import SessionInfo
 from bridge.errors import (
@@ -33,7 +34,7 @@ from bridge.limits import RECORD_BYTES, check_timeout
 from bridge.poll import Want, hang_up_watch
 from bridge.terms import CloseReport, Ending, Plan, Told
 from bridge.totals import Account
-from bridge.transport import ONE_RECORD, Transport
+from bridge.transport import Transport
 from bridge.worker import Worker
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class _Received:
         return self.used < self.asking
 
     def room(self) -> int:
-        return self.asking if self.used < self.asking else 0
+        return self.asking if self.allows() else 0
 
     def late_room(self) -> int:
         return AHEAD_BYTES - self.used
@@ -248,7 +249,7 @@ class Stream:
         *timeout* in seconds: OperationTimeout after that, None: never, 0: WouldBlock unless it can be done at once.
         Raises the cause if it fails.
         """
-        _refuse(1, timeout)
+        _check(timeout)
         self._open(timeout)
         assert self._info is not None
         return self._info
@@ -294,7 +295,7 @@ class Stream:
         if lease.lock._is_owned():  # type: ignore[attr-defined]
             lease.refuse()
         if size <= 0 or (timeout is not None and not timeout >= 0):
-            _refuse(size, timeout)
+            _check(timeout, size)
         try:
             with lease.lock:
                 try:
@@ -326,7 +327,7 @@ class Stream:
     @_leased
     def peek(self, size: int, timeout: float | None = None) -> bytes:
         """As `read`, and the bytes stay."""
-        _refuse(size, timeout)
+        _check(timeout, size)
         give_up = None if timeout is None else time.monotonic() + timeout
         if not self._received.parts and not self._await_bytes(timeout, give_up):
             return b""
@@ -391,7 +392,7 @@ class Stream:
             if timeout is None:
                 with writers:
                     return self._write(data, None)
-            _refuse(1, timeout)
+            _check(timeout)
             give_up = time.monotonic() + timeout
             if not writers.acquire(timeout=min(timeout, threading.TIMEOUT_MAX)):
                 raise WouldBlock(Want.WRITE) if timeout == 0 else OperationTimeout(_TOO_LATE)
@@ -568,7 +569,7 @@ class Stream:
         hangs up; and ConfigurationError if application data comes, or is there, before its close_notify: once that is
         read, call it again.
         """
-        _refuse(1, timeout)
+        _check(timeout)
         unwrapped = self._unwrap(timeout)
         if self._lease.attended:
             # A worker that was polling must not meet a closed descriptor.  In a signal handler that has interrupted a
@@ -683,8 +684,8 @@ class Stream:
         return f"<Stream {self.name} {self._transport.state.value}>"
 
 
-def _refuse(size: int, timeout: float | None) -> None:
-    """ValueError for a *size* or a *timeout* that makes no sense."""
+def _check(timeout: float | None, size: int = 1) -> None:
+    """ValueError for a *timeout* or a *size* that makes no sense."""
     if size <= 0:
         raise ValueError(f"size must be positive, not {size!r}")
     if timeout is not None and not timeout >= 0:

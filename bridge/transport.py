@@ -79,8 +79,6 @@ if TYPE_CHECKING:
 
 READ_BUDGET = 16 * RECORD_BYTES
 """Bytes a session may read in one step before the others have their turn."""
-ONE_RECORD = RECORD_BYTES + 1
-"""More than `Connection.recv` has a buffer for: it makes one SSL_read(3), and gets behind nothing."""
 LEAST_READ = READ_BUDGET // 32
 """What the shortest record takes of that budget."""
 WRITE_BUDGET = 16 * RECORD_BYTES
@@ -327,7 +325,8 @@ class Transport:
     def read_at_once(self, size: int = RECORD_BYTES) -> bytes:
         """The next record if it is there and plain data; ``b""`` if it was anything else, which has been dealt with.
 
-        With ONE_RECORD for *size*, one record of whatever kind, and the kernel still has what is behind it.
+        With ONE_RECORD for *size* (`bridge.connection`), one record of whatever kind, and the kernel still has what is
+        behind it.
         """
         engine, read, data = self._engine, self._read, b""
         assert engine is not None

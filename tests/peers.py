@@ -24,6 +24,7 @@ import queue
 import random
 import re
 import select
+import signal
 import socket
 import ssl
 import subprocess
@@ -608,6 +609,20 @@ class Background:
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)  # of whom nobody will call any more
         self._pool.shutdown()
+
+
+def in_a_child(check: Callable[[], object]) -> None:
+    """Call *check* in a child of fork(), which must end without an error."""
+    child = os.fork()
+    if child == 0:
+        try:
+            check()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    signal.alarm(int(PATIENCE))
+    assert os.waitpid(child, 0)[1] == 0
+    signal.alarm(0)
 
 
 def until(condition: Callable[[], object]) -> None:

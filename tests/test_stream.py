@@ -20,7 +20,16 @@ from typing import Any
 import pytest
 from conftest import KeyPair
 from OpenSSL import SSL
-from peers import PATIENCE, Background, Checker, Pattern, receive_exactly, stdlib_context, until
+from peers import (
+    PATIENCE,
+    Background,
+    Checker,
+    Pattern,
+    in_a_child,
+    receive_exactly,
+    stdlib_context,
+    until,
+)
 from rig import Clock, Raw, only, raw_context, shrink, tcp_pair
 
 import bridge
@@ -1028,20 +1037,15 @@ def test_a_child_of_fork_is_refused_and_its_close_does_not_touch_the_session(
     gone = shaken(*streams(b, contexts, *tcp_pair()))[0]
     gone.abort()
     finished(gone)
-    child = os.fork()
-    if child == 0:
-        try:
-            with pytest.raises(bridge.ForkedError):
-                client.write(b"x")
-            client.close()
-            client.forget()
-            gone.forget()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    signal.alarm(int(PATIENCE))
-    assert os.waitpid(child, 0)[1] == 0
-    signal.alarm(0)
+
+    def check() -> None:
+        with pytest.raises(bridge.ForkedError):
+            client.write(b"x")
+        client.close()
+        client.forget()
+        gone.forget()
+
+    in_a_child(check)
     client.write(b"still here")
     assert server.read(100, PATIENCE) == b"still here"
 

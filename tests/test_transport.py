@@ -59,6 +59,14 @@ def reset(sock: socket.socket) -> None:
     sock.close()
 
 
+def shake_hands(lockstep: Lockstep, server: Session, far: socket.socket, version: str) -> None:
+    """Open *server* to a raw client at *far*, of which nothing stays but the socket."""
+    client = Raw(raw_context(version), far, server_side=False)
+    while client.handshake() is not None:
+        lockstep.round()
+    lockstep.until(lambda: is_open(server))
+
+
 def fill(sock: socket.socket) -> int:
     count = 0
     try:
@@ -328,10 +336,7 @@ def test_a_session_that_fails_with_what_it_reads_lingers_for_a_while_only(
 ) -> None:
     near, far = lockstep.tcp_pair()
     server = lockstep.session(contexts[1], near, timeouts=bridge.Timeouts(close_notify=0.05, handshake=None))
-    client = Raw(raw_context(tls_version), far, server_side=False)
-    while client.handshake() is not None:
-        lockstep.round()
-    lockstep.until(lambda: is_open(server))
+    shake_hands(lockstep, server, far, tls_version)
     mine = server._channel.transport
     assert mine.quiet
     far.send(record(23, bytes(32)))
@@ -370,10 +375,7 @@ def test_a_second_failure_cuts_no_linger_short(
     """A sender's, or a codec's, that was on its way when the first came."""
     near, far = lockstep.tcp_pair()
     server = lockstep.session(contexts[1], near)
-    client = Raw(raw_context(tls_version), far, server_side=False)
-    while client.handshake() is not None:
-        lockstep.round()
-    lockstep.until(lambda: is_open(server))
+    shake_hands(lockstep, server, far, tls_version)
     far.send(record(23, bytes(32)))
     lockstep.until(lambda: is_closed(server))
     channel = server._channel

@@ -39,6 +39,7 @@ from bridge.errors import (
     Truncated,
     WouldBlock,
 )
+from bridge.names import HOST_MISMATCH, refusal
 from bridge.poll import Want
 from bridge.ssl.facts import certificate_dict
 from bridge.ssl.failures import as_stdlib, ssl_error
@@ -149,9 +150,7 @@ class Wire:
     def _no_name(self, error: ConfigurationError) -> Exception:
         """For a `server_hostname` that can be nobody's: no certificate is valid for it."""
         if self.context.check_hostname and not self.server_side:
-            mismatch = HostnameMismatch(1, str(error))
-            mismatch.verify_code, mismatch.verify_message = _HOSTNAME_MISMATCH, str(error)
-            return self.failure(mismatch)
+            return self.failure(refusal(str(error), HOST_MISMATCH, cls=HostnameMismatch))
         return ValueError(str(error))
 
     def begin_in_pool(self) -> None:
@@ -459,9 +458,7 @@ class SSLSocket(ssl.SSLSocket):
                 super().settimeout(value)
                 return
             if value is not None:
-                super().settimeout(
-                    value
-                )  # which refuses what is none, and keeps the descriptor from blocking
+                super().settimeout(value)  # it refuses what is none, and leaves the descriptor as it is
                 value = super().gettimeout()
             wire.timeout = value
 
@@ -633,8 +630,6 @@ def _check_connected(sock: socket.socket) -> None:
         raise
 
 
-_HOSTNAME_MISMATCH = 62
-"""X509_V_ERR_HOSTNAME_MISMATCH (X509_STORE_CTX_get_error(3))."""
 _NOBODYS = contextlib.nullcontext()
 _KERNEL_TIMEOUTS = tuple(
     option for name in ("SO_RCVTIMEO", "SO_SNDTIMEO") if (option := getattr(socket, name, None)) is not None

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 from conftest import KeyPair
 from dropin_rig import Arrangement, make_client_context, make_server_context, our_ssl
-from peers import PATIENCE, Background, dial, receive_exactly, until
+from peers import PATIENCE, Background, dial, in_a_child, receive_exactly, until
 from rig import tcp_pair
 
 import bridge
@@ -878,8 +878,8 @@ def test_once_that_is_read_unwrap_goes_on(mixed: Ends, background: Background) -
     assert unwrapping.result(PATIENCE).recv(100) == b"plain"
 
 
-def test_whoever_does_not_unwrap_after_all_leaves_no_descriptor(mixed: Ends, background: Background) -> None:
-    client, server = mixed
+def give_up_unwrapping(client: Any, server: Any, background: Background) -> socket.socket:
+    """And yet meet the peer's close_notify, in `recv`.  The server's end, in plain text."""
     client.settimeout(0)
     with pytest.raises(ssl.SSLWantReadError):
         client.unwrap()
@@ -887,7 +887,13 @@ def test_whoever_does_not_unwrap_after_all_leaves_no_descriptor(mixed: Ends, bac
     client.settimeout(PATIENCE)
     with contextlib.suppress(OSError):
         assert client.recv(1) == b""
-    unwrapping.result(PATIENCE)
+    plain: socket.socket = unwrapping.result(PATIENCE)
+    return plain
+
+
+def test_whoever_does_not_unwrap_after_all_leaves_no_descriptor(mixed: Ends, background: Background) -> None:
+    client, server = mixed
+    give_up_unwrapping(client, server, background)
     client.close()
 
 
@@ -900,15 +906,7 @@ def test_nor_is_its_descriptor_closed_under_it_with_the_bridge(
     context = make_server_context("theirs", server_cert)
     served = background.run(lambda: context.wrap_socket(far, server_side=True))
     client = make_client_context("ours", ca_file).wrap_socket(near, server_hostname="localhost")
-    server = served.result(PATIENCE)
-    client.settimeout(0)
-    with pytest.raises(ssl.SSLWantReadError):
-        client.unwrap()
-    unwrapping = background.run(server.unwrap)
-    client.settimeout(PATIENCE)
-    with contextlib.suppress(OSError):
-        assert client.recv(1) == b""
-    unwrapping.result(PATIENCE).close()
+    give_up_unwrapping(client, served.result(PATIENCE), background).close()
     own.close()
     assert client.fileno() == -1
     client.close()
@@ -1170,20 +1168,15 @@ def test_a_connected_socket_says_in_a_child_of_fork_that_it_is_none(ends: Ends) 
         lambda: client.shutdown(socket.SHUT_WR),
         lambda: client.session,
     ]
-    child = os.fork()
-    if child == 0:
-        try:
-            for call in calls:
-                with pytest.raises(OSError, match="fork") as caught:
-                    call()
-                assert caught.value.errno == errno.EBADF
-            client.close()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    signal.alarm(int(PATIENCE))
-    assert os.waitpid(child, 0)[1] == 0
-    signal.alarm(0)
+
+    def check() -> None:
+        for call in calls:
+            with pytest.raises(OSError, match="fork") as caught:
+                call()
+            assert caught.value.errno == errno.EBADF
+        client.close()
+
+    in_a_child(check)
     client.sendall(b"still here")
     assert server.recv(100) == b"still here"
 
