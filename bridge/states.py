@@ -45,3 +45,22 @@ TRANSITIONS: dict[State, dict[State, str]] = {
     },
     State.CLOSED: {},
 }
+
+
+class Aim(enum.IntEnum):
+    """What this side wants of the session.  It only ever goes further: `close` overrules `unwrap`, not the reverse."""
+
+    TALK = 0
+    SEND_EOF = 1
+    """Say close_notify after what was accepted, and go on reading."""
+    HALF_CLOSE = 2
+    """The same, and then half-close TCP too."""
+    UNWRAP = 3
+    """The same as SEND_EOF, and hand the socket back at the peer's close_notify."""
+    CLOSE = 4
+    """The same as HALF_CLOSE, and nobody will read what still comes."""
+
+    @property
+    def call(self) -> str:
+        """Which call says so."""
+        return f"{Aim.SEND_EOF.name if self is Aim.HALF_CLOSE else self.name}()".lower()

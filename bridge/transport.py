@@ -70,7 +70,7 @@ from bridge.errors import (
 )
 from bridge.limits import RECORD_BYTES
 from bridge.poll import NOTHING, READ, Want
-from bridge.states import TRANSITIONS, State
+from bridge.states import TRANSITIONS, Aim, State
 from bridge.terms import CloseReport, Ending, Plan, ReceiveCredit, SendCredit, Told
 from bridge.totals import Account, account
 
@@ -117,17 +117,15 @@ class Transport:
 
     __slots__ = (
         "_accepted",
+        "_aim",
         "_chunk",
         "_chunks",
         "_close_by",
         "_deadlines",
         "_dialer",
-        "_discarding",
-        "_drain_when_open",
         "_ended",
         "_engine",
         "_exchanging",
-        "_half_closing",
         "_handshake",
         "_hurried",
         "_idle",
@@ -142,7 +140,6 @@ class Transport:
         "_sent_close",
         "_shutdown",
         "_tell",
-        "_unwrapping",
         "_wants",
         "_write",
         "_write_left",
@@ -228,12 +225,9 @@ class Transport:
         self._wants: dict[tuple[str, Want], int] = {}
         self.received = self.sent = 0  # bytes of plaintext: out of OpenSSL, and with the kernel
         # How it ends.
-        self._drain_when_open: str | None = None
+        self._aim = Aim.TALK
         self._ended = False  # and said so
-        self._discarding = False  # close(): nobody will read what still comes
-        self._unwrapping = False
-        self._half_closing = False
-        self._hurried = True  # the end has deadlines of its own
+        self._hurried = False  # the end has deadlines of its own
         self._close_by: float | None = None
         self._said_close = False  # OpenSSL has our close_notify
         self._sent_close = False  # the kernel has it
@@ -435,7 +429,7 @@ class Transport:
 
     def closing(self) -> bool:
         """Whether `close` was called."""
-        return self._discarding
+        return self._aim is Aim.CLOSE
 
     def said_close(self) -> bool:
         """Whether the kernel has our close_notify."""
@@ -473,8 +467,9 @@ class Transport:
         self.mask = NOTHING if self.finished else mask
         self.quiet = (
             self._exchanging
+            and self._aim is not Aim.CLOSE
             and (self._read.ready or self._read.want is READ)
-            and not (self._write.ready or self._shutdown.ready or self._handshake.ready or self._discarding)
+            and not (self._write.ready or self._shutdown.ready or self._handshake.ready)
             and self._shutdown.want is self._handshake.want is self._write.want is None
             and len(self._deadlines) == (IdleTimeout in self._deadlines)
             and not self._engine.on_detour  # type: ignore[union-attr]
@@ -518,18 +513,15 @@ class Transport:
 
     def send_eof(self, half_close: bool = False) -> None:
         """Half close: after what was accepted, close_notify, and on demand that of TCP.  Receiving goes on."""
-        self._half_closing = half_close
-        self._start_draining("send_eof()")
+        self._drain(Aim.HALF_CLOSE if half_close else Aim.SEND_EOF)
 
     def close(self, timeout: float | None) -> None:
         """Polite close, within *timeout* seconds altogether (None: the session's own timeouts)."""
-        self._discarding, self._unwrapping, self._hurried = True, False, True
-        self._bounded_close("close()", timeout)
+        self._drain_within(Aim.CLOSE, timeout)
 
     def unwrap(self, timeout: float | None, bounded: bool = True) -> None:
         """End TLS both ways and hand the socket back, within *timeout* seconds altogether, if it is *bounded*."""
-        self._unwrapping, self._hurried = True, bounded
-        self._bounded_close("unwrap()", timeout)
+        self._drain_within(Aim.UNWRAP, timeout, bounded)
 
     def abort(self, why: SessionEnded) -> None:
         """End now; nothing more is sent, nothing waited for."""
@@ -537,30 +529,35 @@ class Transport:
             self._reset_on_close()
             self.end(why, linger=False)
 
-    def _bounded_close(self, why: str, timeout: float | None) -> None:
-        if self.cause is not None:
-            return
+    def _drain_within(self, aim: Aim, timeout: float | None, bounded: bool = True) -> None:
+        self._hurried |= bounded
         if timeout is not None and (self._close_by is None or self.now + timeout < self._close_by):
             self._close_by = self.now + timeout
-        if self._start_draining(why):
-            if self._sent_close:
-                self._after_close_notify()
-            elif self._hurried:
-                self._set_deadline(CloseTimeout, self._plan.timeouts.flush, self._close_by)
+        if not self._drain(aim):
+            return
+        if self._sent_close:
+            self._after_close_notify()
+        elif self._hurried:
+            self._set_deadline(CloseTimeout, self._plan.timeouts.flush, self._close_by)
 
-    def _start_draining(self, why: str) -> bool:
-        """Whether there is anything to drain: the session is, or was until now, open, or will send what it has."""
+    def _drain(self, aim: Aim) -> bool:
+        """Go for *aim*.  Whether there is anything to drain: the session is open, or will send what it has."""
         self.quiet = False
-        if self.state in (State.CONNECTING, State.HANDSHAKING):
-            if not self._chunks and (self._discarding or self._unwrapping):
-                self.end(SessionClosed(f"{why} before the session was open"))
-            else:
-                self._drain_when_open = why
-        elif self.state in (State.OPEN, State.PEER_CLOSED):
-            self._move(State.DRAINING, why)
-            self.draining = True
-            self._shutdown.ready = True
+        self._aim = max(self._aim, aim)
+        if self.state in (State.OPEN, State.PEER_CLOSED):
+            self._start_draining()
+        elif (
+            self.state in (State.CONNECTING, State.HANDSHAKING)
+            and self._aim >= Aim.UNWRAP
+            and not self._chunks
+        ):
+            self.end(SessionClosed(f"{self._aim.call} before the session was open"))
         return self.state is not State.CLOSED
+
+    def _start_draining(self) -> None:
+        self._move(State.DRAINING, self._aim.call)
+        self.draining = True
+        self._shutdown.ready = True
 
     # Connecting and shaking hands.
 
@@ -615,8 +612,8 @@ class Transport:
         self.shaken = info.version, self.now - self.since
         self._move(State.OPEN, "handshake done")
         self._tell(Told.OPEN, info)
-        if self._drain_when_open is not None:
-            self._start_draining(self._drain_when_open)
+        if self._aim is not Aim.TALK:
+            self._start_draining()
 
     # Open.
 
@@ -655,7 +652,7 @@ class Transport:
             if received:
                 data = received[0] if len(received) == 1 else b"".join(received)
                 self.received += len(data)
-                if not self._discarding:
+                if self._aim is not Aim.CLOSE:
                     self.credit.spend(len(data))
                     self._touch()
                     self.answerable = True
@@ -695,7 +692,7 @@ class Transport:
             return 0
         if engine.on_detour and engine.unflushed() > ANSWER_BYTES:
             return 0  # a peer that asks for answers and does not take them
-        if self._discarding:
+        if self._aim is Aim.CLOSE:
             return READ_BUDGET
         room = self.credit.room()
         if room > 0 or self.credit.overdraft() >= FORCED_READ_BYTES:
@@ -789,7 +786,7 @@ class Transport:
     def _on_peer_closed(self) -> None:
         if self.state is State.OPEN:
             self._move(State.PEER_CLOSED, "the peer's close_notify")
-        if not self._discarding:
+        if self._aim is not Aim.CLOSE:
             self._tell(Told.EOF, None)
         if self._sent_close:
             self._complete()
@@ -810,7 +807,7 @@ class Transport:
                 return False
             self._said_close = True
             # Behind the peer's close_notify nothing is read; in an unwrap what follows it is to stay in the kernel.
-            if not (self._peer_closed or self._unwrapping):
+            if not (self._peer_closed or self._aim is Aim.UNWRAP):
                 self._engine.mute()
         if not self._engine.unflushed():
             self._shutdown.rest()
@@ -822,11 +819,11 @@ class Transport:
 
     def _after_close_notify(self) -> None:
         """Ours is sent.  Wait for the peer's: for good after send_eof(), for a while otherwise."""
-        if self._discarding or self._half_closing:
+        if self._aim in (Aim.HALF_CLOSE, Aim.CLOSE):
             self._half_close()
         if self._peer_closed:
             self._complete()
-        elif (self._discarding or self._unwrapping) and self._hurried:
+        elif self._hurried:
             self._set_deadline(CloseTimeout, self._plan.timeouts.close_notify, self._close_by)
 
     def _half_close(self) -> None:
@@ -838,7 +835,7 @@ class Transport:
 
     def _complete(self) -> None:
         """Nothing is left to be said: the good end."""
-        if self._peer_closed and not self._discarding:
+        if self._peer_closed and self._aim is not Aim.CLOSE:
             cause: SessionEnded = EndOfStream("the peer closed the session")
         else:
             cause = SessionClosed("this side closed the session")
@@ -846,12 +843,14 @@ class Transport:
 
     def end(self, cause: SessionEnded, linger: bool = True) -> None:
         """The bad end: *cause* becomes the session's cause, unless it has one already, or the peer has said why."""
-        if isinstance(cause, PeerReset) and self._exchanging and not (self._discarding or self._unwrapping):
+        if isinstance(cause, PeerReset) and self._exchanging and self._aim < Aim.UNWRAP:
             cause = self._hear_out() or cause
         if self._ended:
             self._release()
         elif isinstance(cause, (Truncated, PeerReset)):
-            said = self._sent_close and self._discarding  # then all was said, and the answer is not owed
+            said = (
+                self._sent_close and self._aim is Aim.CLOSE
+            )  # then all was said, and the answer is not owed
             self._finish(SessionClosed("this side closed the session") if said else cause)
         elif linger and self.state is not State.CONNECTING:
             self._finish(cause, lingering=True)
@@ -896,7 +895,7 @@ class Transport:
         if self.state is not State.CLOSED:
             self._move(State.CLOSED, TRANSITIONS[self.state][State.CLOSED])
         unwrapped, leftover = None, b""
-        if self._engine is not None and self._unwrapping and self._sent_close and self._peer_closed:
+        if self._engine is not None and self._aim is Aim.UNWRAP and self._sent_close and self._peer_closed:
             unwrapped, leftover = self.sock, self._engine.leftover()
         self._exchanging = self.quiet = False
         self._engine = self._dialer = self._chunk = None
@@ -977,7 +976,7 @@ class Transport:
         timeouts = self._plan.timeouts
         if self._lingering:
             self._release()
-        elif kind is CloseTimeout and self._sent_close and self._discarding:
+        elif kind is CloseTimeout and self._sent_close and self._aim is Aim.CLOSE:
             self._complete()
         elif kind is CloseTimeout:
             missing = (

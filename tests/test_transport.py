@@ -149,6 +149,32 @@ def test_the_deadline_of_an_end_is_not_restarted_by_asking_again(
     server.abort()
 
 
+@pytest.mark.parametrize(
+    ("asked", "handed_back"),
+    [(("unwrap", "close"), False), (("close", "unwrap"), False), (("send_eof", "unwrap"), True)],
+    ids=str,
+)
+def test_of_two_ends_the_further_one_counts_whichever_is_asked_for_first(
+    lockstep: Lockstep, contexts: Contexts, asked: tuple[str, str], handed_back: bool
+) -> None:
+    """Where `close` has thrown away what came, nobody is to go on behind it in plain text."""
+    near, far = lockstep.small_pair()
+    client = lockstep.session(contexts[0], near)
+    server = lockstep.session(contexts[1], far)
+    lockstep.until(lambda: is_open(client) and is_open(server))
+    channel = client._channel
+    for end in asked:
+        channel.worker.post(channel.transport, end, *(() if end == "send_eof" else (None,)))
+    server.send(b"last words")
+    server.send_eof()
+    lockstep.until(lambda: is_closed(client))
+    ending: Any = channel.closed.peek()
+    assert type(ending.cause) is (bridge.EndOfStream if handed_back else bridge.SessionClosed)
+    assert (ending.sock is not None) is handed_back
+    if handed_back:
+        ending.sock.close()
+
+
 def test_idleness_with_a_write_under_way_ends_without_a_close_notify(
     lockstep: Lockstep, contexts: Contexts
 ) -> None:
