@@ -59,7 +59,6 @@ class Channel:
         "coordinator",
         "credit",
         "end",
-        "ended",
         "given",
         "handle",
         "inbox",
@@ -93,8 +92,7 @@ class Channel:
         if isinstance(inbox, SessionInbox):
             inbox.attend = self.attend
         self.end: SessionEnded | None = None
-        """How receiving ended: the first cause."""
-        self.ended = False
+        """How receiving ended: the first cause, which stays."""
 
     def forget_handle(self) -> None:
         """From now on the application alone keeps its handle alive.  Coordinator."""
@@ -380,7 +378,7 @@ class Coordinator:
         channel.on_open(channel)
 
     def _data(self, channel: Channel, data: bytes) -> None:
-        if channel.ended:
+        if channel.end is not None:
             channel.credit.settle(len(data))
             return
         try:
@@ -396,7 +394,7 @@ class Coordinator:
             self._deliver_all(channel, messages, len(data))
 
     def _peer_closed(self, channel: Channel, _: None) -> None:
-        if not channel.ended:
+        if channel.end is None:
             try:
                 messages = channel.codec.eof()
             except BaseException as error:
@@ -452,8 +450,7 @@ class Coordinator:
 
     def _end(self, channel: Channel, cause: SessionEnded) -> None:
         """Receiving is over; the first cause stays."""
-        if not channel.ended:
-            channel.ended = True
+        if channel.end is None:
             channel.end = cause
             known = channel.given or isinstance(channel.opened.peek(), SessionInfo)
             channel.inbox._end(channel.handle, cause, known, lambda: self.close(channel, None))

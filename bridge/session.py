@@ -169,7 +169,7 @@ class Session:
         if abandoned:
             return
         try:
-            if not channel.ended and not channel.outbox.closed:
+            if channel.end is None and not channel.outbox.closed:
                 warnings.warn(
                     f"session {channel.name} was forgotten and is being closed", ResourceWarning, source=self
                 )

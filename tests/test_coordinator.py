@@ -139,7 +139,7 @@ def test_what_is_asked_comes_after_what_was_sent(rig: Rig, what: str, payload: A
     rig.coordinator.post(rig.channel, what, payload)
     rig.coordinator.step()
     assert rig.worker.commands == [("send", [b"a"]), command] and rig.worker.batches == 1
-    assert rig.channel.ended == (what in (Ask.CLOSE, Ask.ABORT))
+    assert (rig.channel.end is not None) == (what in (Ask.CLOSE, Ask.ABORT))
 
 
 def test_a_close_does_not_overtake_a_sender_who_has_not_got_round_to_telling(rig: Rig) -> None:
