@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import socket
 import threading
@@ -22,7 +24,7 @@ from bridge.acceptor import Acceptor
 from bridge.addresses import Place, connected_to, listening_socket, resolve, take_over
 from bridge.context import Context
 from bridge.coordinator import Channel, Coordinator
-from bridge.crossing import Registry, Tally, nobody
+from bridge.crossing import Registry, Tally, deadline_after, nobody, time_left
 from bridge.dialer import show_address
 from bridge.engine import SessionInfo
 from bridge.errors import (
@@ -128,11 +130,13 @@ class Bridge:
         self._limits = _instance("limits", limits, Limits) or Limits()
         self._born = forks.generation()
         self._closed = threading.Event()
-        self._closer: threading.Thread | None = None
+        self._closers: list[tuple[threading.Thread]] = []  # the first does it
         self._feeding = threading.RLock()  # of an inbox, which is attached once
         self._inbox_tally = Tally(self._limits.total_bytes)
         self._outbox_tally = Tally(self._limits.total_bytes)
-        self._sessions_tally = Tally(self._limits.sessions)
+        self._lingering = Tally(
+            2**63
+        )  # sessions of clients that are over, and whose sockets are not closed yet
         self._channels: Registry[Channel] = Registry()
         self._listeners: Registry[Listener] = Registry()
         self._streams: Registry[Stream] = Registry()
@@ -373,25 +377,27 @@ class Bridge:
                 "Bridge.close() was called by a thread of the Bridge itself, which it would wait for"
             )
         check_may_wait()
-        if self._closer is not None:
-            if self._closer is not threading.current_thread():  # but a signal handler, in the middle of it
-                self._closed.wait()
-            return
-        self._closer = threading.current_thread()
+        closer = (threading.current_thread(),)
         try:
-            self._close_sessions(timeout)
+            self._closers.append(closer)
+            if self._closers[0] is closer:
+                self._close_sessions(timeout)
+            elif self._closers[0] != closer:  # but a signal handler, in the middle of it
+                self._closed.wait()
         finally:  # also when Ctrl-C cut the politeness short
-            try:
-                self._stop_threads()
-                with self._feeding:
-                    inboxes = self._inboxes.seal()
-                for inbox in inboxes:
-                    inbox._detach()
-            finally:
-                _live.discard(self)
-                self._closed.set()
+            if self._closers and self._closers[0] is closer:
+                try:
+                    self._stop_threads()
+                    with self._feeding:
+                        inboxes = self._inboxes.seal()
+                    for inbox in inboxes:
+                        inbox._detach()
+                finally:
+                    _live.discard(self)
+                    self._closed.set()
 
     def _close_sessions(self, timeout: float | None) -> None:
+        deadline = deadline_after(timeout)
         for listener in self._listeners.seal():
             listener.close()
         channels, streams = self._channels.seal(), self._streams.seal()
@@ -400,8 +406,9 @@ class Bridge:
         for stream in streams:
             stream.close(timeout)
         if self._threads[0].is_alive():
-            for stream in streams:
-                stream.gone.wait(None, "close")
+            with contextlib.suppress(OperationTimeout):  # the workers cut short what lingers still
+                for stream in streams:
+                    stream.gone.wait(time_left(deadline), "close")
             reports = [channel.closed.wait(None, "close").report for channel in channels]
             events.debug(
                 "bridge.closed", sessions=len(reports), unsent=sum(report.unsent for report in reports)
@@ -421,7 +428,7 @@ class Bridge:
     @property
     def closed(self) -> bool:
         """Whether `close` was called: nothing new can start."""
-        return self._closer is not None
+        return bool(self._closers)
 
     def __enter__(self) -> Bridge:
         return self
@@ -432,9 +439,7 @@ class Bridge:
     def __del__(self) -> None:
         # May run in any thread, at any moment.  No session and no listener is left, or they would keep it alive.
         try:
-            forgotten = (
-                self._closer is None and self._threads[0].is_alive() and not forks.abandoned(self._born)
-            )
+            forgotten = not self._closers and self._threads[0].is_alive() and not forks.abandoned(self._born)
         except AttributeError:
             return
         if forgotten:
@@ -468,7 +473,7 @@ class Bridge:
     ) -> Session:
         bounds = _instance("limits", limits, Limits) or self._limits
         _instance("inbox", inbox, Inbox)
-        if not self._sessions_tally.has_room():
+        if len(self._channels) >= self._most_sessions():
             raise self._full()
         session = self._wire(plan, codec, inbox, bounds, how)
         session._channel.given = given
@@ -498,19 +503,17 @@ class Bridge:
         session = Session(channel, coordinator, plan.timeouts, bounds)
         channel.handle = None if inbox is None else session
         try:
-            if how == "from":
-                self._sessions_tally.add(1)  # there was room as it was accepted
-            elif not self._sessions_tally.take_one():
-                raise self._full()
-            self._count_in(self._channels, channel, inbox)
+            self._count_in(self._channels, channel, inbox, self._most_sessions())
         except (BridgeClosed, LimitExceeded) as error:
-            if isinstance(error, BridgeClosed):
-                self._sessions_tally.add(-1)
             channel.outbox.close(SessionClosed(str(error)))
             if plan.sock is not None:
                 plan.sock.close()
             raise
         return session
+
+    def _most_sessions(self) -> int:
+        """How many channels there may be."""
+        return self._limits.sessions - self._lingering.used
 
     def _full(self) -> LimitExceeded:
         return LimitExceeded(f"Limits.sessions is reached: {self._limits.sessions} sessions are open")
@@ -534,13 +537,14 @@ class Bridge:
         except BridgeClosed:
             return
         except BaseException as error:
-            # A codec factory of the user's: it costs this client, not the listener.
+            # A codec factory of the user's: it costs this client, not the listener.  Or another listener was faster.
+            limit = isinstance(error, LimitExceeded)
             events.warning(
                 "handshake.failed",
                 session=show_address(listener.address),
                 peer=plan.peer,
-                cause="codec",
-                error=repr(error),
+                cause="LimitExceeded" if limit else "codec",
+                error=str(error) if limit else repr(error),
             )
             assert plan.sock is not None
             plan.sock.close()
@@ -567,17 +571,18 @@ class Bridge:
             cause, peer = ending.cause, channel.transport.peer
             kind = type(cause).__name__
             events.info("handshake.failed", session=channel.name, peer=peer, cause=kind, error=str(cause))
+        self._lingering.add(1)
         self._channels.remove(channel, channel.transport.account(ending))
 
     def _on_client_gone(self, listener: Listener, transport: Transport) -> None:
         """A worker: the socket of a client is closed.  One that failed has counted until now, while it lingered."""
-        self._sessions_tally.add(-1)
+        self._lingering.add(-1)
         if transport.shaken is None:
             listener.handshakes.add(-1)
 
     def _refuses(self, listener: Listener, bounds: Limits) -> str | None:
         """A worker: why no client is accepted just now."""
-        if not self._sessions_tally.has_room():
+        if len(self._channels) >= self._most_sessions():
             return f"Limits.sessions is reached ({self._limits.sessions})"
         if listener.handshakes.used >= bounds.handshakes:
             return f"Limits.handshakes is reached ({bounds.handshakes})"
@@ -589,27 +594,29 @@ class Bridge:
 
     def _on_closed(self, channel: Channel, ending: Ending) -> None:
         """The coordinator: a session is over."""
-        if self._channels.remove(channel, channel.transport.account(ending)):
-            self._sessions_tally.add(-1)
+        self._channels.remove(channel, channel.transport.account(ending))
 
     def _on_gone(self, stream: Stream, ending: Ending) -> None:
         """Any thread: a stream's socket is closed, or handed back."""
         self._streams.remove(stream, stream.account(ending))
 
-    def _count_in(self, members: Registry[T], member: T, inbox: Inbox | None) -> None:
-        """One more to be closed with the bridge, and where it delivers.  BridgeClosed if it is too late."""
+    def _count_in(self, members: Registry[T], member: T, inbox: Inbox | None, most: float = math.inf) -> None:
+        """One more to be closed with the bridge, and where it delivers.
+
+        BridgeClosed if it is too late, LimitExceeded if there are *most* already.
+        """
         with self._feeding:
             if inbox is not None and inbox not in self._inboxes:
                 fed = self._inboxes.add(inbox)
                 inbox._attach()
                 if not fed:  # whoever waits there already learns that it is over
                     inbox._detach()
-        if not members.add(member):
-            raise BridgeClosed(_CLOSED)
+        if not members.add(member, most):
+            raise BridgeClosed(_CLOSED) if members.sealed else self._full()
 
     def _check_open(self) -> None:
         forks.check(self._born)
-        if self._closer is not None:
+        if self._closers:
             raise BridgeClosed(_CLOSED)
 
     def _nearest_timeouts(self, timeouts: Timeouts | None) -> Timeouts:

@@ -9,6 +9,7 @@ long before they could grow (see `crossing`).
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -383,13 +384,14 @@ class Coordinator:
             return
         try:
             messages = channel.codec.decode(data)
+            buffered = _buffered(channel.codec) if type(messages) is list else 0
         except BaseException as error:
             let_through(error)
-            self._deliver(channel, [], len(data))
+            self._deliver(channel, [], len(data), 0)
             self._refuse(channel, error)
             return
         if type(messages) is list:
-            self._deliver(channel, messages, len(data))
+            self._deliver(channel, messages, len(data), buffered)
         else:
             self._deliver_all(channel, messages, len(data))
 
@@ -408,20 +410,21 @@ class Coordinator:
         """Deliver what *size* new bytes were decoded to, also if the codec raises in the middle of it."""
         failure: BaseException | None = None
         whole: list[Any] = []
+        buffered = 0
         try:
             for message in messages:
                 whole.append(message)
+            buffered = _buffered(channel.codec)
         except BaseException as error:
             let_through(error)
             failure = error
-        self._deliver(channel, whole, size)
+        self._deliver(channel, whole, size, buffered)
         if failure is not None:
             self._refuse(channel, failure)
 
-    def _deliver(self, channel: Channel, messages: list[Any], size: int) -> None:
-        """Give *messages* to the inbox; the owner has paid for *size* new bytes."""
+    def _deliver(self, channel: Channel, messages: list[Any], size: int, buffered: int) -> None:
+        """Give *messages* to the inbox; the owner has paid for *size* new bytes, and the codec keeps *buffered*."""
         credit, held = channel.credit, channel.credit.kept
-        buffered = getattr(channel.codec, "buffered", 0)
         if buffered != held:
             credit.keep(buffered)
         if messages:
@@ -464,3 +467,13 @@ class Coordinator:
         finally:
             channel.opened.set(ending.cause)
             channel.closed.set(ending)
+
+
+def _buffered(codec: Codec[Any]) -> int:
+    """What *codec* keeps of a message that is not whole; it may be a user's, which need not say, but must not lie."""
+    buffered = getattr(codec, "buffered", 0)
+    if type(buffered) is not int:
+        buffered = operator.index(buffered)
+    if buffered < 0:
+        raise ValueError(f"{type(codec).__name__}.buffered is how many bytes it holds, not {buffered}")
+    return buffered

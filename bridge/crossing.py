@@ -25,6 +25,7 @@ by an ``except``; and nobody waits inside of a ``with``, which could not tell wh
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -181,6 +182,12 @@ class Mailbox(Generic[T]):
         self._asleep = False
 
 
+class Reporter(Protocol):
+    """Whose count is one of those that make a `Tally`, which notes here what it knows of it."""
+
+    reported: int
+
+
 class Tally:
     """A count that many threads change: bytes a whole bridge holds one way, sessions, handshakes."""
 
@@ -196,23 +203,17 @@ class Tally:
         with self._lock:
             self.used += count
 
-    def take_one(self) -> bool:
-        """Count one in, if the limit is not reached; whether it was not.  Any thread."""
-        with self._lock:
-            room = self.used < self._limit
-            self.used += room
-        return room
-
     def has_room(self) -> bool:
         """Whether the limit is not reached.  Any thread."""
         return self.used < self._limit
 
-    def follow(self, reported: int, now: int) -> int:
-        """One of the counts that make this one is *now*: report that, if it matters.  What is reported then."""
-        if reported == now or (now and -TALLY_STEP < now - reported < TALLY_STEP):
-            return reported
-        self.add(now - reported)
-        return now
+    def follow(self, member: Reporter, now: int) -> None:
+        """The count of *member*, one of those that make this one, is *now*: note that, if it matters."""
+        if member.reported == now or (now and -TALLY_STEP < now - member.reported < TALLY_STEP):
+            return
+        with self._lock:
+            self.used += now - member.reported
+            member.reported = now
 
 
 TALLY_STEP = 4096
@@ -226,14 +227,15 @@ class Registry(Generic[T]):
         self._lock = threading.RLock()  # for signal handlers and finalizers come at any moment
         self._members: dict[T, None] = {}
         self._left: dict[tuple[str, ...], float] = {}
-        self._sealed = False
+        self.sealed = False
 
-    def add(self, member: T) -> bool:
-        """One more; False, and nothing done, if it is too late."""
+    def add(self, member: T, most: float = math.inf) -> bool:
+        """One more, if there are not *most* yet; False, and nothing done, if there are, or it is too late."""
         with self._lock:
-            if not self._sealed:
+            admitted = not self.sealed and len(self._members) < most
+            if admitted:
                 self._members[member] = None
-            return not self._sealed
+            return admitted
 
     def remove(self, member: T, account: dict[tuple[str, ...], float] | None = None) -> bool:
         """One less, whose counts are kept.  Whether it was a member."""
@@ -253,7 +255,7 @@ class Registry(Generic[T]):
     def seal(self) -> list[T]:
         """From now on nothing is added.  Who is a member."""
         with self._lock:
-            self._sealed = True
+            self.sealed = True
             return list(self._members)
 
     def __contains__(self, member: T) -> bool:

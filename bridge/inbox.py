@@ -44,11 +44,11 @@ class ReadCredit:
         "_lock",
         "_paused",
         "_read",
-        "_reported",
         "_resume",
         "_tally",
         "_used",
         "kept",
+        "reported",
         "stepwise",
     )
 
@@ -64,7 +64,7 @@ class ReadCredit:
         # Guarded by the lock.
         self._decoded = 0  # of these, with the coordinator
         self._used = 0  # what the messages in the inbox cost
-        self._reported = 0  # to the tally
+        self.reported = 0  # to the tally
         self._paused = False
         self._forfeit = False
         self.kept = 0
@@ -94,9 +94,7 @@ class ReadCredit:
             return 0
         return 1 if scarce or self.stepwise else self._limit - held
 
-    def late_room(self) -> int:
-        """How many bytes may be read once nothing can be written any more."""
-        return self._limit - self.held()
+    late_room = room
 
     def spend(self, count: int) -> None:
         """*count* bytes were read."""
@@ -124,9 +122,10 @@ class ReadCredit:
             self.kept = count
 
     def conclude(self) -> None:
-        """Nothing more will be read: the codec holds nothing, and there is nobody to be called back."""
+        """Nothing more will be read or decoded, the codec holds nothing, and there is nobody to be called back."""
         self.keep(0)
         self._resume = nobody
+        self.settle(self.undecoded())
 
     def forfeit(self) -> None:
         """Nobody will ever take what is in the inbox."""
@@ -159,17 +158,21 @@ class ReadCredit:
         if not self._forfeit:
             self._used += cost
         self._decoded += count  # last: see `_room`
-        if self._reported or self._used >= TALLY_STEP:
+        return self._review(count)
+
+    def _review(self, decoded: int = 0) -> bool:
+        """What is held has changed, *decoded* bytes of it by decoding: tell the tally.  Whether to resume reading."""
+        if self.reported or self._used >= TALLY_STEP:
             self._report()
         if not self._paused or not (
-            self.held() <= self._limit // 2 or (self.stepwise and count and self._room())
+            self.held() <= self._limit // 2 or (self.stepwise and decoded and self._room())
         ):
             return False
         self._paused = False
         return True
 
     def _report(self) -> None:
-        self._reported = self._tally.follow(self._reported, self.held())
+        self._tally.follow(self, self.held())
 
 
 Entry = tuple[Any, Any, "ReadCredit | None", int, "Callable[[], None] | None"]
@@ -303,25 +306,38 @@ class Inbox:
 
     def _next(self, timeout: float | None, deadline: float | None, turn: _Turn | None) -> Entry:
         """The next entry, which has left; with *turn*, in place of the one that its thread was given last."""
-        entry, resume = None, None
+        entry: Entry | None = None
+        credit: ReadCredit | None = None
+        resume = False
         try:
             while entry is None:
                 with self._lock:
                     if turn is not None and turn.session is not None:
                         self._release(turn)
                     if self._entries:
+                        session, _, credit, cost, done = self._entries[0]
+                        # What follows is a row without calls: an entry leaves with all that hangs on it, or not at all.
                         entry = self._entries[0]
                         if turn is not None:
-                            turn.session, turn.done = entry[0], entry[4]
+                            turn.session, turn.done = session, done
+                        if done is not None:
+                            self._ends -= 1
+                        if credit is not None and not credit._forfeit:
+                            credit._used -= cost
                         del self._entries[0]
-                        resume = self._taken(entry)
+                        if self._sleepers:
+                            self._call()
+                        resume = credit is not None and credit._review()
                 if entry is None:
                     self._wait(timeout, deadline)
         except BaseException:
             self._pass_on()
+            if credit is not None:
+                credit._resume()
             raise
-        if resume is not None:
-            surely(resume)
+        if resume:
+            assert credit is not None
+            surely(credit._resume)
         return entry
 
     def _wait(self, timeout: float | None, deadline: float | None) -> None:
@@ -351,15 +367,6 @@ class Inbox:
         """Who was woken takes nothing, be it for Ctrl-C: somebody else shall have what is here."""
         with self._lock:
             self._call()
-
-    def _taken(self, entry: Entry) -> Callable[[], None] | None:
-        """With the lock: *entry* has left, and with it what it cost.  What is to be called without the lock."""
-        if self._sleepers:
-            self._call()
-        if entry[4] is not None:
-            self._ends -= 1
-        credit = entry[2]
-        return credit._resume if credit is not None and credit._charge(0, -entry[3]) else None
 
     def _call(self) -> None:
         """With the lock: wake the next sleeper for what is here, if none is on its way.
@@ -448,9 +455,8 @@ class Inbox:
     def _detach(self) -> None:
         with self._lock:
             self._feeders -= 1
-            if self._feeders:
-                return
-        self._finish(ShutDown("every Bridge that fed this inbox is closed"))
+            if not self._feeders:
+                self._finish(ShutDown("every Bridge that fed this inbox is closed"))
 
     def _end(self, session: Any, why: SessionEnded, known: bool, done: Callable[[], None]) -> None:
         """A session that feeds this inbox has ended."""

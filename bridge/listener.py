@@ -75,9 +75,8 @@ class Listener:
     def close(self) -> None:
         """Stop listening.  Sessions that were accepted live on; those still waiting for `accept` are closed."""
         forks.check(self._born)
-        if not self._closed:
-            self._closed = True
-            self._stop()
+        self._closed = True
+        self._stop()
 
     def __enter__(self) -> Listener:
         return self

@@ -49,9 +49,9 @@ class Outbox:
         "_lost",
         "_notify",
         "_pending",
-        "_reported",
         "_tally",
         "_waiting",
+        "reported",
     )
 
     def __init__(self, limit: int, tally: Tally, notify: Callable[[], None]) -> None:
@@ -61,7 +61,7 @@ class Outbox:
         self._waiting: collections.deque[_Ticket] | None = None  # first come, first served
         self._limit = limit
         self._tally = tally
-        self._reported = 0  # to the tally
+        self.reported = 0  # to the tally
         self._notify = notify
         self._accepted = 0  # bytes, since the beginning
         self._gone = 0  # of these, with the kernel; less what is ahead of them and is not
@@ -125,8 +125,8 @@ class Outbox:
         self._report()
 
     def _report(self) -> None:
-        if self._reported or self._held >= TALLY_STEP:
-            self._reported = self._tally.follow(self._reported, self._held)
+        if self.reported or self._held >= TALLY_STEP:
+            self._tally.follow(self, self._held)
 
     def _line_up(self, ticket: _Ticket) -> None:
         if self._waiting is None:

@@ -90,6 +90,8 @@ HUNG_UP: int = getattr(select, "POLLRDHUP", NOTHING)
 """Its half; of both halves, and of errors, a poll always speaks."""
 _TO_POLL = {int(Want.READ): READABLE, int(Want.WRITE): WRITABLE, Want.READ | Want.WRITE: READABLE | WRITABLE}
 _FROM_POLL = {bits: mask for mask, bits in _TO_POLL.items()}
+_TO_EPOLL = _TO_POLL | {LENT: getattr(select, "EPOLLET", NOTHING)}
+"""While it is lent a hang-up is told once, and not for ever."""
 _RING = (1).to_bytes(8, sys.byteorder)
 
 
@@ -137,15 +139,14 @@ class EpollPoller(Generic[T]):
     def watch(self, sock: socket.socket | Doorbell, mask: int, told: T) -> None:
         """As `SelectorPoller.watch`."""
         fd = sock.fileno()
-        self._epoll.register(fd, _TO_POLL[mask])
+        self._epoll.register(fd, _TO_EPOLL[mask])
         self._told[fd] = told, mask
 
     def change(self, sock: socket.socket, mask: int, told: T) -> None:
         """As `SelectorPoller.change`."""
         fd = sock.fileno()
-        # While it is lent a hang-up is told once, and not for ever.
-        self._epoll.modify(fd, select.EPOLLET if mask == LENT else _TO_POLL[mask])
-        self._told[fd] = told, mask
+        self._told[fd] = told, mask  # first: see `_renew`
+        self._epoll.modify(fd, _TO_EPOLL[mask])
 
     def forget(self, sock: socket.socket) -> None:
         """As `SelectorPoller.forget`."""
@@ -159,11 +160,21 @@ class EpollPoller(Generic[T]):
         at_most = timeout if timeout is None else min(timeout, LONGEST_SLEEP)
         ready = []
         for fd, event in self._epoll.poll(at_most):
+            if fd not in self._told:
+                self._renew()
+                return []
             entry = told, mask = self._told[fd]
             if event != mask:  # as is READABLE, and readable is what most are waited for
                 entry = told, mask & _FROM_POLL.get(event, mask)  # an error or a hang-up readies all
             ready.append(entry)
         return ready
+
+    def _renew(self) -> None:
+        """Somebody has closed a descriptor that is watched, and a copy of it lives: only with the poll set it goes."""
+        self._epoll = select.epoll()  # nor is the old one closed while a thread may be lending
+        for fd, (_, mask) in list(self._told.items()):
+            with contextlib.suppress(OSError):
+                self._epoll.register(fd, _TO_EPOLL[mask])
 
     def close(self) -> None:
         """As `SelectorPoller.close`."""

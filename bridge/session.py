@@ -118,8 +118,8 @@ class Session:
         """End TLS on both sides and go on in plain text: the socket, blocking, and bytes read too far.
 
         OpenSSL reads record by record, so mostly there are none, ``b""``; there can be some if the connection
-        was congested just then.  Messages received before the peer's close_notify
-        stay in the inbox.  Takes *timeout* seconds at most (None: `Timeouts.flush` and then
+        was congested just then.  Messages received before the peer's close_notify stay in the inbox.  A later call
+        gives the same socket, while that is open.  Takes *timeout* seconds at most (None: `Timeouts.flush` and then
         `Timeouts.close_notify`); then, or if the peer just hangs up, raises the cause.
         """
         forks.check(self._born)
@@ -127,10 +127,7 @@ class Session:
         self._channel.outbox.close(SessionClosed("this side has ended TLS: unwrap() was called"))
         self._coordinator.post(self._channel, Ask.UNWRAP, (timeout,))
         ending = self._channel.closed.wait(None, "unwrap")
-        if ending.sock is None:
-            raise fresh(ending.cause)
-        ending.sock.setblocking(True)
-        return ending.sock, ending.leftover
+        return ending.unwrap()
 
     def close(self, timeout: float | None = None) -> CloseReport:
         """Polite close: what was sent leaves, close_notify is said, and the peer's awaited for a while.

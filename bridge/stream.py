@@ -96,7 +96,7 @@ class _Received:
         return self.asking if self.allows() else 0
 
     def late_room(self) -> int:
-        return AHEAD_BYTES - self.used
+        return AHEAD_BYTES - self.used or -1
 
     def spend(self, count: int) -> None:
         self.used += count
@@ -223,11 +223,10 @@ class Stream:
             self._lease.unattended = False
 
     def _leaving(self) -> None:
-        unwrapped = None if self._ending is None else self._ending.sock
         if not self._handed_back:
             self._let_go(self)
-            if unwrapped is not None:
-                unwrapped.close()
+            if self._ending is not None and self._ending.sock is not None:
+                self._ending.sock.close()
 
     def _buried(self, gone: Callable[[Stream, Ending], None]) -> None:
         assert self._ending is not None
@@ -421,7 +420,8 @@ class Stream:
                         if not transport.quiet:
                             if self._sent.held():
                                 self._wait(self._all_gone, _left(give_up), "write", Want.WRITE)
-                            self._check_writable()
+                            if self._ending is not None or self._sent.held():
+                                self._check_writable()
                         size += len(piece)
                     return size
                 finally:
@@ -599,10 +599,9 @@ class Stream:
             raise ConfigurationError(
                 "unwrap() met application data before the peer's close_notify; read it first"
             )
-        if self._ending.sock is None:
-            raise fresh(self._ending.cause)
+        unwrapped = self._ending.unwrap()
         self._handed_back = self._lease.closing = True
-        return self._ending.sock, self._ending.leftover
+        return unwrapped
 
     def close(self, timeout: float | None = None) -> None:
         """Polite close, in the background: what was taken leaves, close_notify is said, late input is drained.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from bridge.context import Context
 from bridge.crossing import nobody
 from bridge.dialer import Address
-from bridge.errors import SessionAborted, SessionEnded
+from bridge.errors import SessionAborted, SessionEnded, fresh
 from bridge.limits import Timeouts
 
 if TYPE_CHECKING:
@@ -55,7 +55,10 @@ class ReceiveCredit(Protocol):
         """How many bytes may be read."""
 
     def late_room(self) -> int:
-        """How many may be read of what the peer had said before a write to it failed."""
+        """How many may be read of what the peer had said before a write to it failed.
+
+        If none, the owner will be called back; if less than none, it will not.
+        """
 
     def spend(self, count: int) -> None:
         """So many were."""
@@ -82,12 +85,18 @@ class CloseReport:
 
 @dataclasses.dataclass(frozen=True)
 class Ending:
-    """The last word about a session: its first cause, how far the close got, and the socket if it was unwrapped."""
+    """The last word about a session: its first cause, how far the close got, and its socket if it was unwrapped."""
 
     cause: SessionEnded
     report: CloseReport
     sock: socket.socket | None = None
     leftover: bytes = b""
+
+    def unwrap(self) -> tuple[socket.socket, bytes]:
+        """The socket, and what was read too far.  Raises the cause if it has none, or not any more.  Any thread."""
+        if self.sock is None or self.sock.fileno() == -1:
+            raise fresh(self.cause)
+        return self.sock, self.leftover
 
 
 def interrupted() -> SessionAborted:

@@ -127,6 +127,7 @@ class Transport:
         "_engine",
         "_exchanging",
         "_handshake",
+        "_hearing_out",
         "_hurried",
         "_idle",
         "_linger_left",
@@ -140,6 +141,7 @@ class Transport:
         "_sent_close",
         "_shutdown",
         "_tell",
+        "_unsent",
         "_wants",
         "_write",
         "_write_left",
@@ -227,6 +229,8 @@ class Transport:
         # How it ends.
         self._aim = Aim.TALK
         self._ended = False  # and said so
+        self._hearing_out: SessionEnded | None = None  # how it will end, when the last words have been told
+        self._unsent = 0  # bytes that will never leave
         self._hurried = False  # the end has deadlines of its own
         self._close_by: float | None = None
         self._said_close = False  # OpenSSL has our close_notify
@@ -252,8 +256,7 @@ class Transport:
 
         False after the short way: there is nothing new to wait for.
         """
-        on_time = self.deadline is None or now < self.deadline
-        if self.quiet and ready == self.mask == READ and on_time and self.credit.allows():
+        if self.quiet and ready == self.mask == READ and self.credit.allows():
             data = self.take_at_once(now)
             if data:
                 self._tell(Told.DATA, data)
@@ -453,6 +456,8 @@ class Transport:
             self._shake_hands()
         if self._lingering:
             self._linger()
+        elif self._hearing_out is not None:
+            self.end(self._hearing_out)
         elif self._exchanging:
             self._exchange()
 
@@ -530,7 +535,9 @@ class Transport:
             self.end(why, linger=False)
 
     def _drain_within(self, aim: Aim, timeout: float | None, bounded: bool = True) -> None:
-        self._hurried |= bounded
+        if bounded:
+            self._hurried, self._idle = True, None
+            self._lift_deadline(IdleTimeout)
         if timeout is not None and (self._close_by is None or self.now + timeout < self._close_by):
             self._close_by = self.now + timeout
         if not self._drain(aim):
@@ -720,6 +727,7 @@ class Transport:
                 moved |= self._written()
             if self._chunk is None and not self._next_chunk():
                 self._write.rest()
+                self._lift_deadline(WriteStalled)  # also of what was OpenSSL's own, and counted for nothing
                 break
             assert self._chunk is not None
             count = engine.write(self._chunk)
@@ -745,8 +753,7 @@ class Transport:
         accepted, self._accepted = self._accepted, 0
         if not accepted:
             return False
-        if self._deadlines:
-            self._lift_deadline(WriteStalled)
+        self._lift_deadline(WriteStalled)
         self.sent += accepted
         self.outbox.give_back(accepted)
         self._touch()
@@ -843,8 +850,15 @@ class Transport:
 
     def end(self, cause: SessionEnded, linger: bool = True) -> None:
         """The bad end: *cause* becomes the session's cause, unless it has one already, or the peer has said why."""
-        if isinstance(cause, PeerReset) and self._exchanging and self._aim < Aim.UNWRAP:
-            cause = self._hear_out() or cause
+        if isinstance(cause, PeerReset) and self._talks() and self._aim < Aim.UNWRAP:
+            try:
+                if not self._hear_out():
+                    self._wait_for_room(cause)
+                    return
+            except TLSError as error:
+                cause = error if "ALERT" in error.reason else cause
+            except SessionEnded:
+                pass
         if self._ended:
             self._release()
         elif isinstance(cause, (Truncated, PeerReset)):
@@ -862,34 +876,44 @@ class Transport:
         if not self._ended:
             self.end(cause)
 
-    def _hear_out(self) -> TLSError | None:
-        """Tell what the peer had said before a write to it failed; returned is its alert."""
-        engine, room = self._engine, self.credit.late_room()
+    def _hear_out(self) -> bool:
+        """Tell what the peer had said before a write to it failed.  False if there is more, and no room for it now."""
+        engine = self._engine
         assert engine is not None
-        try:
-            while room > 0 and not self._peer_closed:
-                data = engine.last_words(RECORD_BYTES)
-                if isinstance(data, Want):
-                    break
-                room -= len(data)
-                if data:
-                    self.received += len(data)
-                    self.credit.spend(len(data))
-                    self._tell(Told.DATA, data)
-                else:
-                    self._peer_closed = True
-                    self._tell(Told.EOF, None)
-        except TLSError as error:
-            return error if "ALERT" in error.reason else None
-        except SessionEnded:
-            pass
-        return None
+        while not self._peer_closed:
+            room = self.credit.late_room()
+            if room <= 0:
+                return room < 0
+            data = engine.last_words(RECORD_BYTES)
+            if isinstance(data, Want):
+                break
+            if data:
+                self.received += len(data)
+                self.credit.spend(len(data))
+                self._tell(Told.DATA, data)
+            else:
+                self._peer_closed = True
+                self._tell(Told.EOF, None)
+        return True
+
+    def _talks(self) -> bool:
+        return self._exchanging or self._hearing_out is not None
+
+    def _wait_for_room(self, cause: SessionEnded) -> None:
+        """Nothing is sent any more, nor polled for.  The credit calls when there is room; that turn hears on."""
+        self._hearing_out = self._hearing_out or cause
+        self._exchanging = False
+        self._unsent += self.outbox.discard(cause)
+        self._lift_deadline(WriteStalled)
+        for operation in self._operations:
+            operation.rest()
 
     def _finish(self, cause: SessionEnded, lingering: bool = False) -> None:
         """To be called again, by way of `end`, if it was interrupted."""
         forget_frames(cause)
         cause = self.cause = self.cause or cause
-        report = CloseReport(self.outbox.discard(cause), self._sent_close, self._peer_closed)
+        self._unsent += self.outbox.discard(cause)
+        report = CloseReport(self._unsent, self._sent_close, self._peer_closed)
         if self._engine is not None and self.state is not State.HANDSHAKING:
             self._engine.remember()
         if self.state is not State.CLOSED:
@@ -897,7 +921,10 @@ class Transport:
         unwrapped, leftover = None, b""
         if self._engine is not None and self._aim is Aim.UNWRAP and self._sent_close and self._peer_closed:
             unwrapped, leftover = self.sock, self._engine.leftover()
+            assert unwrapped is not None
+            unwrapped.setblocking(True)
         self._exchanging = self.quiet = False
+        self._hearing_out = None
         self._engine = self._dialer = self._chunk = None
         self._chunks.clear()
         self._deadlines.clear()
@@ -962,9 +989,10 @@ class Transport:
             self._deadlines[kind] = when
 
     def _lift_deadline(self, kind: type[DeadlineExceeded]) -> None:
-        self._deadlines.pop(kind, None)
-        if not self._deadlines:
-            self._deadlines.clear()  # the room for them too, which an idle session does not need
+        if kind in self._deadlines:
+            del self._deadlines[kind]
+            if not self._deadlines:
+                self._deadlines.clear()  # the room for them too, which an idle session does not need
 
     def _check_deadlines(self) -> None:
         for kind, when in list(self._deadlines.items()):
@@ -997,7 +1025,8 @@ class Transport:
 
     def _part_politely(self) -> None:
         """One close_notify if it can be said without waiting."""
-        if self._engine is not None and not self._write_pending() and not self._said_close:
+        if self._exchanging and not self._write_pending() and not self._said_close:
+            assert self._engine is not None
             self._sent_close = not isinstance(self._engine.shutdown(), Want) and not self._engine.unflushed()
 
     def _move(self, new: State, why: str) -> None:

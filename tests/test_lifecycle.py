@@ -1223,7 +1223,8 @@ def test_a_codec_factory_that_exits_costs_its_own_client_only(
             b.connect(listener.address, client_ctx, server_hostname="localhost")
         client = b.connect(listener.address, client_ctx, server_hostname="localhost")
         server = listener.accept(PATIENCE)
-        assert there._sessions_tally.used == 1 and client.info.version == server.info.version
+        assert len(there._channels) + there._lingering.used == 1
+        assert client.info.version == server.info.version
 
 
 @pytest.mark.parametrize("method", ["decode", "eof", "a generator"])

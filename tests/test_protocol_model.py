@@ -455,8 +455,8 @@ class TakesAnything(Outbox):
 class NeverResumes(ReadCredit):
     __slots__ = ()
 
-    def _charge(self, count: int, cost: int) -> bool:
-        super()._charge(count, cost)
+    def _review(self, decoded: int = 0) -> bool:
+        super()._review(decoded)
         return False
 
 

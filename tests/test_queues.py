@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import types
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -180,16 +181,23 @@ def test_a_put_that_ctrl_c_cuts_short_rings_all_the_same() -> None:
 
 def test_a_tally_hears_of_large_changes_and_of_the_end() -> None:
     tally = Tally(2 * TALLY_STEP)
-    assert tally.follow(0, TALLY_STEP - 1) == 0 == tally.used
-    assert tally.follow(0, TALLY_STEP) == TALLY_STEP == tally.used
+    member = types.SimpleNamespace(reported=0)
+
+    def reported(now: int) -> int:
+        tally.follow(member, now)
+        assert member.reported == tally.used
+        return tally.used
+
+    assert reported(TALLY_STEP - 1) == 0
+    assert reported(TALLY_STEP) == TALLY_STEP
     assert tally.has_room()
-    assert tally.follow(TALLY_STEP, 2 * TALLY_STEP) == 2 * TALLY_STEP == tally.used
+    assert reported(2 * TALLY_STEP) == 2 * TALLY_STEP
     assert not tally.has_room()
-    assert tally.follow(2 * TALLY_STEP, TALLY_STEP + 1) == 2 * TALLY_STEP == tally.used
-    assert tally.follow(2 * TALLY_STEP, 2 * TALLY_STEP) == 2 * TALLY_STEP == tally.used
-    assert tally.follow(2 * TALLY_STEP, TALLY_STEP) == TALLY_STEP == tally.used
-    assert tally.follow(TALLY_STEP, 0) == 0 == tally.used
-    assert tally.follow(0, 0) == 0 == tally.used
+    assert reported(TALLY_STEP + 1) == 2 * TALLY_STEP
+    assert reported(2 * TALLY_STEP) == 2 * TALLY_STEP
+    assert reported(TALLY_STEP) == TALLY_STEP
+    assert reported(0) == 0
+    assert reported(0) == 0
 
 
 def outbox_of(limit: int) -> tuple[Outbox, list[int]]:
