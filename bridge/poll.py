@@ -74,6 +74,8 @@ class _Select:
         readers, writers = (
             [fd for fd, mask in self._masks.items() if mask & bit] for bit in (READABLE, WRITABLE)
         )
+        if not readers and not writers:  # which select(2) of Windows refuses; nobody waits for nothing
+            return []
         timeout = None if milliseconds is None else milliseconds / 1000
         can_read, can_write, failed = select.select(readers, writers, writers, timeout)
         found = dict.fromkeys((*can_read, *can_write, *failed), 0)
@@ -86,8 +88,10 @@ class _Select:
 _Poll: Any = getattr(select, "poll", _Select)
 READABLE: int = getattr(select, "POLLIN", 1)
 WRITABLE: int = getattr(select, "POLLOUT", 4)
-HUNG_UP: int = getattr(select, "POLLRDHUP", NOTHING)
-"""Its half; of both halves, and of errors, a poll always speaks."""
+HUNG_UP: int = getattr(select, "POLLRDHUP", getattr(select, "POLLHUP", NOTHING))
+"""Its half; of both halves, and of errors, a poll always speaks.  macOS has one name for half and whole, and looks only
+if it is asked.  NOTHING on Windows, where a write can lose what a peer said before it hung up, as with the stdlib: to
+look for that would be to read it, and then no `select` of the application's would see that there is something."""
 _TO_POLL = {int(Want.READ): READABLE, int(Want.WRITE): WRITABLE, Want.READ | Want.WRITE: READABLE | WRITABLE}
 _FROM_POLL = {bits: mask for mask, bits in _TO_POLL.items()}
 _TO_EPOLL = _TO_POLL | {LENT: getattr(select, "EPOLLET", NOTHING)}
