@@ -55,6 +55,7 @@ EXIT_SECONDS = 3.0
 """How long a Bridge that was never closed may delay the end of the interpreter."""
 
 _CLOSED = "this Bridge is closed; make a new one"
+_CROWDED = "each worker has as many sockets as this system's select(2) can wait for; have more workers"
 _names = itertools.count(1)
 _live: weakref.WeakSet[Bridge] = weakref.WeakSet()
 
@@ -258,6 +259,7 @@ class Bridge:
         if not server_side:
             config.peer_name(server_hostname)
         peer = show_address(connected_to(sock))
+        worker = self._roomy_worker()
         plan = Plan(
             context=config,
             server_hostname=server_hostname,
@@ -268,7 +270,7 @@ class Bridge:
             owner=owner,
         )
         name = f"{next(_names)} over {plan.peer}"
-        stream = Stream(name, plan, next(self._turns), self._on_gone, leaving)
+        stream = Stream(name, plan, worker, self._on_gone, leaving)
         try:
             self._count_in(self._streams, stream, None)
         except BridgeClosed:
@@ -301,9 +303,9 @@ class Bridge:
         bounds = _instance("limits", limits, Limits) or self._limits
         codecs.made_by(codec)
         _instance("inbox", inbox, Inbox)
+        worker = self._roomy_worker()
         sock = listening_socket(address, bounds.backlog)
         shown = show_address(sock.getsockname())
-        worker = next(self._turns)
 
         def stop() -> None:
             worker.post(acceptor, "end", SessionClosed("the listener is closed"))
@@ -485,11 +487,12 @@ class Bridge:
     ) -> Session:
         """One session and everything that hangs on it; nothing has started yet."""
         made = codecs.made_by(codec)
+        worker = self._roomy_worker()
         if plan.sock is not None and how == "over":  # somebody's, until now
             plan = dataclasses.replace(plan, sock=take_over(plan.sock))
         coordinator = self._coordinator
         channel = Channel(f"{next(_names)} {how} {plan.peer}", made, inbox or SessionInbox(), coordinator)
-        channel.worker = next(self._turns)
+        channel.worker = worker
         channel.outbox = Outbox(bounds.outbox_bytes, self._outbox_tally, channel.has_sent)
         channel.credit = ReadCredit(
             bounds.inbox_bytes,
@@ -517,6 +520,13 @@ class Bridge:
 
     def _full(self) -> LimitExceeded:
         return LimitExceeded(f"Limits.sessions is reached: {self._limits.sessions} sessions are open")
+
+    def _roomy_worker(self) -> Worker:
+        """Whose turn it is of those that can own one more."""
+        for worker in itertools.islice(self._turns, len(self._workers)):
+            if worker.has_room():
+                return worker
+        raise LimitExceeded(_CROWDED)
 
     def _launch(self, channel: Channel) -> None:
         channel.worker.post(channel.transport, "start")
@@ -590,6 +600,8 @@ class Bridge:
             return f"Limits.backlog is reached: {bounds.backlog} sessions wait for accept()"
         if listener.inbox is not None and listener.inbox._ends >= self._limits.sessions:
             return f"of {self._limits.sessions} sessions in the shared inbox no handler has seen the end"
+        if not any(worker.has_room() for worker in self._workers):
+            return _CROWDED
         return None
 
     def _on_closed(self, channel: Channel, ending: Ending) -> None:

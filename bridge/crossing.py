@@ -171,6 +171,9 @@ class Mailbox(Generic[T]):
             self._items = []
         return items
 
+    def __len__(self) -> int:
+        return len(self._items)
+
     def may_sleep(self) -> bool:
         """Whether the owner may go to sleep: nothing is here, and the next put will ring."""
         with self._lock:

@@ -10,7 +10,7 @@ One tree.  Each class also has the standard parent that a user's `except` clause
     ├── SendTimeout             TimeoutError, queue.Full    no room in time; nothing of the message was sent
     ├── OperationTimeout        TimeoutError            flush, a stream's call: not done in time
     ├── WouldBlock              BlockingIOError         timeout=0: not without waiting; `want` says for what
-    ├── LimitExceeded           RuntimeError            a configured limit refuses something new
+    ├── LimitExceeded           RuntimeError            a limit refuses something new
     └── SessionEnded            ShutDown                the session is over; the subclass says why, for good
         ├── EndOfStream         EOFError                clean: the peer sent close_notify
         ├── SessionClosed       ConnectionAbortedError  we closed it
@@ -95,7 +95,7 @@ class WouldBlock(BridgeError, BlockingIOError):
 
 
 class LimitExceeded(BridgeError, RuntimeError):
-    """A configured limit (see `bridge.Limits`) refuses to start something new."""
+    """A limit (see `bridge.Limits`; on Windows, of sockets a worker can own) refuses to start something new."""
 
 
 class SessionEnded(BridgeError, ShutDown):

@@ -65,7 +65,7 @@ class Limits:
 
     sessions: int = 20_000
     """Sessions of one Bridge at a time, streams not counted; one that was accepted and failed until its descriptor is
-    closed.  A listener at the limit leaves new clients in the kernel's backlog."""
+    closed.  A listener at the limit leaves new clients in the kernel's backlog.  On Windows a worker can own 511."""
     handshakes: int = 8_192
     """Unfinished handshakes of one listener, and failed ones whose descriptor lingers.  A client that has said nothing
     yet costs a socket and little else."""

@@ -22,6 +22,7 @@ import contextlib
 import enum
 import errno
 import io
+import math
 import os
 import select
 import selectors
@@ -31,6 +32,7 @@ from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar
 
 from bridge import forks
+from bridge.errors import LimitExceeded
 from bridge.threads import this_thread
 
 try:
@@ -46,6 +48,8 @@ LENT = 8
 BELLS = 1 / 4
 """Of a process's descriptors, those of the lowest numbers, which may become threads' doorbells.  A program that has a
 thread for each of a thousand sockets, and a limit of 1,024, needs the others for the sockets."""
+SELECTED = 512
+"""How many sockets select(2) takes on Windows, the only system that has nothing better."""
 LONGEST_SLEEP = 86_400.0
 """Seconds; epoll counts its milliseconds in 31 bits."""
 
@@ -104,12 +108,16 @@ class SelectorPoller(Generic[T]):
 
     lends = False
     """Whether any thread may `change` a mask to LENT and back, under a lock of the socket's."""
+    most: float = SELECTED if os.name == "nt" else math.inf
+    """How many can be watched at a time."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
 
     def watch(self, sock: socket.socket | Doorbell, mask: int, told: T) -> None:
-        """Wait for *mask* on *sock* from now on, for *told*."""
+        """Wait for *mask* on *sock* from now on, for *told*.  LimitExceeded if that is one too many."""
+        if len(self._selector.get_map()) >= self.most:
+            raise LimitExceeded(f"select(2) takes no more than {self.most:g} sockets here")
         self._selector.register(sock, mask, told)
 
     def change(self, sock: socket.socket, mask: int, told: T) -> None:
@@ -124,17 +132,31 @@ class SelectorPoller(Generic[T]):
     def wait(self, timeout: float | None) -> list[tuple[T, int]]:
         """Sleep until a socket is ready, at most *timeout* seconds (None: for ever, 0: only look), or a day."""
         at_most = timeout if timeout is None else min(timeout, LONGEST_SLEEP)
-        return [(key.data, mask) for key, mask in self._selector.select(at_most)]
+        try:
+            ready = self._selector.select(at_most)
+        except OSError:  # of select(2), for all, if one is closed
+            ready = [(key, key.events) for key in self._selector.get_map().values() if _is_bad(key.fd)]
+        return [(key.data, mask) for key, mask in ready]
 
     def close(self) -> None:
         """Release the operating system's poll object."""
         self._selector.close()
 
 
+def _is_bad(fd: int) -> bool:
+    """Whether somebody has closed the descriptor of a socket."""
+    try:
+        select.select([fd], [], [], 0)
+    except OSError:
+        return True
+    return False
+
+
 class EpollPoller(Generic[T]):
     """The same over epoll(7), without the layer of `selectors`, which costs more than the system call."""
 
     lends = True
+    most = math.inf
 
     def __init__(self) -> None:
         self._epoll = select.epoll()

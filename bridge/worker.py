@@ -160,6 +160,10 @@ class Worker:
         """How many pollables it owns."""
         return len(self._watched)
 
+    def has_room(self) -> bool:
+        """Whether its poll set holds one more, if each command on its way is to bring one."""
+        return len(self._watched) + len(self._mailbox) + 1 < self._poller.most  # and the doorbell
+
     def lends(self) -> bool:
         """Whether `lend` is worth asking: the system can, and there is no crowd to serve."""
         return self._poller.lends and len(self._watched) <= CROWD

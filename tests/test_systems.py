@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import select
+import selectors
 import socket
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import structlog
 from conftest import KeyPair
-from peers import PATIENCE
+from peers import PATIENCE, dial, until
 from rig import tcp_pair
+from structlog.testing import capture_logs
 
 import bridge
-from bridge import poll
+from bridge import poll, worker
 
 select_here = select.select
+Contexts = tuple[bridge.Context, bridge.Context]
+MOST = 8
+"""As many sockets may be waited for at a time where `windows` are."""
 
 
 def select_there(readers: list[int], writers: list[int], failed: list[int], timeout: float | None) -> Any:
     """`select.select` as Windows has it."""
     if not (readers or writers or failed):
         raise OSError(10022, "An invalid argument was supplied")
+    if max(map(len, (readers, writers, failed))) > MOST:
+        raise ValueError("too many file descriptors in select()")
     return select_here(readers, writers, failed, timeout)
 
 
 @pytest.fixture
-def contexts(ca_file: str, server_cert: KeyPair) -> tuple[bridge.Context, bridge.Context]:
+def contexts(ca_file: str, server_cert: KeyPair) -> Contexts:
     """A client's and a server's."""
     return bridge.client_context(ca_file), bridge.server_context(server_cert.certfile, server_cert.keyfile)
 
@@ -37,6 +47,10 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "select", select_there)
     monkeypatch.setattr(poll, "_Poll", poll._Select)
     monkeypatch.setattr(poll, "HUNG_UP", poll.NOTHING)
+    monkeypatch.setattr(selectors.SelectSelector, "_select", staticmethod(select_there))
+    monkeypatch.setattr(selectors, "DefaultSelector", selectors.SelectSelector)
+    monkeypatch.setattr(poll.SelectorPoller, "most", MOST, raising=False)
+    monkeypatch.setattr(worker, "Poller", poll.SelectorPoller)
 
 
 @pytest.fixture
@@ -45,11 +59,44 @@ def b() -> Iterator[bridge.Bridge]:
         yield made
 
 
+@pytest.fixture
+def logs() -> Iterator[list[Any]]:
+    """What is logged during the test; structlog is as before afterwards."""
+    with capture_logs() as entries:
+        yield entries
+    structlog.reset_defaults()
+
+
+def said(logs: list[Any], event: str) -> list[Any]:
+    return [entry for entry in list(logs) if entry["event"] == event]
+
+
+@contextlib.contextmanager
+def joined(
+    b: bridge.Bridge, listener: bridge.Listener, contexts: Contexts
+) -> Iterator[tuple[bridge.Session, bridge.Session]]:
+    """A session and its peer, which are aborted afterwards."""
+    client = b.connect(listener.address, contexts[0], server_hostname="localhost", timeout=PATIENCE)
+    server = listener.accept(PATIENCE)
+    try:
+        yield client, server
+    finally:
+        client.abort()
+        server.abort()
+
+
+def exchange(client: bridge.Session, server: bridge.Session) -> None:
+    client.send(b"question")
+    assert server.recv(PATIENCE) == b"question"
+    server.send(b"answer")
+    assert client.recv(PATIENCE) == b"answer"
+
+
 # ── what there is to sleep in ──
 
 
 def test_streams_where_nobody_can_ask_whether_the_peer_has_hung_up(
-    windows: None, b: bridge.Bridge, contexts: tuple[bridge.Context, bridge.Context]
+    windows: None, b: bridge.Bridge, contexts: Contexts
 ) -> None:
     near, far = tcp_pair()
     client, server = b.stream(near, contexts[0], server_hostname="localhost"), b.stream(far, contexts[1])
@@ -67,3 +114,68 @@ def test_a_watch_says_that_the_peer_has_hung_up_and_not_that_it_has_said_somethi
         assert not hung_up(0)
         far.shutdown(socket.SHUT_WR)
         assert hung_up(PATIENCE * 1000)
+
+
+def test_more_clients_than_a_worker_can_wait_for_wait_in_the_kernel(
+    windows: None, b: bridge.Bridge, contexts: Contexts, logs: list[Any]
+) -> None:
+    listener = b.listen(("127.0.0.1", 0), contexts[1])
+    near, far = tcp_pair()
+    with joined(b, listener, contexts) as (client, server), near, far:
+        silent = [dial(listener.address) for _ in range(2 * MOST)]
+        until(lambda: said(logs, "listener.paused"))
+        for refused in (
+            lambda: b.connect(listener.address, contexts[0]),
+            lambda: b.adopt(near, contexts[1]),
+            lambda: b.stream(near, contexts[1]),
+            lambda: b.listen(("127.0.0.1", 0), contexts[1]),
+        ):
+            with pytest.raises(bridge.LimitExceeded, match="have more workers"):
+                refused()
+        assert near.fileno() != -1, "what was refused is still the caller's"
+        exchange(client, server)
+        for sock in silent:
+            sock.close()
+        until(lambda: said(logs, "listener.resumed") and len(b.snapshot().sessions) == 2)
+        with joined(b, listener, contexts) as another:
+            exchange(*another)
+    assert {"select(2)" in entry["reason"] for entry in said(logs, "listener.paused")} == {True}
+    assert not said(logs, "worker.failed")
+
+
+def test_a_session_is_placed_where_there_is_room(windows: None, contexts: Contexts) -> None:
+    with bridge.Bridge(workers=2) as b, contextlib.ExitStack() as stack:
+        listeners = [b.listen(("127.0.0.1", 0), contexts[1]) for _ in range(2 * MOST - 6)]
+        for listener in listeners[1::2]:
+            listener.close()
+        for _ in range(3):
+            exchange(*stack.enter_context(joined(b, listeners[0], contexts)))
+        assert [one.load() for one in b._workers] == [MOST - 1, 4]
+
+
+def test_a_socket_too_many_costs_its_own_session(
+    windows: None, b: bridge.Bridge, contexts: Contexts, logs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are made at the same moment do not see each other yet."""
+    monkeypatch.setattr(worker.Worker, "has_room", lambda _: True, raising=False)
+    listener = b.listen(("127.0.0.1", 0), contexts[1])
+    with joined(b, listener, contexts) as (client, server):
+        silent = [dial(listener.address) for _ in range(2 * MOST)]
+        until(lambda: len(said(logs, "handshake.failed")) > MOST)
+        exchange(client, server)
+        for sock in silent:
+            sock.close()
+
+
+def test_a_descriptor_that_somebody_has_closed_ends_its_own_session(
+    windows: None, b: bridge.Bridge, contexts: Contexts, logs: list[Any]
+) -> None:
+    listener = b.listen(("127.0.0.1", 0), contexts[1])
+    with joined(b, listener, contexts) as (ill, its_peer), joined(b, listener, contexts) as (client, server):
+        sock = ill._channel.transport.sock
+        assert sock is not None
+        os.close(sock.fileno())
+        for end in (ill, its_peer):
+            with pytest.raises(bridge.SessionEnded):
+                end.recv(PATIENCE)
+        exchange(client, server)
