@@ -13,6 +13,7 @@ the remedy, and it asks for the password of an encrypted key *on the terminal*. 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import ssl
@@ -226,8 +227,9 @@ def load_trust(raw: SSL.Context, cafile: Certificates | None, what: str = "cafil
             _hashed_files(cafile, what)
         elif not _BEGIN_CERTIFICATE.search(_pem(cafile, what)):
             _parse(b"", _called(cafile, what))
+        place = os.fsencode(cafile)  # pyOpenSSL itself takes every name for UTF-8
         try:
-            raw.load_verify_locations(*((None, cafile) if directory else (cafile,)))
+            raw.load_verify_locations(*((None, place) if directory else (place,)))
         except SSL.Error as error:
             raise ConfigurationError(
                 f"OpenSSL cannot read {_called(cafile, what)}: {reasons(error)}"
@@ -269,7 +271,7 @@ def _load_system_trust(raw: SSL.Context) -> None:
         raise ConfigurationError(
             "the system has no CA certificates: pass cafile, or install certifi"
         ) from error
-    raw.load_verify_locations(certifi.where())
+    raw.load_verify_locations(os.fsencode(certifi.where()))
 
 
 def _trusts_anybody(raw: SSL.Context) -> bool:
@@ -283,8 +285,11 @@ def _trusts_anybody(raw: SSL.Context) -> bool:
         return True
     if _lib.sk_X509_OBJECT_num(_lib.X509_STORE_get0_objects(store)) > 0:
         return True
-    directories = os.environ.get("SSL_CERT_DIR", _DEFAULT_DIRECTORIES).split(os.pathsep)
-    return any(_hashed_names(directory) for directory in directories if os.path.isdir(directory))
+    for directory in os.environ.get("SSL_CERT_DIR", _DEFAULT_DIRECTORIES).split(os.pathsep):
+        with contextlib.suppress(OSError):  # OpenSSL cannot read it either
+            if _hashed_names(directory):
+                return True
+    return False
 
 
 def _hashed_names(directory: str | os.PathLike[str]) -> list[str]:

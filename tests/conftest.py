@@ -150,6 +150,17 @@ def ca_file(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.fixture
+def odd_path(tmp_path: Path) -> Path:
+    """A directory whose name is not UTF-8; some systems have none."""
+    made = tmp_path / os.fsdecode(b"odd \xff\xe9")
+    try:
+        made.mkdir()
+    except (OSError, UnicodeError):
+        pytest.skip("every name is UTF-8 here")
+    return made
+
+
 @pytest.fixture(scope="session")
 def server_cert(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> KeyPair:
     """A server's certificate for localhost, 127.0.0.1 and ::1."""

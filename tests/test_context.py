@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import functools
 import io
 import os
@@ -491,6 +492,13 @@ def test_a_file_that_must_not_be_read(tmp_path: Path) -> None:
         client_context(path)
 
 
+def test_paths_are_what_the_system_has_and_not_always_utf_8(odd_path: Path) -> None:
+    file = as_file(odd_path, CA_PEM)
+    server(client_ca=file)
+    for cafile in (str(file), file, as_directory(odd_path, CA_PEM)):
+        meet(Ours(client_context(cafile), "a.example"), Ours(server()))
+
+
 def test_system_trust_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))
     monkeypatch.setenv("SSL_CERT_FILE", str(as_file(tmp_path, CA_PEM)))
@@ -500,6 +508,19 @@ def test_system_trust_is_where_the_environment_says(tmp_path: Path, monkeypatch:
         client_context()
     monkeypatch.setenv("SSL_CERT_DIR", str(as_directory(tmp_path, CA_PEM)))
     meet(Ours(client_context(), "a.example"), Ours(server()))
+
+
+def test_a_directory_of_the_environment_that_must_not_be_read_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Any) -> list[str]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "missing.pem"))
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "listdir", refuse)  # for root reads everything
+    with pytest.raises(ConfigurationError, match="no CA certificate where the environment says"):
+        client_context()
 
 
 def test_a_system_without_trust_gets_certifi_s(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,7 +261,7 @@ class SSLContext(ssl.SSLContext, metaclass=_StandIn):
         recorded = self._recorded
         with _errors_of_ssl("pyOpenSSL cannot use the CA certificates"), recorded.lock:
             if cafile is not None or capath is not None:
-                recorded.store.load_locations(cafile, capath)
+                recorded.store.load_locations(*map(_encoded, (cafile, capath)))
             for certificate in _authorities(cadata):
                 recorded.store.add_cert(certificate)
 
@@ -273,9 +273,9 @@ class SSLContext(ssl.SSLContext, metaclass=_StandIn):
         capath = os.environ.get(paths.openssl_capath_env, paths.openssl_capath)
         with recorded.lock:
             with contextlib.suppress(crypto.Error):
-                recorded.store.load_locations(cafile)
+                recorded.store.load_locations(_encoded(cafile))
             with contextlib.suppress(crypto.Error):
-                recorded.store.load_locations(None, capath)
+                recorded.store.load_locations(None, _encoded(capath))
 
     def set_ciphers(self, cipherlist: str, /) -> None:
         """As the stdlib's."""
@@ -456,6 +456,11 @@ def _private_key(pem: bytes, secret: Secret | None, certificate: x509.Certificat
     if certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSASSA_PSS:
         return crypto.load_privatekey(crypto.FILETYPE_PEM, found[0], password)
     return load_pem_private_key(found[0], password, unsafe_skip_rsa_key_validation=True)
+
+
+def _encoded(path: Path | None) -> bytes | None:
+    """*path* as pyOpenSSL is to pass it on: it takes every name for UTF-8."""
+    return None if path is None else os.fsencode(path)
 
 
 def _authorities(cadata: Any) -> Iterator[crypto.X509]:

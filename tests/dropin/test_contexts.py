@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import datetime
 import pickle
+import shutil
 import socket
 import ssl
 import subprocess
@@ -307,13 +308,13 @@ def hashed(directory: Path, pem: bytes) -> Path:
 
 @pytest.mark.parametrize("source", ["cafile", "capath", "PEM", "DER", "nothing"])
 def test_trust_comes_from_every_source(
-    source: str, ca: trustme.CA, ca_file: str, their_server: Any, tmp_path: Path
+    source: str, ca: trustme.CA, ca_file: str, their_server: Any, odd_path: Path
 ) -> None:
     other, client = trustme.CA().cert_pem.bytes(), blank("ours", "client")
     pems = other.decode() + "in between\n" + ca.cert_pem.bytes().decode()
     sources: dict[str, dict[str, Any]] = {
-        "cafile": {"cafile": ca_file},
-        "capath": {"capath": hashed(tmp_path / "ca", ca.cert_pem.bytes())},
+        "cafile": {"cafile": shutil.copy(ca_file, odd_path)},
+        "capath": {"capath": hashed(odd_path / "ca", ca.cert_pem.bytes())},
         "PEM": {"cadata": pems},
         "DER": {
             "cadata": ssl.PEM_cert_to_DER_cert(other.decode())
@@ -334,11 +335,11 @@ def test_default_trust_is_where_the_environment_says(
     ca: trustme.CA,
     ca_file: str,
     their_server: Any,
-    tmp_path: Path,
+    odd_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    directory, empty = hashed(tmp_path / "ca", ca.cert_pem.bytes()), tmp_path / "empty"
-    places = {"SSL_CERT_FILE": ca_file, "SSL_CERT_DIR": f"{empty}:{directory}"}
+    directory, empty = hashed(odd_path / "ca", ca.cert_pem.bytes()), odd_path / "empty"
+    places = {"SSL_CERT_FILE": shutil.copy(ca_file, odd_path), "SSL_CERT_DIR": f"{empty}:{directory}"}
     for name in places:
         monkeypatch.setenv(name, places[name] if name == variable else str(empty))
     client = blank("ours", "client")
