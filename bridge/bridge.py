@@ -39,6 +39,7 @@ from bridge.inbox import Inbox, ReadCredit, SessionInbox
 from bridge.limits import Limits, Timeouts, check_timeout
 from bridge.listener import Listener
 from bridge.outbox import Outbox
+from bridge.poll import check_unpatched
 from bridge.session import Session
 from bridge.stream import Stream
 from bridge.terms import Ending, Plan
@@ -123,6 +124,7 @@ class Bridge:
         limits: Limits | None = None,
         start: bool = True,
     ) -> None:
+        check_unpatched()
         if workers is None:
             workers = min(4, os.cpu_count() or 1)
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
@@ -143,16 +145,23 @@ class Bridge:
         self._streams: Registry[Stream] = Registry()
         self._inboxes: Registry[Inbox] = Registry()
         self._coordinator = Coordinator()
-        self._workers = [Worker(f"bridge-worker-{i}", self._coordinator.hand_over) for i in range(workers)]
-        self._turns = itertools.cycle(self._workers)
-        self._threads = [threading.Thread(target=w.run, name=w.name, daemon=True) for w in self._workers]
-        self._threads.append(
-            threading.Thread(target=self._coordinator.run, name="bridge-coordinator", daemon=True)
-        )
-        if start:
-            _live.add(self)
-            for thread in self._threads:
-                thread.start()
+        self._workers: list[Worker] = []
+        with contextlib.ExitStack() as undo:  # if there are too few descriptors, or threads
+            for number in range(workers):
+                worker = Worker(f"bridge-worker-{number}", self._coordinator.hand_over)
+                undo.callback(worker.close)
+                self._workers.append(worker)
+            self._threads = [threading.Thread(target=w.run, name=w.name, daemon=True) for w in self._workers]
+            self._threads.append(
+                threading.Thread(target=self._coordinator.run, name="bridge-coordinator", daemon=True)
+            )
+            self._turns = itertools.cycle(self._workers)
+            if start:
+                undo.callback(self._stop_threads)
+                for thread in self._threads:
+                    thread.start()
+                _live.add(self)
+            undo.pop_all()
 
     # Sessions.
 

@@ -18,6 +18,7 @@ Three rules keep the sleep honest:
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import enum
 import errno
@@ -32,7 +33,7 @@ from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar
 
 from bridge import forks
-from bridge.errors import LimitExceeded
+from bridge.errors import ConfigurationError, LimitExceeded
 from bridge.threads import this_thread
 
 try:
@@ -211,6 +212,17 @@ if sys.platform == "linux":
     Poller = EpollPoller
 else:
     Poller = SelectorPoller  # not on Linux
+
+
+def check_unpatched() -> None:
+    """ConfigurationError where gevent or eventlet has made greenlets of threads, and taken away what they sleep in."""
+    for function in (select.select, _thread.start_new_thread):
+        patcher = function.__module__.partition(".")[0]
+        if patcher in ("gevent", "eventlet"):
+            raise ConfigurationError(
+                f"{patcher} has patched the standard library, and a Bridge needs its threads and polls as they were;"
+                f" use the ssl module with {patcher}, or run this part in a process that it does not patch"
+            )
 
 
 class Doorbell:

@@ -131,8 +131,12 @@ class Worker:
         self._hand_over = hand_over
         self._doorbell = Doorbell()
         self._mailbox: Mailbox[Command] = Mailbox(self._doorbell.ring)
-        self._poller: Poller[Pollable | None] = Poller()
-        self._poller.watch(self._doorbell, Want.READ, None)
+        try:
+            self._poller: Poller[Pollable | None] = Poller()
+            self._poller.watch(self._doorbell, Want.READ, None)
+        except BaseException:
+            self._doorbell.close()
+            raise
         self._watched: dict[Pollable, _Watch] = {}
         self._runnable: dict[Any, int] = {}  # pollables, and what the poll says of each
         self._line: collections.deque[tuple[Pollable, int]] = collections.deque()  # likewise, of handshakes
@@ -364,5 +368,9 @@ class Worker:
                 pollable.turn(NOTHING, time.monotonic())
                 self._attend(pollable, watch)
         self._flush()
+        self.close()
+
+    def close(self) -> None:
+        """Release what it sleeps in: `run` does so in the end, or never begins."""
         self._poller.close()
         self._doorbell.close()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import select
 import selectors
 import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,3 +184,76 @@ def test_a_descriptor_that_somebody_has_closed_ends_its_own_session(
             with pytest.raises(bridge.SessionEnded):
                 end.recv(PATIENCE)
         exchange(client, server)
+
+
+# ── what a Bridge is made of ──
+
+
+@pytest.mark.parametrize("patched", [(select, "select"), (_thread, "start_new_thread")])
+@pytest.mark.parametrize("patcher", ["gevent", "eventlet"])
+def test_threads_that_are_greenlets(
+    patcher: str, patched: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def green() -> None: ...
+
+    green.__module__ = f"{patcher}.green"
+    monkeypatch.setattr(*patched, green)
+    monkeypatch.delattr(select, "epoll", raising=False)  # as both do
+    with pytest.raises(bridge.ConfigurationError, match=f"{patcher} has patched"):
+        bridge.Bridge()
+
+
+SHORT_OF_DESCRIPTORS = """
+import os, resource
+import bridge
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+refused = 0
+for spare in range(64):
+    hogs = []
+    try:
+        while True:
+            hogs.append(os.dup(0))
+    except OSError:
+        pass
+    for hog in hogs[:spare]:
+        os.close(hog)
+    try:
+        made = bridge.Bridge(workers=3)
+    except OSError as error:
+        refused += 1
+    else:
+        made.close()
+        break
+    finally:
+        for hog in hogs[spare:]:
+            os.close(hog)
+    left = os.dup(0)
+    assert left == hogs[0], "all that was made is closed"
+    os.close(left)
+print(refused)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="descriptors are limited like this on POSIX")
+def test_a_bridge_that_is_short_of_descriptors_closes_what_it_has() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", SHORT_OF_DESCRIPTORS],
+        env={**os.environ, "PYTHONPATH": str(Path(bridge.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stderr == "" and int(done.stdout) >= 3
+
+
+def test_a_bridge_that_is_short_of_threads_ends_those_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: threading.Thread) -> None:
+        if self.name == "bridge-worker-1":
+            raise RuntimeError("can't start new thread")
+        start_here(self)
+
+    start_here, before = threading.Thread.start, threading.active_count()
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start"):
+        bridge.Bridge(workers=3)
+    assert threading.active_count() == before
