@@ -109,7 +109,7 @@ class Snapshot:
     listeners: tuple[ListenerSnapshot, ...] = ()
 
 
-class Bridge:
+class Bridge(forks.Handle):
     """A coordinator thread, *workers* worker threads, and the sessions they own.
 
     *workers*: None means one a processor core, at most 4.  The threads start here and end with `close`; they

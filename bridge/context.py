@@ -70,7 +70,7 @@ CLIENT_CIPHERS = f"{SERVER_CIPHERS}:DHE+AESGCM:DHE+CHACHA20:ECDHE+AES:!SHA1:!AES
 _VERSIONS = {"TLSv1.2": SSL.TLS1_2_VERSION, "TLSv1.3": SSL.TLS1_3_VERSION}
 
 
-class Context:
+class Context(forks.Handle):
     """What a session's TLS is made from.  Frozen: any number of sessions and threads may share one."""
 
     __slots__ = (

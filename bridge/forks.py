@@ -1,17 +1,33 @@
-"""Threads do not survive fork(): in the child, every handle of the parent says so instead of corrupting a stream."""
+"""Threads do not survive fork(): in the child, every handle of the parent says so instead of corrupting a stream.
+
+Nor do they, or anything of OpenSSL's, travel in a pickle.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
 import weakref
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 from bridge.errors import ForkedError
 
 current = 0
 """The number of this process in its line of forks."""
 _process = os.getpid()
+
+
+class Handle:
+    """What there is once, and in one process."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """TypeError, also for `copy.copy` and `copy.deepcopy`."""
+        raise TypeError(
+            f"no {type(self).__name__} can be pickled or copied: give it to other threads as it is, and make"
+            " another one in another process"
+        )
 
 
 def generation() -> int:

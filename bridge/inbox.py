@@ -205,7 +205,7 @@ class _Turn:
             self.end()
 
 
-class Inbox:
+class Inbox(forks.Handle):
     """Messages of any number of sessions, for any number of handler threads.
 
     `get` returns ``(session, message)``, and ``(session, None)`` once when the session has ended

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bridge.session import Session
 
 
-class Listener:
+class Listener(forks.Handle):
     """Sessions of clients, their handshakes done.  Made by `Bridge.listen`; any thread may use it.
 
     Iterate over it, or call `accept`, unless it was made with a shared inbox: then the sessions' messages

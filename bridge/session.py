@@ -17,7 +17,7 @@ from bridge.limits import RECORD_BYTES, Limits, Timeouts, check_timeout
 from bridge.terms import CloseReport
 
 
-class Session:
+class Session(forks.Handle):
     """One TLS session: whole messages out, whole messages in.
 
     Made by `Bridge.connect`, `Bridge.adopt` and listeners.  Any number of threads may send and receive at

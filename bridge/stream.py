@@ -154,7 +154,7 @@ def _leased(method: Callable[Concatenate[Stream, P], T]) -> Callable[Concatenate
     return call
 
 
-class Stream:
+class Stream(forks.Handle):
     """One TLS session as a stream of bytes.  Made by `Bridge.stream`; the handshake starts with the first call.
 
     `Timeouts.idle` is not watched while nobody calls.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import copy
 import os
+import pickle
 import select
 import selectors
 import socket
@@ -257,3 +259,17 @@ def test_a_bridge_that_is_short_of_threads_ends_those_it_has(monkeypatch: pytest
     with pytest.raises(RuntimeError, match="can't start"):
         bridge.Bridge(workers=3)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_handles_stay_where_they_are(copied: Any, b: bridge.Bridge, contexts: Contexts) -> None:
+    listener = b.listen(("127.0.0.1", 0), contexts[1])
+    near, far = tcp_pair()
+    stream = b.stream(near, contexts[1])
+    with far, joined(b, listener, contexts) as (session, _):
+        for handle in (b, listener, session, stream, contexts[0], bridge.Inbox()):
+            with pytest.raises(TypeError, match=f"no {type(handle).__name__} can be pickled or copied"):
+                copied(handle)
+        with pytest.raises(TypeError, match="no Session can be"):
+            copy.deepcopy({"of a program": session})
+    stream.close()
