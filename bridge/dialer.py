@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import errno
-import os
 import socket
 from typing import Any
 
-from bridge.errors import ConnectFailed
+from bridge.errors import ConnectFailed, system_error
 from bridge.poll import Want
 
 Address = tuple[int, int, int, str, Any]
@@ -53,7 +52,7 @@ class Dialer:
                 if failure == errno.EAGAIN and self._addresses[0][0] == _AF_UNIX:
                     self._try_later(now)
                 return Want.WRITE
-            self._give_up(OSError(failure, os.strerror(failure)))
+            self._give_up(system_error(failure))
 
     def _try(self, now: float) -> int:
         family, kind, protocol, _, address = self._addresses[0]

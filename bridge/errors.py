@@ -39,7 +39,9 @@ who asks later is given a copy of it, so tracebacks of different threads do not 
 from __future__ import annotations
 
 import errno
+import os
 import queue
+import socket
 import ssl
 import sys
 from typing import Any, TypeVar
@@ -193,6 +195,15 @@ def forget_frames(error: BaseException | None) -> None:
             known.add(id(error))
             error.__traceback__ = None
             chain += (error.__cause__, error.__context__)
+
+
+_WINSOCK: dict[int, str] = getattr(socket, "errorTab", {})
+"""What Windows' own numbers stand for, of which strerror(3) has not heard."""
+
+
+def system_error(number: int) -> OSError:
+    """What a call of the operating system raises that fails with *number*.  Any thread."""
+    return OSError(number, _WINSOCK[number].rstrip(".") if number in _WINSOCK else os.strerror(number))
 
 
 _E = TypeVar("_E", bound=BaseException)

@@ -33,7 +33,7 @@ from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar
 
 from bridge import forks
-from bridge.errors import ConfigurationError, LimitExceeded
+from bridge.errors import ConfigurationError, LimitExceeded, system_error
 from bridge.threads import this_thread
 
 try:
@@ -287,7 +287,7 @@ class Sleeper:
         self._doorbell = Doorbell()
         if not _to_spare(self._doorbell.fileno()):
             self._doorbell.close()
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            raise system_error(errno.EMFILE)
         self.ring = self._doorbell.ring
         self._watched: tuple[int, int, Any] = (-1, NOTHING, None)
         self._watch(-1, NOTHING)  # a thread mostly sleeps beside one socket, for one thing

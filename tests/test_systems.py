@@ -10,6 +10,7 @@ import pickle
 import select
 import selectors
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -25,7 +26,9 @@ from rig import tcp_pair
 from structlog.testing import capture_logs
 
 import bridge
-from bridge import poll, worker
+from bridge import errors, poll, worker
+from bridge.ssl import sockets
+from bridge.ssl.failures import as_stdlib
 
 select_here = select.select
 Contexts = tuple[bridge.Context, bridge.Context]
@@ -273,3 +276,27 @@ def test_handles_stay_where_they_are(copied: Any, b: bridge.Bridge, contexts: Co
         with pytest.raises(TypeError, match="no Session can be"):
             copy.deepcopy({"of a program": session})
     stream.close()
+
+
+# ── what the system says ──
+
+
+def test_errors_of_windows_have_words(
+    b: bridge.Bridge, contexts: Contexts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = 10061  # WSAECONNREFUSED, of which strerror(3) knows nothing
+    monkeypatch.setattr(errors, "_WINSOCK", {refused: "Connection refused."})
+    monkeypatch.setattr(socket.socket, "connect_ex", lambda self, address: refused)
+    with pytest.raises(bridge.ConnectFailed, match=r"^cannot connect to 127\.0\.0\.1:9: Connection refused$"):
+        b.connect(("127.0.0.1", 9), contexts[0])
+    assert str(as_stdlib(bridge.PeerReset(refused, "reset"))) == f"[Errno {refused}] Connection refused"
+
+
+@pytest.mark.parametrize("found", ["=qq", "=ii", "=I"])
+def test_a_time_out_of_the_kernel_is_understood_as_each_system_tells_it(found: str) -> None:
+    class Told(socket.socket):
+        def getsockopt(self, *_: int) -> Any:
+            return struct.pack(found, 5_250) if found == "=I" else struct.pack(found, 5, 250_000)
+
+    with Told() as sock:
+        assert sockets._kernel_timeout(sock, socket.SO_RCVTIMEO) == 5.25

@@ -6,7 +6,6 @@ Some libraries look an exception's very class up in a table, so these are the st
 from __future__ import annotations
 
 import errno
-import os
 import re
 import ssl
 from typing import Any
@@ -25,6 +24,7 @@ from bridge.errors import (
     TLSError,
     Truncated,
     WouldBlock,
+    system_error,
 )
 from bridge.poll import Want
 
@@ -55,12 +55,11 @@ def as_stdlib(error: BridgeError, hostname: str | None = None) -> Exception:
         reason, text = (_RENAMED_ALERTS.sub(_older, said) for said in (error.reason, str(error)))
         return ssl_error(ssl.SSLError, ssl.SSL_ERROR_SSL, text, reason)
     if isinstance(error, PeerReset):
-        number = error.errno or errno.ECONNRESET
-        return OSError(number, os.strerror(number))
+        return system_error(error.errno or errno.ECONNRESET)
     if isinstance(error, ForkedError):
         return OSError(errno.EBADF, str(error))
     if isinstance(error, (SessionClosed, SessionAborted)):
-        return OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return system_error(errno.EBADF)
     return error
 
 

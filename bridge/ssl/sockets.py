@@ -14,10 +14,9 @@ import contextlib
 import errno
 import functools
 import operator
-import os
 import socket
 import ssl
-import struct
+import sys
 import threading
 import warnings
 import weakref
@@ -38,6 +37,7 @@ from bridge.errors import (
     SessionEnded,
     Truncated,
     WouldBlock,
+    system_error,
 )
 from bridge.names import HOST_MISMATCH, refusal
 from bridge.poll import Want
@@ -185,9 +185,9 @@ class Wire:
     def failure(self, error: BridgeError, option: int | None = None) -> Exception:
         """What the stdlib would raise for *error*; *option*: which time-out of the kernel's it would be, if any."""
         if isinstance(error, OperationTimeout) and self.timeout is None and option in self.kernel_timeouts:
-            return BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            return system_error(errno.EAGAIN)
         if self.said_all and option == socket.SO_SNDTIMEO and isinstance(error, SessionEnded):
-            return BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+            return system_error(errno.EPIPE)
         if self._unwrapping and isinstance(error, SessionClosed):
             return _protocol_error("PROTOCOL_IS_SHUTDOWN")
         return as_stdlib(error, self.server_hostname)
@@ -626,7 +626,7 @@ def _check_connected(sock: socket.socket) -> None:
         sock.getpeername()
     except OSError:
         if sock.fileno() != -1 and (number := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
-            raise OSError(number, os.strerror(number)) from None
+            raise system_error(number) from None
         raise
 
 
@@ -639,7 +639,8 @@ _KERNEL_TIMEOUTS = tuple(
 def _kernel_timeout(sock: socket.socket, option: int) -> float:
     """What setsockopt(2) set as *option*, in seconds; 0 for none."""
     found = sock.getsockopt(socket.SOL_SOCKET, option, 16)
-    if len(found) == 16:
-        seconds, microseconds = struct.unpack("ll", found)
-        return float(seconds + microseconds / 1e6)
-    return int.from_bytes(found[:4], "little") / 1000  # not on Linux: a DWORD of milliseconds
+    if len(found) == 4:  # Windows: a DWORD of milliseconds
+        return int.from_bytes(found, sys.byteorder) / 1000
+    half = len(found) // 2
+    seconds, microseconds = (int.from_bytes(part, sys.byteorder) for part in (found[:half], found[half:]))
+    return seconds + microseconds / 1e6
