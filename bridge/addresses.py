@@ -25,7 +25,7 @@ _MOST_WAITING = 2**31 - 1
 def resolve(address: Place, passive: bool = False) -> tuple[str | None, tuple[Address, ...]]:
     """The host of *address*, if it has one, and all that its name stands for, in the order to be tried.
 
-    *passive*: to listen there; no host, ``""``, is then every interface, as for `socket.socket.bind`.
+    *passive*: to listen there; no host, ``""``, is then every interface of IPv4, as for `socket.socket.bind`.
     ConfigurationError if it is no address, OSError if nobody knows it.
     """
     if isinstance(address, (str, bytes)):
@@ -41,8 +41,9 @@ def resolve(address: Place, passive: bool = False) -> tuple[str | None, tuple[Ad
         raise ConfigurationError(f"the host must be a str, not {host!r}")
     try:  # Python itself encodes by IDNA 2003, and so would ask for another name than certificates hold
         name = host if host.isascii() else PeerName.parse(host).ascii
-        asked, flags = (name or None, socket.AI_PASSIVE) if passive else (name, 0)
-        found = socket.getaddrinfo(asked, port, type=socket.SOCK_STREAM, flags=flags)
+        if passive and not name:  # some systems tell "::" first, where others refuse IPv4
+            name = "0.0.0.0"
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise OSError(error.errno, f"cannot resolve {host!r}: {error.strerror}") from error
     except UnicodeError as error:

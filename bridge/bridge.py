@@ -299,7 +299,9 @@ class Bridge(forks.Handle):
     ) -> Listener:
         """Listen on *address*: ``(host, port)``, the path of a Unix socket, or a bound socket to take over.
 
-        The host ``""`` is every interface.  A Unix socket may have an abstract name: ``"\\0"``, then the name.
+        The host ``""`` is every interface of IPv4.  For IPv6 besides, pass
+        ``socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)``.  A Unix socket may have an
+        abstract name: ``"\\0"``, then the name.
 
         Clients' handshakes are done by the workers, `Limits.handshakes` at a time; one that fails is
         logged (``handshake.failed``) and never seen here.  With *inbox* the sessions deliver there; without,

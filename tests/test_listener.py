@@ -31,6 +31,17 @@ from bridge.states import State
 PATIENCE = 30.0
 ROOT = str(Path(bridge.__file__).parents[1])
 QUICK = bridge.Timeouts(close_notify=0.3)
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on loopback")
 needs_unix = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets here")
 
 
@@ -596,23 +607,29 @@ def test_the_scope_of_an_address_is_kept(
         client.abort()
 
 
-def test_no_host_is_every_interface(
-    b: bridge.Bridge, far: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context
+def test_no_host_is_every_interface_of_ipv4(
+    b: bridge.Bridge,
+    far: bridge.Bridge,
+    server_ctx: bridge.Context,
+    client_ctx: bridge.Context,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def ipv6_first(*asked: Any, **options: Any) -> list[Any]:
+        return sorted(found_here(*asked, **options), reverse=True)
+
+    found_here = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", ipv6_first)  # as some systems tell them
     with b.listen(("", 0), server_ctx) as listener:
-        assert listener.address[0] in ("0.0.0.0", "::")
+        assert listener.address[0] == "0.0.0.0"
         client = far.connect(("127.0.0.1", listener.address[1]), client_ctx)
         exchange_with_the_next(client, listener)
         client.abort()
 
 
+@needs_ipv6
 def test_ipv6(
     b: bridge.Bridge, far: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context
 ) -> None:
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError:
-        pytest.skip("no IPv6 on loopback")
     with b.listen(("::1", 0), server_ctx) as listener:
         assert listener.address[0] == "::1"
         client = far.connect(listener.address, client_ctx)  # the certificate is for the address
@@ -621,6 +638,19 @@ def test_ipv6(
         assert f"[::1]:{listener.address[1]}" in client.name
         client.abort()
         server.abort()
+
+
+@needs_ipv6
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="IPv6 and IPv4 need a socket each here")
+def test_every_interface_of_ipv6_and_ipv4(
+    b: bridge.Bridge, far: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    sock = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    with b.listen(sock, server_ctx) as listener:
+        for host in ("127.0.0.1", "::1"):
+            client = far.connect((host, listener.address[1]), client_ctx)
+            exchange_with_the_next(client, listener)
+            client.abort()
 
 
 @pytest.mark.parametrize("own", [False, True])
