@@ -66,6 +66,15 @@ READ: Final = Want.READ
 """By a name of its own, for where speed counts."""
 
 
+def _is_bad(fd: int) -> bool:
+    """Whether it is the one, closed by somebody or of too high a number, for which select(2) fails for all."""
+    try:
+        select.select([fd], [], [], 0)
+    except (OSError, ValueError):
+        return True
+    return False
+
+
 class _Select:
     """`select.poll` for systems that lack it (Windows), as far as `Sleeper` uses it."""
 
@@ -82,7 +91,10 @@ class _Select:
         if not readers and not writers:  # which select(2) of Windows refuses; nobody waits for nothing
             return []
         timeout = None if milliseconds is None else milliseconds / 1000
-        can_read, can_write, failed = select.select(readers, writers, writers, timeout)
+        try:
+            can_read, can_write, failed = select.select(readers, writers, writers, timeout)
+        except (OSError, ValueError):
+            return [(fd, mask) for fd, mask in self._masks.items() if _is_bad(fd)]
         found = dict.fromkeys((*can_read, *can_write, *failed), 0)
         for fds, bit in ((can_read, READABLE), (can_write, WRITABLE), (failed, WRITABLE)):
             for fd in fds:
@@ -109,7 +121,7 @@ class SelectorPoller(Generic[T]):
 
     lends = False
     """Whether any thread may `change` a mask to LENT and back, under a lock of the socket's."""
-    most: float = SELECTED if os.name == "nt" else math.inf
+    most: float = SELECTED if sys.platform == "win32" else math.inf
     """How many can be watched at a time."""
 
     def __init__(self) -> None:
@@ -135,22 +147,13 @@ class SelectorPoller(Generic[T]):
         at_most = timeout if timeout is None else min(timeout, LONGEST_SLEEP)
         try:
             ready = self._selector.select(at_most)
-        except OSError:  # of select(2), for all, if one is closed
+        except (OSError, ValueError):
             ready = [(key, key.events) for key in self._selector.get_map().values() if _is_bad(key.fd)]
         return [(key.data, mask) for key, mask in ready]
 
     def close(self) -> None:
         """Release the operating system's poll object."""
         self._selector.close()
-
-
-def _is_bad(fd: int) -> bool:
-    """Whether somebody has closed the descriptor of a socket."""
-    try:
-        select.select([fd], [], [], 0)
-    except OSError:
-        return True
-    return False
 
 
 class EpollPoller(Generic[T]):

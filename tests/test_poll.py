@@ -166,6 +166,14 @@ def test_a_sleeper_hears_of_the_end_of_the_peer(
     assert sleeper.sleep(pair[0], Want.WRITE, PATIENCE) == Want.WRITE
 
 
+def test_a_sleeper_wakes_if_its_socket_is_closed_already(sleeper: Sleeper) -> None:
+    near, far = socket.socketpair()
+    with far:
+        os.close(near.fileno())
+        assert sleeper.sleep(near, Want.READ, PATIENCE) == Want.READ
+        near.detach()
+
+
 @pytest.mark.parametrize("made", POLLS)
 def test_a_look_says_what_a_socket_is_ready_for(
     made: Any, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch

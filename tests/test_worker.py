@@ -503,7 +503,7 @@ def test_stop_ends_what_is_left_twice_and_closes_everything(
     assert handed_over == [["the last word"], ["the last word"]]
     with pytest.raises((OSError, ValueError)):
         worker._doorbell.silence()
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises((AttributeError, ValueError)):
         worker._poller.wait(0)
 
 
