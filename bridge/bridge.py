@@ -23,7 +23,8 @@ from bridge import codecs, events, forks
 from bridge.acceptor import Acceptor
 from bridge.addresses import Place, connected_to, listening_socket, resolve, take_over
 from bridge.context import Context
-from bridge.coordinator import Channel, Coordinator
+from bridge.coordinator import Channel
+from bridge.crew import Crew
 from bridge.crossing import Registry, Tally, deadline_after, nobody, time_left
 from bridge.dialer import show_address
 from bridge.engine import SessionInfo
@@ -45,7 +46,6 @@ from bridge.terms import Ending, Plan
 from bridge.threads import check_may_wait, let_through
 from bridge.totals import Account, Totals, total
 from bridge.transport import Transport
-from bridge.worker import Worker
 
 CodecFactory = Callable[[], "codecs.Codec[Any]"]
 AnyContext = Context | SSL.Context
@@ -129,29 +129,21 @@ class Bridge:
         self._timeouts = _instance("timeouts", timeouts, Timeouts) or Timeouts()
         self._limits = _instance("limits", limits, Limits) or Limits()
         self._born = forks.generation()
-        self._closed = threading.Event()
-        self._closers: list[tuple[threading.Thread]] = []  # the first does it
-        self._feeding = threading.RLock()  # of an inbox, which is attached once
+        self._closers: list[list[threading.Thread]] = []  # who calls `close`; the first does it
         self._inbox_tally = Tally(self._limits.total_bytes)
         self._outbox_tally = Tally(self._limits.total_bytes)
         self._lingering = Tally(
             2**63
         )  # sessions of clients that are over, and whose sockets are not closed yet
-        self._channels: Registry[Channel] = Registry()
         self._listeners: Registry[Listener] = Registry()
         self._streams: Registry[Stream] = Registry()
-        self._inboxes: Registry[Inbox] = Registry()
-        self._coordinator = Coordinator()
-        self._workers = [Worker(f"bridge-worker-{i}", self._coordinator.hand_over) for i in range(workers)]
+        self._crew = Crew(workers)
+        self._coordinator, self._workers = self._crew.coordinator, self._crew.workers
+        self._channels = self._crew.channels
         self._turns = itertools.cycle(self._workers)
-        self._threads = [threading.Thread(target=w.run, name=w.name, daemon=True) for w in self._workers]
-        self._threads.append(
-            threading.Thread(target=self._coordinator.run, name="bridge-coordinator", daemon=True)
-        )
         if start:
             _live.add(self)
-            for thread in self._threads:
-                thread.start()
+            self._crew.start()
 
     # Sessions.
 
@@ -307,7 +299,7 @@ class Bridge:
 
         def stop() -> None:
             worker.post(acceptor, "end", SessionClosed("the listener is closed"))
-            if self._threads[0].is_alive() and threading.current_thread() not in self._threads:
+            if self._crew.serves() and not self._crew.is_here():
                 listener.gone.wait(None, "close")
 
         listener = Listener(sock.getsockname(), config, inbox, stop)
@@ -372,29 +364,27 @@ class Bridge:
         """
         forks.check(self._born)
         timeout = check_timeout("timeout", timeout)
-        if threading.current_thread() in self._threads:
+        if self._crew.is_here():
             raise RuntimeError(
                 "Bridge.close() was called by a thread of the Bridge itself, which it would wait for"
             )
         check_may_wait()
-        closer = (threading.current_thread(),)
+        closer = [threading.current_thread()]
         try:
             self._closers.append(closer)
             if self._closers[0] is closer:
                 self._close_sessions(timeout)
-            elif self._closers[0] != closer:  # but a signal handler, in the middle of it
-                self._closed.wait()
-        finally:  # also when Ctrl-C cut the politeness short
-            if self._closers and self._closers[0] is closer:
-                try:
-                    self._stop_threads()
-                    with self._feeding:
-                        inboxes = self._inboxes.seal()
-                    for inbox in inboxes:
-                        inbox._detach()
-                finally:
-                    _live.discard(self)
-                    self._closed.set()
+                self._crew.stop()
+            elif self._closers[0] == closer:  # a signal handler, in the middle of it
+                return
+            self._crew.join()
+        except BaseException:  # Ctrl-C cut the politeness short
+            if self._closers[:1] == [closer]:
+                self._crew.stop()
+            raise
+        finally:
+            closer.clear()
+        _live.discard(self)
 
     def _close_sessions(self, timeout: float | None) -> None:
         deadline = deadline_after(timeout)
@@ -405,7 +395,7 @@ class Bridge:
             self._coordinator.close(channel, timeout)
         for stream in streams:
             stream.close(timeout)
-        if self._threads[0].is_alive():
+        if self._crew.serves():
             with contextlib.suppress(OperationTimeout):  # the workers cut short what lingers still
                 for stream in streams:
                     stream.gone.wait(time_left(deadline), "close")
@@ -414,21 +404,10 @@ class Bridge:
                 "bridge.closed", sessions=len(reports), unsent=sum(report.unsent for report in reports)
             )
 
-    def _stop_threads(self) -> None:
-        for worker in self._workers:
-            worker.stop()
-        *workers, coordinator = self._threads
-        for thread in workers:
-            if thread.ident is not None:
-                thread.join()
-        self._coordinator.stop()
-        if coordinator.ident is not None:
-            coordinator.join()
-
     @property
     def closed(self) -> bool:
         """Whether `close` was called: nothing new can start."""
-        return bool(self._closers)
+        return bool(self._closers) or self._crew.stopped
 
     def __enter__(self) -> Bridge:
         return self
@@ -439,18 +418,15 @@ class Bridge:
     def __del__(self) -> None:
         # May run in any thread, at any moment.  No session and no listener is left, or they would keep it alive.
         try:
-            forgotten = not self._closers and self._threads[0].is_alive() and not forks.abandoned(self._born)
+            if not self._crew.serves() or forks.abandoned(self._born):
+                return
         except AttributeError:
             return
-        if forgotten:
-            try:
+        try:
+            if not self._closers:  # or else its close was interrupted
                 warnings.warn("a Bridge was forgotten, and ends its threads", ResourceWarning, source=self)
-            finally:  # also where warnings are errors
-                for worker in self._workers:
-                    worker.stop()
-                self._coordinator.stop()
-                for inbox in self._inboxes:
-                    inbox._detach()
+        finally:  # also where warnings are errors
+            self._crew.stop()
 
     # Wiring.
 
@@ -605,18 +581,14 @@ class Bridge:
 
         BridgeClosed if it is too late, LimitExceeded if there are *most* already.
         """
-        with self._feeding:
-            if inbox is not None and inbox not in self._inboxes:
-                fed = self._inboxes.add(inbox)
-                inbox._attach()
-                if not fed:  # whoever waits there already learns that it is over
-                    inbox._detach()
+        if inbox is not None:
+            self._crew.feed(inbox)
         if not members.add(member, most):
             raise BridgeClosed(_CLOSED) if members.sealed else self._full()
 
     def _check_open(self) -> None:
         forks.check(self._born)
-        if self._closers:
+        if self.closed:
             raise BridgeClosed(_CLOSED)
 
     def _nearest_timeouts(self, timeouts: Timeouts | None) -> Timeouts:

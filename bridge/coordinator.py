@@ -24,7 +24,7 @@ from bridge.inbox import Inbox, ReadCredit, SessionInbox
 from bridge.limits import RECORD_BYTES
 from bridge.outbox import Outbox
 from bridge.poll import READ, my_sleeper
-from bridge.terms import Ending, Told, interrupted
+from bridge.terms import CloseReport, Ending, Told, interrupted
 from bridge.threads import check_may_wait, let_through, serving_all, this_thread
 from bridge.transport import Transport
 from bridge.worker import Command, Worker
@@ -308,6 +308,16 @@ class Coordinator:
         except BaseException:
             let_go(lock)
             raise
+
+    def give_up(self, channel: Channel) -> None:
+        """Nobody else will end the session any more: its worker has ended.  When `run` is over."""
+        why, transport = SessionAborted("the bridge was closed"), channel.transport
+        with transport.lock, self._lock:
+            for _ in range(2):  # once to end it, once more to end its lingering
+                transport.end(why)
+            for sock in transport.retired:
+                sock.close()
+            self._closed(channel, Ending(why, CloseReport(channel.outbox.discard(why), False, False)))
 
     def stop(self) -> None:
         """Leave `run`, after what is queued."""

@@ -25,6 +25,7 @@ import pytest
 import structlog
 from conftest import KeyPair
 from peers import until
+from rig import tcp_pair
 from structlog.testing import capture_logs
 
 import bridge
@@ -1254,10 +1255,54 @@ def test_whatever_comes_out_of_a_codec_ends_its_own_session_only(
         client.send_eof()
         until(lambda: server.end is not None)
         assert isinstance(server.end, bridge.CodecError) and "SystemExit" in str(server.end)
-        assert all(thread.is_alive() for thread in b._threads)
+        assert all(thread.is_alive() for thread in b._crew.threads)
         again = b.connect(listener.address, client_ctx, server_hostname="localhost")
         accepted = listener.accept(PATIENCE)
         assert again.info.version == accepted.info.version
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bridge_whose_worker_dies_of_a_bug_is_closed_and_nobody_waits_for_it(
+    server_ctx: bridge.Context, client_ctx: bridge.Context, pool: ThreadPoolExecutor
+) -> None:
+    shared = bridge.Inbox()
+    with bridge.Bridge(workers=1) as there:
+        b = bridge.Bridge(workers=2)
+        listener = b.listen(("127.0.0.1", 0), server_ctx)
+        b.listen(("127.0.0.1", 0), server_ctx, inbox=shared)
+        clients = [there.connect(listener.address, client_ctx, server_hostname="localhost") for _ in range(4)]
+        servers = [listener.accept(PATIENCE) for _ in clients]
+        waiting = [pool.submit(call) for call in (listener.accept, shared.get, servers[0].recv)]
+        b._workers[1]._poller.wait = None  # type: ignore[method-assign, assignment]
+        b._workers[1]._doorbell.ring()
+        for future in waiting:
+            assert isinstance(future.exception(PATIENCE), bridge.ShutDown)
+        for session in (*servers, *clients):
+            with pytest.raises(bridge.SessionEnded):
+                session.recv(PATIENCE)
+        with pytest.raises(bridge.BridgeClosed):
+            b.connect(listener.address, client_ctx, server_hostname="localhost")
+        assert b.closed
+        b.close()
+        assert not any(thread.is_alive() for thread in b._crew.threads)
+
+
+def test_a_session_that_comes_too_late_for_its_worker_ends(
+    client_ctx: bridge.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bridge.Bridge(workers=1)
+    launch = b._launch
+
+    def late(channel: Any) -> None:
+        b._crew.stop()
+        b._crew.threads[0].join()
+        launch(channel)
+
+    monkeypatch.setattr(b, "_launch", late)
+    near, far = tcp_pair()
+    with far, pytest.raises(bridge.SessionAborted, match="the bridge was closed"):
+        b.adopt(near, client_ctx, server_hostname="localhost")
+    b.close()
 
 
 def test_closing_a_bridge_in_the_middle_of_closing_it_is_nothing(
@@ -1273,7 +1318,7 @@ def test_closing_a_bridge_in_the_middle_of_closing_it_is_nothing(
 
     monkeypatch.setattr(b, "_close_sessions", interrupted)
     b.close()
-    assert b.closed and not any(thread.is_alive() for thread in b._threads)
+    assert b.closed and not any(thread.is_alive() for thread in b._crew.threads)
 
 
 @pytest.mark.parametrize("call", ["listen", "connect", "adopt"])
