@@ -441,7 +441,10 @@ class Coordinator:
             share = (held + size - buffered) // len(messages)
             if share < MESSAGE_BYTES:
                 share = MESSAGE_BYTES
-            channel.inbox._deliver(channel.handle, messages, credit, size, share)
+            if not channel.inbox._deliver(channel.handle, messages, credit, size, share):
+                self._refuse(
+                    channel, TypeError("it gave None, which says in a shared inbox that a session has ended")
+                )
         elif size:
             credit.settle(size)  # part of a message: the codec bounds that, and only more input can end it
 

@@ -23,10 +23,13 @@ bridge.closed              sessions, unsent
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
 import structlog
+
+from bridge.threads import let_through
 
 _LOGGER = logging.getLogger("bridge")
 _LOGGER.addHandler(logging.NullHandler())
@@ -61,5 +64,7 @@ def _emit(level: int, event: str, fields: dict[str, Any]) -> None:
             getattr(structlog.get_logger("bridge"), _METHODS[level])(event, **fields)
         elif _LOGGER.isEnabledFor(level):
             _LOGGER.log(level, "%s", _RENDER(None, "", {"event": event, **fields}))
-    except Exception:  # a user's processor failed: the session it spoke of must not
-        _LOGGER.exception("a log processor failed on event %s", event)
+    except BaseException as error:  # a user's processor or handler failed: the session it spoke of must not
+        let_through(error)
+        with contextlib.suppress(Exception):  # as that handler is asked once more
+            _LOGGER.exception("a log processor failed on event %s", event)

@@ -281,7 +281,10 @@ class Inbox:
         forks.check(self._born)
         if self._shut:
             raise ShutDown("the inbox was shut down")
-        session, message = item
+        try:
+            session, message = item
+        except (TypeError, ValueError):
+            raise TypeError(f"put takes a pair of a session, or None, and a message, not {item!r}") from None
         self._deliver(session, [message], None, 0, 0)
 
     def qsize(self) -> int:
@@ -404,10 +407,19 @@ class Inbox:
         size: int,
         share: int,
         done: Callable[[], None] | None = None,
-    ) -> None:
-        """Put *messages* in, which *size* bytes of *credit* have become, and each of which is to cost *share*."""
+    ) -> bool:
+        """Put *messages* in, which *size* bytes of *credit* have become, and each of which is to cost *share*.
+
+        False if one of them is None, which is no message: it and what is behind it are not put in.
+        """
+        whole = True
         if not self._in_turns:
             session = None
+        elif credit is not None:
+            for number, message in enumerate(messages):
+                if message is None:
+                    messages, whole = messages[:number], False
+                    break
         with self._lock:
             resume = credit is not None and credit._charge(size, share * len(messages))
             for message in messages:
@@ -426,6 +438,7 @@ class Inbox:
         if resume:
             assert credit is not None
             credit._resume()
+        return whole
 
     def _release(self, turn: _Turn) -> None:
         """A handler's *turn* is over, so the session's next entry is ready."""

@@ -31,7 +31,7 @@ def check_timeout(name: str, seconds: float | None) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Timeouts:
-    """Deadlines in seconds.  None means no limit.
+    """Deadlines in seconds.  None means no limit; `flush` and `close_notify` may be 0, which is not to wait.
 
     All are total and on the monotonic clock: no byte of the peer's restarts one.
     """
@@ -52,7 +52,12 @@ class Timeouts:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             name = field.name
-            object.__setattr__(self, name, check_timeout(f"Timeouts.{name}", getattr(self, name)))
+            seconds = check_timeout(f"Timeouts.{name}", getattr(self, name))
+            if seconds == 0 and name not in ("flush", "close_notify"):
+                raise ConfigurationError(
+                    f"Timeouts.{name} is 0, which no session could keep; None is no limit"
+                )
+            object.__setattr__(self, name, seconds)
 
 
 @dataclasses.dataclass(frozen=True)

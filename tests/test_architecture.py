@@ -24,7 +24,7 @@ import bridge
 PACKAGE = Path(bridge.__file__).parent
 
 FLOORS = (
-    ("errors", "limits", "events", "states", "forks", "totals", "threads"),  # vocabulary
+    ("errors", "limits", "threads", "events", "states", "forks", "totals"),  # vocabulary
     (
         "poll",
         "names",

@@ -245,6 +245,21 @@ def test_messages_cost_what_they_hold_and_a_little_at_least(codec: Callable[[], 
     assert rig.credit.held() == MESSAGE_BYTES and rig.taken() == [small] and rig.credit.held() == 0
 
 
+def test_none_is_no_message_where_it_would_say_that_the_session_has_ended() -> None:
+    class Nulls(Raw):
+        def decode(self, data: bytes) -> list[Any]:
+            return [data, None, data]
+
+    shared, own = Rig(Nulls(), Inbox()), Rig(Nulls())
+    shared.channel.given = True
+    for rig in (shared, own):
+        rig.says(Told.DATA, b"null")
+    assert own.taken() == [b"null", None, b"null"]
+    assert shared.taken() == [(shared, b"null"), (shared, None)]
+    assert isinstance(shared.channel.end, bridge.CodecError) and "None" in str(shared.channel.end)
+    assert shared.credit.held() == own.credit.held() == 0
+
+
 def test_what_the_codec_holds_is_counted_and_shared_out_among_the_messages_it_becomes() -> None:
     rig = Rig(LengthPrefixed(2))
     wire = rig.channel.codec.encode(bytes(10_000)) + rig.channel.codec.encode(bytes(2_000))

@@ -552,6 +552,13 @@ def test_unusable_timeouts_are_refused_by_name(field: str, value: Any) -> None:
         bridge.Timeouts(**{field: value})
 
 
+def test_a_deadline_of_no_time_at_all_is_refused_where_no_session_could_keep_it() -> None:
+    for field in ("connect", "handshake", "idle", "write_stall"):
+        with pytest.raises(bridge.ConfigurationError, match=rf"^Timeouts\.{field} is 0, .* None is no limit"):
+            bridge.Timeouts(**{field: 0})
+    assert bridge.Timeouts(flush=0, close_notify=0) != bridge.Timeouts()
+
+
 @pytest.mark.parametrize("value", [-1, math.nan, "5"], ids=repr)
 def test_unusable_timeouts_of_calls_are_refused_and_nothing_is_lost(
     b: bridge.Bridge,

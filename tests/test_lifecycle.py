@@ -1023,11 +1023,17 @@ def test_a_failed_handshake_is_told_to_servers(server_ctx: bridge.Context, logs:
     assert failed["log_level"] == "info" and failed["cause"] == "NotTLS" and peer in failed["peer"]
 
 
+@pytest.mark.parametrize("failure", [KeyError("a bug"), SystemExit("a processor's")], ids=["bug", "exit"])
 def test_a_log_that_fails_harms_no_session(
-    server_ctx: bridge.Context, client_ctx: bridge.Context, caplog: pytest.LogCaptureFixture
+    server_ctx: bridge.Context,
+    client_ctx: bridge.Context,
+    caplog: pytest.LogCaptureFixture,
+    failure: BaseException,
 ) -> None:
     def fail(*_: Any) -> Any:
-        raise KeyError("a processor with a bug")
+        if isinstance(failure, Exception) or threading.current_thread() is not threading.main_thread():
+            raise failure
+        raise structlog.DropEvent
 
     structlog.configure(processors=[fail])
     try:
@@ -1041,6 +1047,29 @@ def test_a_log_that_fails_harms_no_session(
     finally:
         structlog.reset_defaults()
     assert "a log processor failed on event session.state" in caplog.text
+
+
+def test_a_handler_of_logging_that_fails_harms_no_session(
+    server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    """It is asked a second time, to say that it has failed."""
+
+    class Failing(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise OSError(28, "no space left on device")
+
+    handler, logger = Failing(), logging.getLogger("bridge")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        with bridge.Bridge(workers=1) as b, b.listen(("127.0.0.1", 0), server_ctx) as listener:
+            client = b.connect(listener.address, client_ctx, server_hostname="localhost")
+            server = listener.accept(PATIENCE)
+            client.send(b"unharmed")
+            assert server.recv(PATIENCE) == b"unharmed"
+    finally:
+        logger.setLevel(logging.NOTSET)
+        logger.removeHandler(handler)
 
 
 @pytest.mark.parametrize(

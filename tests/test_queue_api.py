@@ -156,6 +156,12 @@ def test_an_outbox_behaves_as_a_queue(pair: tuple[bridge.Session, bridge.Session
         assert type(caught.value) is bridge.SessionClosed and not isinstance(caught.value, queue.Full)
 
 
+@pytest.mark.parametrize("odd", [b"x", 1, (1, 2, 3)])
+def test_what_is_put_into_a_shared_inbox_is_a_pair(odd: Any) -> None:
+    with pytest.raises(TypeError, match="put takes a pair"):
+        bridge.Inbox().put(odd)
+
+
 @pytest.mark.skipif(sys.version_info < (3, 13), reason="queue.ShutDown came with Python 3.13")
 def test_shut_down_is_python_s_own() -> None:
     assert bridge.ShutDown is queue.ShutDown

@@ -34,6 +34,7 @@ from bridge.errors import (
     EndOfStream,
     HostnameMismatch,
     OperationTimeout,
+    PeerReset,
     SessionClosed,
     SessionEnded,
     Truncated,
@@ -504,8 +505,11 @@ class SSLSocket(ssl.SSLSocket):
         if how != socket.SHUT_WR or wire.stream.info is None:
             try:
                 socket.socket.shutdown(self, how)
-            except OSError:
-                if self.fileno() != -1:  # or else a reader that was let go has closed it meanwhile
+            except OSError as error:
+                if self.fileno() == -1:  # a reader that was let go has closed it meanwhile
+                    return
+                # That of TLS has shut TCP down already; a peer that was quick to answer has left nothing to be done.
+                if error.errno != errno.ENOTCONN or isinstance(wire.stream.end, PeerReset):
                     raise
 
     def detach(self) -> int:

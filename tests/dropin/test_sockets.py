@@ -692,6 +692,32 @@ def test_a_reader_that_shutdown_wakes_may_close_at_once(
     reading.result(PATIENCE)
 
 
+def test_shutdown_of_a_peer_that_is_quick_to_answer(
+    mixed: Ends, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TLS's half close is that of TCP, too, so nothing may be left for the kernel to shut down."""
+    client, server = mixed
+
+    def read_and_close() -> None:
+        while server.recv(100):
+            pass
+        server.close()
+
+    reading, stop = background.run(read_and_close), Stream.stop_reading
+
+    hung_up = select.poll()
+    hung_up.register(client, 0)
+
+    def when_the_peer_has_gone(stream: Stream) -> None:
+        stop(stream)
+        reading.result(PATIENCE)
+        assert hung_up.poll(PATIENCE * 1000)
+
+    monkeypatch.setattr(Stream, "stop_reading", when_the_peer_has_gone)
+    client.shutdown(socket.SHUT_RDWR)
+    assert client.recv(1) == b""
+
+
 @pytest.mark.parametrize("how", [socket.SHUT_WR, socket.SHUT_RDWR])
 def test_after_shutdown_a_write_finds_a_broken_pipe(how: int, mixed: Ends) -> None:
     client, server = mixed
