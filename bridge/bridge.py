@@ -360,10 +360,13 @@ class Bridge:
         """Close listeners, then all sessions politely, then end the threads.  Idempotent.
 
         The sessions have *timeout* seconds altogether (None: their own timeouts); what is not closed by then
-        is aborted.
+        is aborted.  If an exception ends the `with` of a Bridge, or the program without this, what was sent still
+        leaves, but no close_notify follows: the peers are not to take that for the end.
         """
+        self._close(check_timeout("timeout", timeout), politely=True)
+
+    def _close(self, timeout: float | None, politely: bool) -> None:
         forks.check(self._born)
-        timeout = check_timeout("timeout", timeout)
         if self._crew.is_here():
             raise RuntimeError(
                 "Bridge.close() was called by a thread of the Bridge itself, which it would wait for"
@@ -373,7 +376,7 @@ class Bridge:
         try:
             self._closers.append(closer)
             if self._closers[0] is closer:
-                self._close_sessions(timeout)
+                self._close_sessions(timeout, politely)
                 self._crew.stop()
             elif self._closers[0] == closer:  # a signal handler, in the middle of it
                 return
@@ -386,15 +389,18 @@ class Bridge:
             closer.clear()
         _live.discard(self)
 
-    def _close_sessions(self, timeout: float | None) -> None:
+    def _close_sessions(self, timeout: float | None, politely: bool) -> None:
         deadline = deadline_after(timeout)
         for listener in self._listeners.seal():
             listener.close()
         channels, streams = self._channels.seal(), self._streams.seal()
         for channel in channels:
-            self._coordinator.close(channel, timeout)
+            if politely:
+                self._coordinator.close(channel, timeout)
+            else:
+                self._coordinator.hang_up(channel, timeout)
         for stream in streams:
-            stream.close(timeout)
+            stream.close(timeout, politely)
         if self._crew.serves():
             with contextlib.suppress(OperationTimeout):  # the workers cut short what lingers still
                 for stream in streams:
@@ -412,8 +418,8 @@ class Bridge:
     def __enter__(self) -> Bridge:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._close(None, politely=kind is None)
 
     def __del__(self) -> None:
         # May run in any thread, at any moment.  No session and no listener is left, or they would keep it alive.
@@ -633,4 +639,4 @@ def _instance(name: str, value: Any, kind: type[Any]) -> Any:
 def _close_forgotten() -> None:
     for forgotten in list(_live):
         if not forks.abandoned(forgotten._born):
-            forgotten.close(EXIT_SECONDS)
+            forgotten._close(EXIT_SECONDS, politely=False)

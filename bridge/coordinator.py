@@ -9,6 +9,7 @@ long before they could grow (see `crossing`).
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 import time
@@ -42,6 +43,7 @@ class Ask:
     SEND: Final = "send"  # the outbox has something
     SEND_EOF: Final = "send_eof"
     CLOSE: Final = "close"  # payload: (timeout,)
+    HANG_UP: Final = "hang_up"  # payload: (timeout,)
     UNWRAP: Final = "unwrap"  # payload: (timeout,)
     RENEGOTIATE: Final = "renegotiate"
     ABORT: Final = "abort"  # payload: (cause,)
@@ -232,6 +234,7 @@ class Coordinator:
             Ask.SEND: self._send,
             Ask.SEND_EOF: self._forward("send_eof"),
             Ask.CLOSE: self._forward("close"),
+            Ask.HANG_UP: self._forward("hang_up"),
             Ask.UNWRAP: self._forward("unwrap"),
             Ask.RENEGOTIATE: self._forward("renegotiate"),
             Ask.ABORT: self._forward("abort"),
@@ -258,6 +261,12 @@ class Coordinator:
             channel.worker.post(channel.transport, "close", timeout)
         else:
             self.post(channel, Ask.CLOSE, (timeout,))
+
+    def hang_up(self, channel: Channel, timeout: float | None = None) -> None:
+        """As `close`, but without close_notify, if nobody has closed it.  Never waits; idempotent."""
+        channel.outbox.close(SessionClosed("this side hung up"))
+        if channel.closed.peek() is None:
+            self.post(channel, Ask.HANG_UP, (timeout,))
 
     def forget(self, channel: Channel) -> None:
         """The application has let go of its handle.  Never waits; for a finalizer."""
@@ -375,7 +384,7 @@ class Coordinator:
         def forward(channel: Channel, payload: Any) -> None:
             self._send(channel, None)  # what was accepted before goes before
             self._command(channel, method, *(() if payload is None else payload))
-            if method == "close":
+            if method in (Ask.CLOSE, Ask.HANG_UP):
                 self._end(channel, SessionClosed("this side closed the session"))
             elif method == "abort":
                 self._end(channel, payload[0])
@@ -461,7 +470,7 @@ class Coordinator:
 
     def _forget(self, channel: Channel, _: None) -> None:
         if channel.closed.peek() is None:
-            self._forward("close")(channel, (None,))
+            self._forward(Ask.HANG_UP)(channel, (None,))
         channel.credit.forfeit()
 
     def _end(self, channel: Channel, cause: SessionEnded) -> None:
@@ -469,8 +478,15 @@ class Coordinator:
         if channel.end is None:
             channel.end = cause
             known = channel.given or isinstance(channel.opened.peek(), SessionInfo)
-            channel.inbox._end(channel.handle, cause, known, lambda: self.close(channel, None))
+            channel.inbox._end(channel.handle, cause, known, functools.partial(self._part, channel))
             channel.forget_handle()
+
+    def _part(self, channel: Channel, came_back: bool) -> None:
+        """A handler has been told of the end, and is done with the session, or has died."""
+        if came_back:
+            self.close(channel, None)
+        else:
+            self.hang_up(channel)
 
     def _closed(self, channel: Channel, ending: Ending) -> None:
         self._end(channel, ending.cause)

@@ -175,7 +175,9 @@ class ReadCredit:
         self._tally.follow(self, self.held())
 
 
-Entry = tuple[Any, Any, "ReadCredit | None", int, "Callable[[], None] | None"]
+Done = Callable[[bool], None]
+"""Called when the handler that was told of a session's end has come back, or false if it never will."""
+Entry = tuple[Any, Any, "ReadCredit | None", int, "Done | None"]
 """One message on its way to the application: session, message, the credit and how much of it comes back when
 the message is taken, and what to call when the handler comes back for the next one."""
 
@@ -188,13 +190,13 @@ class _Turn:
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
         self.session: object = None
-        self.done: Callable[[], None] | None = None
+        self.done: Done | None = None
 
-    def end(self) -> None:
-        """Let another handler have the session; close it, if it has ended."""
+    def end(self, came_back: bool = True) -> None:
+        """Let another handler have the session; close it, if it has ended.  Or the handler has ended, and hangs up."""
         done, self.done = self.done, None
         if done is not None:
-            done()
+            done(came_back)
         if self.session is not None:
             with self._inbox._lock:
                 self._inbox._release(self)
@@ -202,7 +204,7 @@ class _Turn:
 
     def __del__(self) -> None:
         if hasattr(self, "done") and not forks.abandoned(self._inbox._born):  # or Ctrl-C came as it was made
-            self.end()
+            self.end(came_back=False)
 
 
 class Inbox:
@@ -406,7 +408,7 @@ class Inbox:
         credit: ReadCredit | None,
         size: int,
         share: int,
-        done: Callable[[], None] | None = None,
+        done: Done | None = None,
     ) -> bool:
         """Put *messages* in, which *size* bytes of *credit* have become, and each of which is to cost *share*.
 
@@ -471,7 +473,7 @@ class Inbox:
             if not self._feeders:
                 self._finish(ShutDown("every Bridge that fed this inbox is closed"))
 
-    def _end(self, session: Any, why: SessionEnded, known: bool, done: Callable[[], None]) -> None:
+    def _end(self, session: Any, why: SessionEnded, known: bool, done: Done) -> None:
         """A session that feeds this inbox has ended."""
         if known:  # one that never opened was never here: its `connect` raises, its listener logs
             with self._lock:
@@ -531,6 +533,6 @@ class SessionInbox(Inbox):
                 self._call()
             return asleep
 
-    def _end(self, session: Any, why: SessionEnded, known: bool, done: Callable[[], None]) -> None:
+    def _end(self, session: Any, why: SessionEnded, known: bool, done: Done) -> None:
         self.attend = None
         self._finish(why)

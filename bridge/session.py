@@ -166,7 +166,7 @@ class Session:
         if abandoned:
             return
         try:
-            if channel.end is None and not channel.outbox.closed:
+            if channel.closed.peek() is None and not channel.outbox.closed:
                 warnings.warn(
                     f"session {channel.name} was forgotten and is being closed", ResourceWarning, source=self
                 )

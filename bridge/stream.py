@@ -603,30 +603,36 @@ class Stream:
         self._handed_back = self._lease.closing = True
         return unwrapped
 
-    def close(self, timeout: float | None = None) -> None:
+    def close(self, timeout: float | None = None, politely: bool = True) -> None:
         """Polite close, in the background: what was taken leaves, close_notify is said, late input is drained.
 
-        *timeout* bounds that, in seconds (None: `Timeouts.flush` and `Timeouts.close_notify`).  Whoever waits in a
-        call is let go.  Does not wait; idempotent; in a child of fork() it only closes the child's descriptor.
+        *timeout* bounds that, in seconds (None: `Timeouts.flush` and `Timeouts.close_notify`).  If not *politely*, no
+        close_notify is said, so that the peer does not take what it got for all there is; unless `send_eof` has said
+        it.  Whoever waits in a call is let go.  Does not wait; idempotent; in a child of fork() it only closes the
+        child's descriptor.
         """
+        how = "close" if politely else "hang_up"
         if self._born != forks.generation():
             self._abandon()
         elif self._lease.mine():  # a signal handler, in the middle of a call of this very session
-            self._lease.forget()
+            self._lease.post_close(how)
         else:
-            self._close(timeout)
+            self._close(timeout, how)
 
     @_leased
-    def _close(self, timeout: float | None) -> None:
+    def _close(self, timeout: float | None, how: str) -> None:
         self._deaf = True
-        self._lease.close(timeout)
+        self._lease.close(timeout, how)
 
     def forget(self) -> None:
-        """`close`, for a finalizer: it may run in the middle of a call of this very session.  Never waits."""
+        """`close`, and not politely, for a finalizer: it may run in the middle of a call of this very session.
+
+        Never waits.
+        """
         if forks.abandoned(self._born):
             self._abandon()
         else:
-            self._lease.forget()
+            self._lease.post_close("hang_up")
 
     @_leased
     def abort(self) -> None:

@@ -207,11 +207,11 @@ def test_a_forgotten_session_is_closed_and_what_it_holds_is_given_up(rig: Rig) -
     rig.says(Told.DATA, bytes(5000))
     assert rig.credit.held() == 5000 == rig.tally.used
     rig.forgets()
-    assert rig.worker.commands == [("close", None)]
+    assert rig.worker.commands == [("hang_up", None)]
     assert rig.credit.held() == 0 == rig.tally.used
     rig.ends(SessionClosed("done"))
     rig.asks(Ask.FORGET)
-    assert rig.worker.commands == [("close", None)]
+    assert rig.worker.commands == [("hang_up", None)]
 
 
 def test_a_session_that_is_over_is_forgotten_without_a_word_unless_something_is_held(rig: Rig) -> None:

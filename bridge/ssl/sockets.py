@@ -77,6 +77,8 @@ class Wire:
         self.stream: Stream | None = None
         self.said_all = False
         """The application has shut the socket down for writing."""
+        self.cut_off = False
+        """It is closed by an exception, and nobody has said that this is all."""
         self._owner = weakref.ref(sock)
         self._session: SSLSession | None = None
         self._pooled = False
@@ -532,11 +534,19 @@ class SSLSocket(ssl.SSLSocket):
             if stream is None:
                 super()._real_close()  # type: ignore[misc]
             else:
-                stream.close()
+                assert wire is not None
+                stream.close(politely=not wire.cut_off)
         except BaseException:
             if wire is not None and wire.stream is not None:
                 wire.stream.forget()  # Ctrl-C, and nobody may try again
             raise
+
+    def __exit__(self, *exception: object) -> None:
+        """Close it, without close_notify if an exception comes through: the peer is not to take that for the end."""
+        wire = self._sslobj or self._wire
+        if wire is not None and exception[0] is not None:
+            wire.cut_off = True
+        super().__exit__(*exception)
 
     def _give_up(self, wire: Wire) -> Stream:
         """The descriptor is from now on its stream's alone."""
