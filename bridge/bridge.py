@@ -174,7 +174,8 @@ class Bridge:
         host, LimitExceeded, BridgeClosed, ForkedError, and whatever *codec* raises as it is called.  Then, for TCP:
         ConnectFailed, ConnectTimeout (also if *timeout* ends in the handshake); for the handshake: HandshakeTimeout,
         CertificateError, HostnameMismatch, NotTLS, TLSError, and PeerReset or Truncated if the peer resets the
-        connection or hangs up; SessionClosed if the Bridge is closed meanwhile.
+        connection or hangs up; SessionClosed if the Bridge is closed meanwhile.  All but *codec*'s own are
+        a BridgeError or an OSError.
         """
         self._check_open()
         deadline = _deadline(timeout)
