@@ -89,7 +89,7 @@ class ListenerSnapshot:
 
     address: str
     handshakes: int
-    """Clients whose handshake is under way."""
+    """Clients whose handshake is under way, or has failed and whose socket is not closed yet."""
     waiting: int
     """Sessions that nobody has accepted yet; with a shared inbox, the messages in it."""
 
@@ -111,7 +111,8 @@ class Bridge:
     """A coordinator thread, *workers* worker threads, and the sessions they own.
 
     *workers*: None means one a processor core, at most 4.  The threads start here and end with `close`; they
-    are daemons, and a Bridge that was never closed is closed at exit.  Any thread may call anything.
+    are daemons, and a Bridge that was never closed is closed at exit.  One that is forgotten, as
+    are its sessions, streams and listeners, ends its threads, with a ResourceWarning.  Any thread may call anything.
     """
 
     def __init__(
@@ -169,8 +170,12 @@ class Bridge:
         With ``wait=False`` returns before the handshake: messages sent meanwhile leave after it, and if it
         fails `recv` says why, or the shared inbox that the session has ended.
 
-        Raises ConfigurationError for unusable arguments, OSError for an unknown host, ConnectFailed,
-        ConnectTimeout, HandshakeTimeout, CertificateError, HostnameMismatch, TLSError, NotTLS.
+        Raises at once, also with ``wait=False``: ConfigurationError for unusable arguments, OSError for an unknown
+        host, LimitExceeded, BridgeClosed, ForkedError, and whatever *codec* raises as it is called.  Then, for TCP:
+        ConnectFailed, ConnectTimeout (also if *timeout* ends in the handshake); for the handshake: HandshakeTimeout,
+        CertificateError, HostnameMismatch, NotTLS, TLSError, and PeerReset or Truncated if the peer resets the
+        connection or hangs up; SessionClosed if the Bridge is closed meanwhile.  All but *codec*'s own are
+        a BridgeError or an OSError.
         """
         self._check_open()
         deadline = _deadline(timeout)
@@ -208,6 +213,8 @@ class Bridge:
         Takes the socket over: *sock* is detached (``fileno() == -1``), since two owners of one descriptor
         cannot be made safe.  *server_side* says which side we are; by default the context knows, but an
         `OpenSSL.SSL.Context` of your own does not.  The rest is as for `connect`.
+
+        Raises what `connect` raises, but for OSError and ConnectFailed.  A socket that was taken over is closed then.
         """
         self._check_open()
         deadline = _deadline(timeout)
@@ -285,7 +292,8 @@ class Bridge:
         Clients' handshakes are done by the workers, `Limits.handshakes` at a time; one that fails is
         logged (``handshake.failed``) and never seen here.  With *inbox* the sessions deliver there; without,
         the listener hands them out.  Raises ConfigurationError for unusable arguments, OSError (naming the
-        address) if it cannot be had.
+        address) if it cannot be had, BridgeClosed, ForkedError, and whatever *codec* raises as it is called, once, to
+        see what it makes.
         """
         self._check_open()
         config = Context.adopt(context, server_side=True)
@@ -520,13 +528,12 @@ class Bridge:
             return
         except BaseException as error:
             # A codec factory of the user's: it costs this client, not the listener.  Or another listener was faster.
-            limit = isinstance(error, LimitExceeded)
             events.warning(
-                "handshake.failed",
-                session=show_address(listener.address),
+                "listener.refused",
+                address=show_address(listener.address),
                 peer=plan.peer,
-                cause="LimitExceeded" if limit else "codec",
-                error=str(error) if limit else repr(error),
+                cause=type(error).__name__,
+                error=str(error),
             )
             assert plan.sock is not None
             plan.sock.close()

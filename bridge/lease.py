@@ -138,7 +138,7 @@ class Lease:
         try:
             transport.turn(ready, time.monotonic())
         except Exception as error:
-            fail(transport, error, transport.name)
+            fail(transport, error, threading.current_thread().name)
         except BaseException:
             self.cut_short()
             raise

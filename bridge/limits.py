@@ -33,7 +33,8 @@ def check_timeout(name: str, seconds: float | None) -> float | None:
 class Timeouts:
     """Deadlines in seconds.  None means no limit; `flush` and `close_notify` may be 0, which is not to wait.
 
-    All are total and on the monotonic clock: no byte of the peer's restarts one.
+    All are on the monotonic clock, and total: no byte of the peer's restarts one.  But `idle` begins anew with each
+    byte of application data, and `write_stall` with each record that the kernel takes.
     """
 
     connect: float | None = 10.0

@@ -22,6 +22,9 @@ class Session:
 
     Made by `Bridge.connect`, `Bridge.adopt` and listeners.  Any number of threads may send and receive at
     the same time.  A handle that is forgotten closes its session, with a ResourceWarning.
+
+    The end of a ``with`` block closes it.  If the block raises, it is aborted: the peer sees a reset, so that it cannot
+    take half an answer for all of it, and may lose what it has not read yet.
     """
 
     __slots__ = ("__weakref__", "_born", "_channel", "_coordinator", "_limits", "_timeouts")
@@ -133,8 +136,9 @@ class Session:
         """Polite close: what was sent leaves, close_notify is said, and the peer's awaited for a while.
 
         Takes *timeout* seconds at most (None: `Timeouts.flush` for the first part and
-        `Timeouts.close_notify` for the second).  What the peer still sends is thrown away.  The report says
-        how far it got.  Idempotent: later calls return the same report.
+        `Timeouts.close_notify` for the second: 33 seconds by default).  With 0 only that leaves which the kernel takes
+        at once.  What the peer still sends is thrown away.  The report says how far it got.  Idempotent: later calls
+        return the same report.
         """
         forks.check(self._born)
         self._coordinator.close(self._channel, check_timeout("timeout", timeout))
@@ -182,7 +186,9 @@ class Session:
 
     @property
     def end(self) -> SessionEnded | None:
-        """How receiving ended: None while it goes on, then the cause, which never changes."""
+        """How receiving ended: None while it goes on, then the cause, which never changes.
+
+        After `abort`, which does not wait, it may be None for a moment still."""
         return self._channel.end
 
     @property

@@ -41,7 +41,7 @@ TRANSITIONS: dict[State, dict[State, str]] = {
         State.CLOSED: "an error, a deadline, or abort()",
     },
     State.DRAINING: {
-        State.CLOSED: "both sides said close_notify, or a deadline passed",
+        State.CLOSED: "both sides said close_notify, a deadline passed, an error, or abort()",
     },
     State.CLOSED: {},
 }

@@ -92,7 +92,7 @@ EVIDENCE_BYTES = 1024
 """How much of what the kernel holds the watchdog looks at; ciphertext that has moved on looks different."""
 _CALLS = ("read", "write", "shutdown", "handshake")
 LINGER_BYTES = 16 * 1024 * 1024
-"""How much late input a lingering close swallows before it closes anyway."""
+"""How much late input a session that has failed swallows before its socket is closed anyway."""
 
 
 class _Operation:

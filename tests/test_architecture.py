@@ -109,7 +109,7 @@ THREADING = {
     "tracing": {"Lock", "current_thread"},  # one trace at a time
     "transport": {"RLock"},  # of whose a session is for a turn
     "coordinator": {"RLock"},  # of whose the codecs are for a turn
-    "lease": {"RLock"},  # who holds it owns the transport
+    "lease": {"RLock", "current_thread"},  # who holds it owns the transport
     "stream": {"RLock", "TIMEOUT_MAX"},  # of writers: one whole write after the other
     "crew": {"Event", "RLock", "Thread", "current_thread"},  # of the inboxes that are attached
     "bridge": {"Thread", "current_thread"},  # who closes it

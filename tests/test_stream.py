@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import structlog
 from conftest import KeyPair
 from OpenSSL import SSL
 from peers import (
@@ -31,6 +32,7 @@ from peers import (
     until,
 )
 from rig import Clock, Raw, only, raw_context, shrink, tcp_pair
+from structlog.testing import capture_logs
 
 import bridge
 from bridge.lease import Cot, Lease
@@ -618,10 +620,16 @@ def test_a_bug_in_a_turn_ends_the_session(
             raise ValueError("a bug")
 
         monkeypatch.setattr(Transport, "turn", fall)
-        with pytest.raises(bridge.SessionAborted, match=r"internal error: ValueError\('a bug'\)"):
+        with (
+            capture_logs() as logs,
+            pytest.raises(bridge.SessionAborted, match=r"internal error: ValueError\('a bug'\)"),
+        ):
             stream.handshake(PATIENCE)
         assert not stream._lease.mine()
         stream.close()
+    structlog.reset_defaults()
+    (failed,) = [entry for entry in logs if entry["event"] == "worker.failed"]
+    assert failed["worker"] == threading.current_thread().name
 
 
 def test_a_bug_in_a_worker_s_turn_ends_the_session_too(
