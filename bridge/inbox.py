@@ -220,7 +220,8 @@ class Inbox:
     is closed and all is taken, `get` raises ShutDown.
 
     A handler that has been given ``(session, None)`` may still send (the peer may have closed only its
-    half).  When it comes back for the next message it is done, and the session is closed for it.
+    half).  When it comes back for the next message it is done, and the session is closed for it.  If its thread ends
+    instead, the session ends as one that is forgotten.
     """
 
     _in_turns = True

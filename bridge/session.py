@@ -21,7 +21,8 @@ class Session:
     """One TLS session: whole messages out, whole messages in.
 
     Made by `Bridge.connect`, `Bridge.adopt` and listeners.  Any number of threads may send and receive at
-    the same time.  A handle that is forgotten closes its session, with a ResourceWarning.
+    the same time.  A handle that is forgotten ends its session, with a ResourceWarning: what was sent leaves, but no
+    close_notify follows, for nobody has said that this was all.
 
     The end of a ``with`` block closes it.  If the block raises, it is aborted: the peer sees a reset, so that it cannot
     take half an answer for all of it, and may lose what it has not read yet.

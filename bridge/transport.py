@@ -831,7 +831,7 @@ class Transport:
 
     def _after_close_notify(self) -> None:
         """Ours is sent.  Wait for the peer's: for good after send_eof(), for a while otherwise."""
-        if self._aim in (Aim.HALF_CLOSE, Aim.CLOSE):
+        if self._aim is Aim.HALF_CLOSE or self._aim >= Aim.CLOSE:
             self._half_close()
         if self._peer_closed:
             self._complete()

@@ -338,6 +338,37 @@ def test_a_forgotten_session_hangs_up_with_a_warning_and_what_was_sent_leaves(
         until(lambda: not b.snapshot().sessions)
 
 
+@pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt, None])
+@pytest.mark.parametrize("said", [False, True], ids=["open", "after send_eof"])
+@pytest.mark.parametrize("kind", ["session", "stream"])
+def test_an_exception_through_the_with_of_a_bridge_is_nobody_s_word_that_all_was_said(
+    server: StdlibServer,
+    client_ctx: bridge.Context,
+    pool: ThreadPoolExecutor,
+    kind: str,
+    said: bool,
+    failure: type[BaseException] | None,
+) -> None:
+    served, begin = pool.submit(server.serve), time.monotonic()
+    message = b"row 1\n" * 20_000
+    raised = contextlib.nullcontext() if failure is None else pytest.raises(failure)
+    with raised, bridge.Bridge(workers=1) as b:
+        near: Any
+        if kind == "session":
+            near = b.connect(server.address, client_ctx, server_hostname="localhost")
+            near.send(message)
+        else:
+            sock = socket.create_connection(server.address)
+            near = b.stream(sock, client_ctx, server_hostname="localhost")
+            near.write(message)
+        if said:
+            near.send_eof()
+        if failure is not None:
+            raise failure
+    assert served.result(PATIENCE) == (message, "clean" if said or failure is None else "SSLEOFError")
+    assert time.monotonic() - begin < bridge.Timeouts().close_notify
+
+
 def test_a_forgotten_bridge_ends_its_threads_with_a_warning() -> None:
     before = set(threading.enumerate())
     forgotten = bridge.Bridge(workers=2)
