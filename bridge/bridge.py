@@ -628,8 +628,11 @@ def _opened(session: Session, deadline: float | None, timeout: float | None) -> 
     try:
         session._wait_open(None if deadline is None else max(0.0, deadline - time.monotonic()))
     except OperationTimeout:
+        far = (
+            "TCP is connected, and the handshake not done" if session.state == "handshaking" else "no TCP yet"
+        )
         session.abort()
-        raise ConnectTimeout(f"{session.name}: no TLS session within {timeout:g} seconds") from None
+        raise ConnectTimeout(f"{session.name}: no TLS session within {timeout:g} seconds: {far}") from None
     except BaseException:
         session.abort()
         raise

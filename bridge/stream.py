@@ -286,7 +286,8 @@ class Stream:
     def read(self, size: int, timeout: float | None = None) -> bytes:
         """At least one byte and at most *size* (which is positive); ``b""`` at the peer's close_notify.
 
-        *timeout* as for `handshake`.  Any other end raises the cause, after all that came before it.
+        *timeout* as for `handshake`.  Any other end raises the cause, after all that came before it; also that this
+        side has closed it, or aborted.
         """
         if self._born != forks.current:
             forks.check(self._born)
@@ -364,11 +365,13 @@ class Stream:
             received.asking -= 1
         if received.parts or self._eof or self._deaf:
             return bool(received.parts)
-        assert self._ending is not None
+        if self._ending is None:
+            raise SessionClosed("this side closed the session")
         raise fresh(self._ending.cause)
 
     def _readable(self) -> bool:
-        return bool(self._received.parts) or self._eof or self._deaf or self._ending is not None
+        over = self._eof or self._deaf or self._lease.closing or self._ending is not None
+        return over or bool(self._received.parts)
 
     @_leased
     def pending(self) -> int:
@@ -501,7 +504,7 @@ class Stream:
         OpenSSL reads no more after that.  While the peer may say more, nothing is read, and the descriptor tells
         the truth; from then on it is readable for ever.  Returned is what to ask between records, if anything.
         """
-        if self._deaf:
+        if self._deaf or self._lease.closing:
             return None
         transport, received = self._transport, self._received
         assert transport.sock is not None
@@ -621,7 +624,6 @@ class Stream:
 
     @_leased
     def _close(self, timeout: float | None, how: str) -> None:
-        self._deaf = True
         self._lease.close(timeout, how)
 
     def forget(self) -> None:
@@ -637,7 +639,6 @@ class Stream:
     @_leased
     def abort(self) -> None:
         """End now; what has not left is lost, and the peer sees a reset.  Idempotent; does not wait."""
-        self._deaf = True
         self._lease.abort(SessionAborted("this side aborted the session"))
 
     def busy_here(self) -> bool:

@@ -866,7 +866,7 @@ class Transport:
                 pass
         if self._ended:
             self._release()
-        elif isinstance(cause, (Truncated, PeerReset)):
+        elif isinstance(cause, (Truncated, PeerReset)) or self._aim is Aim.HANG_UP:
             said = (
                 self._sent_close and self._aim >= Aim.CLOSE
             )  # then all was said, and the answer is not owed

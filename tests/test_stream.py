@@ -821,7 +821,10 @@ def test_close_lets_everybody_go_before_the_descriptor_is_closed(
     readers = [background.run(client.read, 1) for _ in range(threads)]
     sleeping(client, threads)
     client.close()
-    assert [reader.result(PATIENCE) for reader in readers] == [b""] * threads
+    for reader in readers:
+        assert isinstance(reader.exception(PATIENCE), bridge.SessionClosed)
+    with pytest.raises(bridge.SessionClosed):
+        client.read(1)
     assert server.read(1, PATIENCE) == b""
     server.close()
     assert isinstance(finished(client), bridge.SessionClosed)
@@ -924,6 +927,9 @@ def test_abort_resets(pair: Pair) -> None:
     with pytest.raises((bridge.PeerReset, bridge.Truncated)):
         server.read(1, PATIENCE)
     assert isinstance(finished(client), bridge.SessionAborted)
+    for read in (client.read, client.peek):
+        with pytest.raises(bridge.SessionAborted):
+            read(1)
 
 
 def test_unwrap_goes_on_in_plain_text(pair: Pair, background: Background) -> None:
@@ -1028,7 +1034,7 @@ def test_closing_the_bridge_closes_its_streams(contexts: Any, background: Backgr
     reading = background.run(client.read, 1)
     sleeping(client)
     b.close()
-    assert reading.result(PATIENCE) == b""
+    assert isinstance(reading.exception(PATIENCE), bridge.SessionClosed)
     assert b.snapshot().sessions == () and b.snapshot().wants[("handshake", "read")] > 0
     with pytest.raises(bridge.SessionClosed):
         server.write(b"x")

@@ -195,6 +195,10 @@ class Wire:
             return _protocol_error("PROTOCOL_IS_SHUTDOWN")
         return as_stdlib(error, self.server_hostname)
 
+    def let_go(self, error: BridgeError) -> bool:
+        """Whether *error* of a reader is that another thread has closed the socket: it finds nothing more to read."""
+        return isinstance(error, SessionClosed) and not self._unwrapping
+
     # Bytes.
 
     def read(self, size: int = 1024, buffer: Buffer = None) -> Any:
@@ -220,6 +224,8 @@ class Wire:
         try:
             return stream.read(size, timeout)
         except BridgeError as error:
+            if self.let_go(error):
+                return b""
             raise self.failure(error, socket.SO_RCVTIMEO) from None
 
     def write(self, data: Buffer) -> int:
@@ -394,6 +400,8 @@ class SSLSocket(ssl.SSLSocket):
             try:
                 return stream.read(buflen, wire.timeout)
             except BridgeError as error:
+                if wire.let_go(error):
+                    return b""
                 raise wire.failure(error) from None
         except ssl.SSLEOFError:
             if not self.suppress_ragged_eofs:
