@@ -23,7 +23,7 @@ calling thread or its worker, for the length of a turn; never two (see `bridge.l
 
 Owners lend what is theirs to whoever is there, for one turn and under a lock, because a hand-over to a thread that
 sleeps costs more than the work: a worker handles what it has read itself if the coordinator has nothing to do
-(`Coordinator.hand_over`), a thread that sends an answer writes it itself if its session is at rest
+(`Coordinator.hand_over`), a thread that sends an answer or a large message writes it itself if its session is at rest
 (`Channel.answer`), and one that waits for a message then reads it itself (`Channel.attend`).
 
 Three rules: everything mutable has one owner, and what crosses is frozen and goes through a queue; only

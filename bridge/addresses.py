@@ -145,7 +145,9 @@ def connected_to(sock: socket.socket) -> Any:
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             # It was connected, until the peer reset it: that is the session's end, and no fault of the call.
             return "a peer that has gone already"
-        raise ConfigurationError(f"sock is not connected ({error.strerror}); use Bridge.connect") from error
+        raise ConfigurationError(
+            f"sock is not connected ({error.strerror}); use Bridge.connect, or Bridge.listen"
+        ) from error
 
 
 def take_over(sock: socket.socket) -> socket.socket:

@@ -23,7 +23,8 @@ from bridge import codecs, events, forks
 from bridge.acceptor import Acceptor
 from bridge.addresses import Place, connected_to, listening_socket, resolve, take_over
 from bridge.context import Context
-from bridge.coordinator import Channel, Coordinator
+from bridge.coordinator import Channel
+from bridge.crew import CROWDED, Crew
 from bridge.crossing import Registry, Tally, deadline_after, nobody, time_left
 from bridge.dialer import show_address
 from bridge.engine import SessionInfo
@@ -46,7 +47,6 @@ from bridge.terms import Ending, Plan
 from bridge.threads import check_may_wait, let_through
 from bridge.totals import Account, Totals, total
 from bridge.transport import Transport
-from bridge.worker import Worker
 
 CodecFactory = Callable[[], "codecs.Codec[Any]"]
 AnyContext = Context | SSL.Context
@@ -56,7 +56,6 @@ EXIT_SECONDS = 3.0
 """How long a Bridge that was never closed may delay the end of the interpreter."""
 
 _CLOSED = "this Bridge is closed; make a new one"
-_CROWDED = "each worker has as many sockets as this system's select(2) can wait for; have more workers"
 _names = itertools.count(1)
 _live: weakref.WeakSet[Bridge] = weakref.WeakSet()
 
@@ -91,7 +90,7 @@ class ListenerSnapshot:
 
     address: str
     handshakes: int
-    """Clients whose handshake is under way."""
+    """Clients whose handshake is under way, or has failed and whose socket is not closed yet."""
     waiting: int
     """Sessions that nobody has accepted yet; with a shared inbox, the messages in it."""
 
@@ -113,7 +112,8 @@ class Bridge(forks.Handle):
     """A coordinator thread, *workers* worker threads, and the sessions they own.
 
     *workers*: None means one a processor core, at most 4.  The threads start here and end with `close`; they
-    are daemons, and a Bridge that was never closed is closed at exit.  Any thread may call anything.
+    are daemons, and a Bridge that was never closed is closed at exit.  One that is forgotten, as
+    are its sessions, streams and listeners, ends its threads, with a ResourceWarning.  Any thread may call anything.
     """
 
     def __init__(
@@ -132,36 +132,20 @@ class Bridge(forks.Handle):
         self._timeouts = _instance("timeouts", timeouts, Timeouts) or Timeouts()
         self._limits = _instance("limits", limits, Limits) or Limits()
         self._born = forks.generation()
-        self._closed = threading.Event()
-        self._closers: list[tuple[threading.Thread]] = []  # the first does it
-        self._feeding = threading.RLock()  # of an inbox, which is attached once
+        self._closers: list[list[threading.Thread]] = []  # who calls `close`; the first does it
         self._inbox_tally = Tally(self._limits.total_bytes)
         self._outbox_tally = Tally(self._limits.total_bytes)
         self._lingering = Tally(
             2**63
         )  # sessions of clients that are over, and whose sockets are not closed yet
-        self._channels: Registry[Channel] = Registry()
         self._listeners: Registry[Listener] = Registry()
         self._streams: Registry[Stream] = Registry()
-        self._inboxes: Registry[Inbox] = Registry()
-        self._coordinator = Coordinator()
-        self._workers: list[Worker] = []
-        with contextlib.ExitStack() as undo:  # if there are too few descriptors, or threads
-            for number in range(workers):
-                worker = Worker(f"bridge-worker-{number}", self._coordinator.hand_over)
-                undo.callback(worker.close)
-                self._workers.append(worker)
-            self._threads = [threading.Thread(target=w.run, name=w.name, daemon=True) for w in self._workers]
-            self._threads.append(
-                threading.Thread(target=self._coordinator.run, name="bridge-coordinator", daemon=True)
-            )
-            self._turns = itertools.cycle(self._workers)
-            if start:
-                undo.callback(self._stop_threads)
-                for thread in self._threads:
-                    thread.start()
-                _live.add(self)
-            undo.pop_all()
+        self._crew = Crew(workers)
+        self._coordinator, self._workers = self._crew.coordinator, self._crew.workers
+        self._channels = self._crew.channels
+        if start:
+            _live.add(self)
+            self._crew.start()
 
     # Sessions.
 
@@ -187,8 +171,12 @@ class Bridge(forks.Handle):
         With ``wait=False`` returns before the handshake: messages sent meanwhile leave after it, and if it
         fails `recv` says why, or the shared inbox that the session has ended.
 
-        Raises ConfigurationError for unusable arguments, OSError for an unknown host, ConnectFailed,
-        ConnectTimeout, HandshakeTimeout, CertificateError, HostnameMismatch, TLSError, NotTLS.
+        Raises at once, also with ``wait=False``: ConfigurationError for unusable arguments, OSError for an unknown
+        host, LimitExceeded, BridgeClosed, ForkedError, and whatever *codec* raises as it is called.  Then, for TCP:
+        ConnectFailed, ConnectTimeout (also if *timeout* ends in the handshake); for the handshake: HandshakeTimeout,
+        CertificateError, HostnameMismatch, NotTLS, TLSError, and PeerReset or Truncated if the peer resets the
+        connection or hangs up; SessionClosed if the Bridge is closed meanwhile.  All but *codec*'s own are
+        a BridgeError or an OSError.
         """
         self._check_open()
         deadline = _deadline(timeout)
@@ -226,6 +214,8 @@ class Bridge(forks.Handle):
         Takes the socket over: *sock* is detached (``fileno() == -1``), since two owners of one descriptor
         cannot be made safe.  *server_side* says which side we are; by default the context knows, but an
         `OpenSSL.SSL.Context` of your own does not.  The rest is as for `connect`.
+
+        Raises what `connect` raises, but for OSError and ConnectFailed.  A socket that was taken over is closed then.
         """
         self._check_open()
         deadline = _deadline(timeout)
@@ -268,7 +258,7 @@ class Bridge(forks.Handle):
         if not server_side:
             config.peer_name(server_hostname)
         peer = show_address(connected_to(sock))
-        worker = self._roomy_worker()
+        worker = self._crew.place()
         plan = Plan(
             context=config,
             server_hostname=server_hostname,
@@ -306,7 +296,8 @@ class Bridge(forks.Handle):
         Clients' handshakes are done by the workers, `Limits.handshakes` at a time; one that fails is
         logged (``handshake.failed``) and never seen here.  With *inbox* the sessions deliver there; without,
         the listener hands them out.  Raises ConfigurationError for unusable arguments, OSError (naming the
-        address) if it cannot be had.
+        address) if it cannot be had, LimitExceeded, BridgeClosed, ForkedError, and whatever *codec* raises as it is
+        called, once, to see what it makes.
         """
         self._check_open()
         config = Context.adopt(context, server_side=True)
@@ -314,13 +305,13 @@ class Bridge(forks.Handle):
         bounds = _instance("limits", limits, Limits) or self._limits
         codecs.made_by(codec)
         _instance("inbox", inbox, Inbox)
-        worker = self._roomy_worker()
+        worker = self._crew.place()
         sock = listening_socket(address, bounds.backlog)
         shown = show_address(sock.getsockname())
 
         def stop() -> None:
             worker.post(acceptor, "end", SessionClosed("the listener is closed"))
-            if self._threads[0].is_alive() and threading.current_thread() not in self._threads:
+            if self._crew.serves() and not self._crew.is_here():
                 listener.gone.wait(None, "close")
 
         listener = Listener(sock.getsockname(), config, inbox, stop)
@@ -381,44 +372,48 @@ class Bridge(forks.Handle):
         """Close listeners, then all sessions politely, then end the threads.  Idempotent.
 
         The sessions have *timeout* seconds altogether (None: their own timeouts); what is not closed by then
-        is aborted.
+        is aborted.  If an exception ends the `with` of a Bridge, or the program without this, what was sent still
+        leaves, but no close_notify follows: the peers are not to take that for the end.
         """
+        self._close(check_timeout("timeout", timeout), politely=True)
+
+    def _close(self, timeout: float | None, politely: bool) -> None:
         forks.check(self._born)
-        timeout = check_timeout("timeout", timeout)
-        if threading.current_thread() in self._threads:
+        if self._crew.is_here():
             raise RuntimeError(
                 "Bridge.close() was called by a thread of the Bridge itself, which it would wait for"
             )
         check_may_wait()
-        closer = (threading.current_thread(),)
+        closer = [threading.current_thread()]
         try:
             self._closers.append(closer)
             if self._closers[0] is closer:
-                self._close_sessions(timeout)
-            elif self._closers[0] != closer:  # but a signal handler, in the middle of it
-                self._closed.wait()
-        finally:  # also when Ctrl-C cut the politeness short
-            if self._closers and self._closers[0] is closer:
-                try:
-                    self._stop_threads()
-                    with self._feeding:
-                        inboxes = self._inboxes.seal()
-                    for inbox in inboxes:
-                        inbox._detach()
-                finally:
-                    _live.discard(self)
-                    self._closed.set()
+                self._close_sessions(timeout, politely)
+                self._crew.stop()
+            elif self._closers[0] == closer:  # a signal handler, in the middle of it
+                return
+            self._crew.join()
+        except BaseException:  # Ctrl-C cut the politeness short
+            if self._closers[:1] == [closer]:
+                self._crew.stop()
+            raise
+        finally:
+            closer.clear()
+        _live.discard(self)
 
-    def _close_sessions(self, timeout: float | None) -> None:
+    def _close_sessions(self, timeout: float | None, politely: bool) -> None:
         deadline = deadline_after(timeout)
         for listener in self._listeners.seal():
             listener.close()
         channels, streams = self._channels.seal(), self._streams.seal()
         for channel in channels:
-            self._coordinator.close(channel, timeout)
+            if politely:
+                self._coordinator.close(channel, timeout)
+            else:
+                self._coordinator.hang_up(channel, timeout)
         for stream in streams:
-            stream.close(timeout)
-        if self._threads[0].is_alive():
+            stream.close(timeout, politely)
+        if self._crew.serves():
             with contextlib.suppress(OperationTimeout):  # the workers cut short what lingers still
                 for stream in streams:
                     stream.gone.wait(time_left(deadline), "close")
@@ -427,43 +422,29 @@ class Bridge(forks.Handle):
                 "bridge.closed", sessions=len(reports), unsent=sum(report.unsent for report in reports)
             )
 
-    def _stop_threads(self) -> None:
-        for worker in self._workers:
-            worker.stop()
-        *workers, coordinator = self._threads
-        for thread in workers:
-            if thread.ident is not None:
-                thread.join()
-        self._coordinator.stop()
-        if coordinator.ident is not None:
-            coordinator.join()
-
     @property
     def closed(self) -> bool:
         """Whether `close` was called: nothing new can start."""
-        return bool(self._closers)
+        return bool(self._closers) or self._crew.stopped
 
     def __enter__(self) -> Bridge:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._close(None, politely=kind is None)
 
     def __del__(self) -> None:
         # May run in any thread, at any moment.  No session and no listener is left, or they would keep it alive.
         try:
-            forgotten = not self._closers and self._threads[0].is_alive() and not forks.abandoned(self._born)
+            if not self._crew.serves() or forks.abandoned(self._born):
+                return
         except AttributeError:
             return
-        if forgotten:
-            try:
+        try:
+            if not self._closers:  # or else its close was interrupted
                 warnings.warn("a Bridge was forgotten, and ends its threads", ResourceWarning, source=self)
-            finally:  # also where warnings are errors
-                for worker in self._workers:
-                    worker.stop()
-                self._coordinator.stop()
-                for inbox in self._inboxes:
-                    inbox._detach()
+        finally:  # also where warnings are errors
+            self._crew.stop()
 
     # Wiring.
 
@@ -498,7 +479,7 @@ class Bridge(forks.Handle):
     ) -> Session:
         """One session and everything that hangs on it; nothing has started yet."""
         made = codecs.made_by(codec)
-        worker = self._roomy_worker()
+        worker = self._crew.place()
         if plan.sock is not None and how == "over":  # somebody's, until now
             plan = dataclasses.replace(plan, sock=take_over(plan.sock))
         coordinator = self._coordinator
@@ -532,13 +513,6 @@ class Bridge(forks.Handle):
     def _full(self) -> LimitExceeded:
         return LimitExceeded(f"Limits.sessions is reached: {self._limits.sessions} sessions are open")
 
-    def _roomy_worker(self) -> Worker:
-        """Whose turn it is of those that can own one more."""
-        for worker in itertools.islice(self._turns, len(self._workers)):
-            if worker.has_room():
-                return worker
-        raise LimitExceeded(_CROWDED)
-
     def _launch(self, channel: Channel) -> None:
         channel.worker.post(channel.transport, "start")
 
@@ -559,13 +533,12 @@ class Bridge(forks.Handle):
             return
         except BaseException as error:
             # A codec factory of the user's: it costs this client, not the listener.  Or another listener was faster.
-            limit = isinstance(error, LimitExceeded)
             events.warning(
-                "handshake.failed",
-                session=show_address(listener.address),
+                "listener.refused",
+                address=show_address(listener.address),
                 peer=plan.peer,
-                cause="LimitExceeded" if limit else "codec",
-                error=str(error) if limit else repr(error),
+                cause=type(error).__name__,
+                error=str(error),
             )
             assert plan.sock is not None
             plan.sock.close()
@@ -611,8 +584,8 @@ class Bridge(forks.Handle):
             return f"Limits.backlog is reached: {bounds.backlog} sessions wait for accept()"
         if listener.inbox is not None and listener.inbox._ends >= self._limits.sessions:
             return f"of {self._limits.sessions} sessions in the shared inbox no handler has seen the end"
-        if not any(worker.has_room() for worker in self._workers):
-            return _CROWDED
+        if not self._crew.has_room():
+            return CROWDED
         return None
 
     def _on_closed(self, channel: Channel, ending: Ending) -> None:
@@ -628,18 +601,14 @@ class Bridge(forks.Handle):
 
         BridgeClosed if it is too late, LimitExceeded if there are *most* already.
         """
-        with self._feeding:
-            if inbox is not None and inbox not in self._inboxes:
-                fed = self._inboxes.add(inbox)
-                inbox._attach()
-                if not fed:  # whoever waits there already learns that it is over
-                    inbox._detach()
+        if inbox is not None:
+            self._crew.feed(inbox)
         if not members.add(member, most):
             raise BridgeClosed(_CLOSED) if members.sealed else self._full()
 
     def _check_open(self) -> None:
         forks.check(self._born)
-        if self._closers:
+        if self.closed:
             raise BridgeClosed(_CLOSED)
 
     def _nearest_timeouts(self, timeouts: Timeouts | None) -> Timeouts:
@@ -666,8 +635,11 @@ def _opened(session: Session, deadline: float | None, timeout: float | None) -> 
     try:
         session._wait_open(None if deadline is None else max(0.0, deadline - time.monotonic()))
     except OperationTimeout:
+        far = (
+            "TCP is connected, and the handshake not done" if session.state == "handshaking" else "no TCP yet"
+        )
         session.abort()
-        raise ConnectTimeout(f"{session.name}: no TLS session within {timeout:g} seconds") from None
+        raise ConnectTimeout(f"{session.name}: no TLS session within {timeout:g} seconds: {far}") from None
     except BaseException:
         session.abort()
         raise
@@ -684,4 +656,4 @@ def _instance(name: str, value: Any, kind: type[Any]) -> Any:
 def _close_forgotten() -> None:
     for forgotten in list(_live):
         if not forks.abandoned(forgotten._born):
-            forgotten.close(EXIT_SECONDS)
+            forgotten._close(EXIT_SECONDS, politely=False)

@@ -9,6 +9,7 @@ long before they could grow (see `crossing`).
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 import time
@@ -24,7 +25,7 @@ from bridge.inbox import Inbox, ReadCredit, SessionInbox
 from bridge.limits import RECORD_BYTES
 from bridge.outbox import Outbox
 from bridge.poll import READ, my_sleeper
-from bridge.terms import Ending, Told, interrupted
+from bridge.terms import CloseReport, Ending, Told, interrupted
 from bridge.threads import check_may_wait, let_through, serving_all, this_thread
 from bridge.transport import Transport
 from bridge.worker import Command, Worker
@@ -42,6 +43,7 @@ class Ask:
     SEND: Final = "send"  # the outbox has something
     SEND_EOF: Final = "send_eof"
     CLOSE: Final = "close"  # payload: (timeout,)
+    HANG_UP: Final = "hang_up"  # payload: (timeout,)
     UNWRAP: Final = "unwrap"  # payload: (timeout,)
     RENEGOTIATE: Final = "renegotiate"
     ABORT: Final = "abort"  # payload: (cause,)
@@ -232,6 +234,7 @@ class Coordinator:
             Ask.SEND: self._send,
             Ask.SEND_EOF: self._forward("send_eof"),
             Ask.CLOSE: self._forward("close"),
+            Ask.HANG_UP: self._forward("hang_up"),
             Ask.UNWRAP: self._forward("unwrap"),
             Ask.RENEGOTIATE: self._forward("renegotiate"),
             Ask.ABORT: self._forward("abort"),
@@ -258,6 +261,12 @@ class Coordinator:
             channel.worker.post(channel.transport, "close", timeout)
         else:
             self.post(channel, Ask.CLOSE, (timeout,))
+
+    def hang_up(self, channel: Channel, timeout: float | None = None) -> None:
+        """As `close`, but without close_notify, if nobody has closed it.  Never waits; idempotent."""
+        channel.outbox.close(SessionClosed("this side hung up"))
+        if channel.closed.peek() is None:
+            self.post(channel, Ask.HANG_UP, (timeout,))
 
     def forget(self, channel: Channel) -> None:
         """The application has let go of its handle.  Never waits; for a finalizer."""
@@ -308,6 +317,16 @@ class Coordinator:
         except BaseException:
             let_go(lock)
             raise
+
+    def give_up(self, channel: Channel) -> None:
+        """Nobody else will end the session any more: its worker has ended.  When `run` is over."""
+        why, transport = SessionAborted("the bridge was closed"), channel.transport
+        with transport.lock, self._lock:
+            for _ in range(2):  # once to end it, once more to end its lingering
+                transport.end(why)
+            for sock in transport.retired:
+                sock.close()
+            self._closed(channel, Ending(why, CloseReport(channel.outbox.discard(why), False, False)))
 
     def stop(self) -> None:
         """Leave `run`, after what is queued."""
@@ -365,7 +384,7 @@ class Coordinator:
         def forward(channel: Channel, payload: Any) -> None:
             self._send(channel, None)  # what was accepted before goes before
             self._command(channel, method, *(() if payload is None else payload))
-            if method == "close":
+            if method in (Ask.CLOSE, Ask.HANG_UP):
                 self._end(channel, SessionClosed("this side closed the session"))
             elif method == "abort":
                 self._end(channel, payload[0])
@@ -431,7 +450,10 @@ class Coordinator:
             share = (held + size - buffered) // len(messages)
             if share < MESSAGE_BYTES:
                 share = MESSAGE_BYTES
-            channel.inbox._deliver(channel.handle, messages, credit, size, share)
+            if not channel.inbox._deliver(channel.handle, messages, credit, size, share):
+                self._refuse(
+                    channel, TypeError("it gave None, which says in a shared inbox that a session has ended")
+                )
         elif size:
             credit.settle(size)  # part of a message: the codec bounds that, and only more input can end it
 
@@ -448,7 +470,7 @@ class Coordinator:
 
     def _forget(self, channel: Channel, _: None) -> None:
         if channel.closed.peek() is None:
-            self._forward("close")(channel, (None,))
+            self._forward(Ask.HANG_UP)(channel, (None,))
         channel.credit.forfeit()
 
     def _end(self, channel: Channel, cause: SessionEnded) -> None:
@@ -456,8 +478,15 @@ class Coordinator:
         if channel.end is None:
             channel.end = cause
             known = channel.given or isinstance(channel.opened.peek(), SessionInfo)
-            channel.inbox._end(channel.handle, cause, known, lambda: self.close(channel, None))
+            channel.inbox._end(channel.handle, cause, known, functools.partial(self._part, channel))
             channel.forget_handle()
+
+    def _part(self, channel: Channel, came_back: bool) -> None:
+        """A handler has been told of the end, and is done with the session, or has died."""
+        if came_back:
+            self.close(channel, None)
+        else:
+            self.hang_up(channel)
 
     def _closed(self, channel: Channel, ending: Ending) -> None:
         self._end(channel, ending.cause)

@@ -6,9 +6,9 @@ Every call below either does its work or answers with a `Want`.  The owner then 
 and makes *the same call again*.  Nobody else may make a call meanwhile, and five facts about OpenSSL
 decide what "the same call" means:
 
-* A write that answered with a want has been half done: the record may already be encrypted.  pyOpenSSL
-  turns OpenSSL's own check off (it sets SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER), so other bytes of the same
-  length would be accepted in silence and the *old* bytes sent.  Hence the engine itself insists on the
+* A write that answered with a want has been half done: the record may already be encrypted.  Since
+  25.2 pyOpenSSL turns OpenSSL's own check off (SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER), so other bytes of the
+  same length would be accepted in silence and the *old* bytes sent.  Hence the engine itself insists on the
   identical object.
 * While a record is half written, no other call that has to write can: SSL_read answering a KeyUpdate or a
   renegotiation fails, fatally, with "bad length".  But not to read while a write is stuck is a deadlock when

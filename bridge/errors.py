@@ -124,7 +124,9 @@ class SessionStalled(SessionAborted):
 
 
 class Truncated(SessionEnded, ssl.SSLEOFError):
-    """The byte stream stopped without close_notify: what was received may be incomplete."""
+    """The byte stream stopped without close_notify: what was received may be incomplete.
+
+    In a handshake: the peer hung up."""
 
 
 class PeerReset(SessionEnded, ConnectionResetError):
@@ -159,7 +161,10 @@ class DeadlineExceeded(SessionEnded, TimeoutError):
 
 
 class ConnectTimeout(DeadlineExceeded):
-    """TCP was not connected within `Timeouts.connect`."""
+    """TCP was not connected within `Timeouts.connect`; or no session was open within the *timeout* of the call.
+
+    With the second, of `connect` or `adopt`, TCP may be up, and the peer slow in the handshake: the message says which.
+    The session was aborted then, and `Bridge.totals` counts it as SessionAborted."""
 
 
 class HandshakeTimeout(DeadlineExceeded):

@@ -175,7 +175,9 @@ class ReadCredit:
         self._tally.follow(self, self.held())
 
 
-Entry = tuple[Any, Any, "ReadCredit | None", int, "Callable[[], None] | None"]
+Done = Callable[[bool], None]
+"""Called when the handler that was told of a session's end has come back, or false if it never will."""
+Entry = tuple[Any, Any, "ReadCredit | None", int, "Done | None"]
 """One message on its way to the application: session, message, the credit and how much of it comes back when
 the message is taken, and what to call when the handler comes back for the next one."""
 
@@ -188,13 +190,13 @@ class _Turn:
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
         self.session: object = None
-        self.done: Callable[[], None] | None = None
+        self.done: Done | None = None
 
-    def end(self) -> None:
-        """Let another handler have the session; close it, if it has ended."""
+    def end(self, came_back: bool = True) -> None:
+        """Let another handler have the session; close it, if it has ended.  Or the handler has ended, and hangs up."""
         done, self.done = self.done, None
         if done is not None:
-            done()
+            done(came_back)
         if self.session is not None:
             with self._inbox._lock:
                 self._inbox._release(self)
@@ -202,7 +204,7 @@ class _Turn:
 
     def __del__(self) -> None:
         if hasattr(self, "done") and not forks.abandoned(self._inbox._born):  # or Ctrl-C came as it was made
-            self.end()
+            self.end(came_back=False)
 
 
 class Inbox(forks.Handle):
@@ -218,7 +220,8 @@ class Inbox(forks.Handle):
     is closed and all is taken, `get` raises ShutDown.
 
     A handler that has been given ``(session, None)`` may still send (the peer may have closed only its
-    half).  When it comes back for the next message it is done, and the session is closed for it.
+    half).  When it comes back for the next message it is done, and the session is closed for it.  If its thread ends
+    instead, the session ends as one that is forgotten.
     """
 
     _in_turns = True
@@ -281,7 +284,10 @@ class Inbox(forks.Handle):
         forks.check(self._born)
         if self._shut:
             raise ShutDown("the inbox was shut down")
-        session, message = item
+        try:
+            session, message = item
+        except (TypeError, ValueError):
+            raise TypeError(f"put takes a pair of a session, or None, and a message, not {item!r}") from None
         self._deliver(session, [message], None, 0, 0)
 
     def qsize(self) -> int:
@@ -403,11 +409,20 @@ class Inbox(forks.Handle):
         credit: ReadCredit | None,
         size: int,
         share: int,
-        done: Callable[[], None] | None = None,
-    ) -> None:
-        """Put *messages* in, which *size* bytes of *credit* have become, and each of which is to cost *share*."""
+        done: Done | None = None,
+    ) -> bool:
+        """Put *messages* in, which *size* bytes of *credit* have become, and each of which is to cost *share*.
+
+        False if one of them is None, which is no message: it and what is behind it are not put in.
+        """
+        whole = True
         if not self._in_turns:
             session = None
+        elif credit is not None:
+            for number, message in enumerate(messages):
+                if message is None:
+                    messages, whole = messages[:number], False
+                    break
         with self._lock:
             resume = credit is not None and credit._charge(size, share * len(messages))
             for message in messages:
@@ -426,6 +441,7 @@ class Inbox(forks.Handle):
         if resume:
             assert credit is not None
             credit._resume()
+        return whole
 
     def _release(self, turn: _Turn) -> None:
         """A handler's *turn* is over, so the session's next entry is ready."""
@@ -458,7 +474,7 @@ class Inbox(forks.Handle):
             if not self._feeders:
                 self._finish(ShutDown("every Bridge that fed this inbox is closed"))
 
-    def _end(self, session: Any, why: SessionEnded, known: bool, done: Callable[[], None]) -> None:
+    def _end(self, session: Any, why: SessionEnded, known: bool, done: Done) -> None:
         """A session that feeds this inbox has ended."""
         if known:  # one that never opened was never here: its `connect` raises, its listener logs
             with self._lock:
@@ -518,6 +534,6 @@ class SessionInbox(Inbox):
                 self._call()
             return asleep
 
-    def _end(self, session: Any, why: SessionEnded, known: bool, done: Callable[[], None]) -> None:
+    def _end(self, session: Any, why: SessionEnded, known: bool, done: Done) -> None:
         self.attend = None
         self._finish(why)

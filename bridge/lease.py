@@ -138,7 +138,7 @@ class Lease:
         try:
             transport.turn(ready, time.monotonic())
         except Exception as error:
-            fail(transport, error, transport.name)
+            fail(transport, error, threading.current_thread().name)
         except BaseException:
             self.cut_short()
             raise
@@ -229,11 +229,11 @@ class Lease:
         self.at_once(getattr(self._transport, method), *arguments)
         self.turn()
 
-    def close(self, timeout: float | None) -> None:
-        """Let everybody go who waits, and have a worker bring the session to a polite end, by *timeout* if sooner."""
+    def close(self, timeout: float | None, how: str) -> None:
+        """Let everybody go who waits, and have a worker bring the session to its end, by *timeout* if sooner."""
         self.closing = True  # first: if the rest is interrupted, a worker sees to it
         if not self._transport.finished and (not self._transport.closing() or timeout is not None):
-            self.command("close", timeout)
+            self.command(how, timeout)
         self.ring()
 
     def abort(self, why: SessionEnded) -> None:
@@ -243,9 +243,9 @@ class Lease:
             self.command("abort", why)
         self.ring()
 
-    def forget(self) -> None:
+    def post_close(self, how: str) -> None:
         """`close`, without the lease, which this very thread may hold.  Never waits."""
-        self._send_for_worker("close")
+        self._send_for_worker(how)
 
     def ring(self) -> None:
         """Have every sleeper look again."""
@@ -315,8 +315,12 @@ class Caretaker:
         """The command that brings it to its worker, and back to its mind; the step that follows does the work."""
 
     def close(self) -> None:
-        """The command for a session that the application has lost: close it, by `Lease.close`."""
-        self._lease.close(None)
+        """The command for a session whose turn the application is in the middle of: close it, by `Lease.close`."""
+        self._lease.close(None, "close")
+
+    def hang_up(self) -> None:
+        """The command for a session that the application has lost."""
+        self._lease.close(None, "hang_up")
 
     def turn(self, ready: int, now: float) -> bool:
         """One turn with the transport, and what to wait for after it."""

@@ -31,9 +31,10 @@ def check_timeout(name: str, seconds: float | None) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Timeouts:
-    """Deadlines in seconds.  None means no limit.
+    """Deadlines in seconds.  None means no limit; `flush` and `close_notify` may be 0, which is not to wait.
 
-    All are total and on the monotonic clock: no byte of the peer's restarts one.
+    All are on the monotonic clock, and total: no byte of the peer's restarts one.  But `idle` begins anew with each
+    byte of application data, and `write_stall` with each record that the kernel takes.
     """
 
     connect: float | None = 10.0
@@ -52,7 +53,12 @@ class Timeouts:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             name = field.name
-            object.__setattr__(self, name, check_timeout(f"Timeouts.{name}", getattr(self, name)))
+            seconds = check_timeout(f"Timeouts.{name}", getattr(self, name))
+            if seconds == 0 and name not in ("flush", "close_notify"):
+                raise ConfigurationError(
+                    f"Timeouts.{name} is 0, which no session could keep; None is no limit"
+                )
+            object.__setattr__(self, name, seconds)
 
 
 @dataclasses.dataclass(frozen=True)

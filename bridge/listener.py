@@ -23,7 +23,8 @@ class Listener(forks.Handle):
     """Sessions of clients, their handshakes done.  Made by `Bridge.listen`; any thread may use it.
 
     Iterate over it, or call `accept`, unless it was made with a shared inbox: then the sessions' messages
-    are there and nothing is to be accepted.
+    are there, nothing is to be accepted, and the first that is heard of a session is its first message.  It listens
+    until `close`, also if the handle is forgotten.
     """
 
     def __init__(self, address: Any, context: Context, inbox: Inbox | None, stop: Callable[[], None]) -> None:

@@ -8,13 +8,16 @@ metric                                 labels, and what it says
 tls_bridge_sessions                    state: how many sessions are in it now
 tls_bridge_waiting                     call, want: how many sessions wait in this call for this now
 tls_bridge_queued_bytes                queue (inbox: not taken by the program; outbox: not by the kernel)
-tls_bridge_handshakes_total            side, result (ok, or the class of the error), version
+tls_bridge_handshakes_total            side, result (ok, or the class of the error), version ("" if it failed);
+                                       what never was connected is not counted
 tls_bridge_handshake_seconds           side: a histogram of those that succeeded
 tls_bridge_endings_total               cause: WriteStalled and IdleTimeout are the stalls
-tls_bridge_wants_total                 call, want: how often OpenSSL asked to wait
+tls_bridge_wants_total                 call, want: how often OpenSSL asked to wait; in the call flush the socket did,
+                                       for what OpenSSL had written to memory
 tls_bridge_bytes_total                 direction (received, sent): of plaintext, of sessions and of streams
-tls_bridge_listener_handshakes         address: handshakes under way
-tls_bridge_listener_waiting            address: sessions not accepted yet, or messages in the shared inbox
+tls_bridge_listener_handshakes         address: handshakes under way, or failed and not closed yet
+tls_bridge_listener_waiting            address: sessions not accepted yet, or all messages in the shared inbox, whoever
+                                       delivered them
 =====================================  ===============================================================
 """
 

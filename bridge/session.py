@@ -21,7 +21,11 @@ class Session(forks.Handle):
     """One TLS session: whole messages out, whole messages in.
 
     Made by `Bridge.connect`, `Bridge.adopt` and listeners.  Any number of threads may send and receive at
-    the same time.  A handle that is forgotten closes its session, with a ResourceWarning.
+    the same time.  A handle that is forgotten ends its session, with a ResourceWarning: what was sent leaves, but no
+    close_notify follows, for nobody has said that this was all.
+
+    The end of a ``with`` block closes it.  If the block raises, it is aborted: the peer sees a reset, so that it cannot
+    take half an answer for all of it, and may lose what it has not read yet.
     """
 
     __slots__ = ("__weakref__", "_born", "_channel", "_coordinator", "_limits", "_timeouts")
@@ -133,8 +137,9 @@ class Session(forks.Handle):
         """Polite close: what was sent leaves, close_notify is said, and the peer's awaited for a while.
 
         Takes *timeout* seconds at most (None: `Timeouts.flush` for the first part and
-        `Timeouts.close_notify` for the second).  What the peer still sends is thrown away.  The report says
-        how far it got.  Idempotent: later calls return the same report.
+        `Timeouts.close_notify` for the second: 33 seconds by default).  With 0 only that leaves which the kernel takes
+        at once.  What the peer still sends is thrown away.  The report says how far it got.  Idempotent: later calls
+        return the same report.
         """
         forks.check(self._born)
         self._coordinator.close(self._channel, check_timeout("timeout", timeout))
@@ -166,7 +171,7 @@ class Session(forks.Handle):
         if abandoned:
             return
         try:
-            if channel.end is None and not channel.outbox.closed:
+            if channel.closed.peek() is None and not channel.outbox.closed:
                 warnings.warn(
                     f"session {channel.name} was forgotten and is being closed", ResourceWarning, source=self
                 )
@@ -182,7 +187,9 @@ class Session(forks.Handle):
 
     @property
     def end(self) -> SessionEnded | None:
-        """How receiving ended: None while it goes on, then the cause, which never changes."""
+        """How receiving ended: None while it goes on, then the cause, which never changes.
+
+        After `abort`, which does not wait, it may be None for a moment still."""
         return self._channel.end
 
     @property

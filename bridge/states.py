@@ -41,7 +41,7 @@ TRANSITIONS: dict[State, dict[State, str]] = {
         State.CLOSED: "an error, a deadline, or abort()",
     },
     State.DRAINING: {
-        State.CLOSED: "both sides said close_notify, or a deadline passed",
+        State.CLOSED: "both sides said close_notify, a deadline passed, an error, or abort()",
     },
     State.CLOSED: {},
 }
@@ -59,6 +59,8 @@ class Aim(enum.IntEnum):
     """The same as SEND_EOF, and hand the socket back at the peer's close_notify."""
     CLOSE = 4
     """The same as HALF_CLOSE, and nobody will read what still comes."""
+    HANG_UP = 5
+    """The same as CLOSE, but TCP ends without a close_notify: nobody has said that this is all."""
 
     @property
     def call(self) -> str:

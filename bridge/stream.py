@@ -286,7 +286,8 @@ class Stream(forks.Handle):
     def read(self, size: int, timeout: float | None = None) -> bytes:
         """At least one byte and at most *size* (which is positive); ``b""`` at the peer's close_notify.
 
-        *timeout* as for `handshake`.  Any other end raises the cause, after all that came before it.
+        *timeout* as for `handshake`.  Any other end raises the cause, after all that came before it; also that this
+        side has closed it, or aborted.
         """
         if self._born != forks.current:
             forks.check(self._born)
@@ -364,11 +365,13 @@ class Stream(forks.Handle):
             received.asking -= 1
         if received.parts or self._eof or self._deaf:
             return bool(received.parts)
-        assert self._ending is not None
+        if self._ending is None:
+            raise SessionClosed("this side closed the session")
         raise fresh(self._ending.cause)
 
     def _readable(self) -> bool:
-        return bool(self._received.parts) or self._eof or self._deaf or self._ending is not None
+        over = self._eof or self._deaf or self._lease.closing or self._ending is not None
+        return over or bool(self._received.parts)
 
     @_leased
     def pending(self) -> int:
@@ -501,7 +504,7 @@ class Stream(forks.Handle):
         OpenSSL reads no more after that.  While the peer may say more, nothing is read, and the descriptor tells
         the truth; from then on it is readable for ever.  Returned is what to ask between records, if anything.
         """
-        if self._deaf:
+        if self._deaf or self._lease.closing:
             return None
         transport, received = self._transport, self._received
         assert transport.sock is not None
@@ -603,35 +606,39 @@ class Stream(forks.Handle):
         self._handed_back = self._lease.closing = True
         return unwrapped
 
-    def close(self, timeout: float | None = None) -> None:
+    def close(self, timeout: float | None = None, politely: bool = True) -> None:
         """Polite close, in the background: what was taken leaves, close_notify is said, late input is drained.
 
-        *timeout* bounds that, in seconds (None: `Timeouts.flush` and `Timeouts.close_notify`).  Whoever waits in a
-        call is let go.  Does not wait; idempotent; in a child of fork() it only closes the child's descriptor.
+        *timeout* bounds that, in seconds (None: `Timeouts.flush` and `Timeouts.close_notify`).  If not *politely*, no
+        close_notify is said, so that the peer does not take what it got for all there is; unless `send_eof` has said
+        it.  Whoever waits in a call is let go.  Does not wait; idempotent; in a child of fork() it only closes the
+        child's descriptor.
         """
+        how = "close" if politely else "hang_up"
         if self._born != forks.generation():
             self._abandon()
         elif self._lease.mine():  # a signal handler, in the middle of a call of this very session
-            self._lease.forget()
+            self._lease.post_close(how)
         else:
-            self._close(timeout)
+            self._close(timeout, how)
 
     @_leased
-    def _close(self, timeout: float | None) -> None:
-        self._deaf = True
-        self._lease.close(timeout)
+    def _close(self, timeout: float | None, how: str) -> None:
+        self._lease.close(timeout, how)
 
     def forget(self) -> None:
-        """`close`, for a finalizer: it may run in the middle of a call of this very session.  Never waits."""
+        """`close`, and not politely, for a finalizer: it may run in the middle of a call of this very session.
+
+        Never waits.
+        """
         if forks.abandoned(self._born):
             self._abandon()
         else:
-            self._lease.forget()
+            self._lease.post_close("hang_up")
 
     @_leased
     def abort(self) -> None:
         """End now; what has not left is lost, and the peer sees a reset.  Idempotent; does not wait."""
-        self._deaf = True
         self._lease.abort(SessionAborted("this side aborted the session"))
 
     def busy_here(self) -> bool:

@@ -72,7 +72,7 @@ class ReceiveCredit(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class CloseReport:
-    """How far a polite close got.  True in a boolean context if everything accepted had left."""
+    """How far a polite close got.  True in a boolean context if everything accepted had left, and close_notify."""
 
     unsent: int
     """Bytes accepted by `send` that never left."""

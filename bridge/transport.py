@@ -92,7 +92,7 @@ EVIDENCE_BYTES = 1024
 """How much of what the kernel holds the watchdog looks at; ciphertext that has moved on looks different."""
 _CALLS = ("read", "write", "shutdown", "handshake")
 LINGER_BYTES = 16 * 1024 * 1024
-"""How much late input a lingering close swallows before it closes anyway."""
+"""How much late input a session that has failed swallows before its socket is closed anyway."""
 
 
 class _Operation:
@@ -432,7 +432,7 @@ class Transport:
 
     def closing(self) -> bool:
         """Whether `close` was called."""
-        return self._aim is Aim.CLOSE
+        return self._aim >= Aim.CLOSE
 
     def said_close(self) -> bool:
         """Whether the kernel has our close_notify."""
@@ -472,7 +472,7 @@ class Transport:
         self.mask = NOTHING if self.finished else mask
         self.quiet = (
             self._exchanging
-            and self._aim is not Aim.CLOSE
+            and self._aim < Aim.CLOSE
             and (self._read.ready or self._read.want is READ)
             and not (self._write.ready or self._shutdown.ready or self._handshake.ready)
             and self._shutdown.want is self._handshake.want is self._write.want is None
@@ -523,6 +523,10 @@ class Transport:
     def close(self, timeout: float | None) -> None:
         """Polite close, within *timeout* seconds altogether (None: the session's own timeouts)."""
         self._drain_within(Aim.CLOSE, timeout)
+
+    def hang_up(self, timeout: float | None) -> None:
+        """`close`, for who has not said that it has said all, and never will: the peer is not to think so."""
+        self._drain_within(Aim.HANG_UP if self._aim is Aim.TALK else Aim.CLOSE, timeout)
 
     def unwrap(self, timeout: float | None, bounded: bool = True) -> None:
         """End TLS both ways and hand the socket back, within *timeout* seconds altogether, if it is *bounded*."""
@@ -659,7 +663,7 @@ class Transport:
             if received:
                 data = received[0] if len(received) == 1 else b"".join(received)
                 self.received += len(data)
-                if self._aim is not Aim.CLOSE:
+                if self._aim < Aim.CLOSE:
                     self.credit.spend(len(data))
                     self._touch()
                     self.answerable = True
@@ -699,7 +703,7 @@ class Transport:
             return 0
         if engine.on_detour and engine.unflushed() > ANSWER_BYTES:
             return 0  # a peer that asks for answers and does not take them
-        if self._aim is Aim.CLOSE:
+        if self._aim >= Aim.CLOSE:
             return READ_BUDGET
         room = self.credit.room()
         if room > 0 or self.credit.overdraft() >= FORCED_READ_BYTES:
@@ -793,7 +797,7 @@ class Transport:
     def _on_peer_closed(self) -> None:
         if self.state is State.OPEN:
             self._move(State.PEER_CLOSED, "the peer's close_notify")
-        if self._aim is not Aim.CLOSE:
+        if self._aim < Aim.CLOSE:
             self._tell(Told.EOF, None)
         if self._sent_close:
             self._complete()
@@ -808,10 +812,11 @@ class Transport:
     def _say_close_notify(self) -> bool:
         assert self._engine is not None
         if not self._said_close:
-            answer = self._engine.shutdown()
-            if isinstance(answer, Want):
-                self._shutdown.wait_for(answer)
-                return False
+            if self._aim is not Aim.HANG_UP:
+                answer = self._engine.shutdown()
+                if isinstance(answer, Want):
+                    self._shutdown.wait_for(answer)
+                    return False
             self._said_close = True
             # Behind the peer's close_notify nothing is read; in an unwrap what follows it is to stay in the kernel.
             if not (self._peer_closed or self._aim is Aim.UNWRAP):
@@ -826,7 +831,7 @@ class Transport:
 
     def _after_close_notify(self) -> None:
         """Ours is sent.  Wait for the peer's: for good after send_eof(), for a while otherwise."""
-        if self._aim in (Aim.HALF_CLOSE, Aim.CLOSE):
+        if self._aim is Aim.HALF_CLOSE or self._aim >= Aim.CLOSE:
             self._half_close()
         if self._peer_closed:
             self._complete()
@@ -842,7 +847,7 @@ class Transport:
 
     def _complete(self) -> None:
         """Nothing is left to be said: the good end."""
-        if self._peer_closed and self._aim is not Aim.CLOSE:
+        if self._peer_closed and self._aim < Aim.CLOSE:
             cause: SessionEnded = EndOfStream("the peer closed the session")
         else:
             cause = SessionClosed("this side closed the session")
@@ -861,9 +866,9 @@ class Transport:
                 pass
         if self._ended:
             self._release()
-        elif isinstance(cause, (Truncated, PeerReset)):
+        elif isinstance(cause, (Truncated, PeerReset)) or self._aim is Aim.HANG_UP:
             said = (
-                self._sent_close and self._aim is Aim.CLOSE
+                self._sent_close and self._aim >= Aim.CLOSE
             )  # then all was said, and the answer is not owed
             self._finish(SessionClosed("this side closed the session") if said else cause)
         elif linger and self.state is not State.CONNECTING:
@@ -913,7 +918,8 @@ class Transport:
         forget_frames(cause)
         cause = self.cause = self.cause or cause
         self._unsent += self.outbox.discard(cause)
-        report = CloseReport(self._unsent, self._sent_close, self._peer_closed)
+        said = self._sent_close and self._aim is not Aim.HANG_UP
+        report = CloseReport(self._unsent, said, self._peer_closed)
         if self._engine is not None and self.state is not State.HANDSHAKING:
             self._engine.remember()
         if self.state is not State.CLOSED:
@@ -1004,7 +1010,7 @@ class Transport:
         timeouts = self._plan.timeouts
         if self._lingering:
             self._release()
-        elif kind is CloseTimeout and self._sent_close and self._aim is Aim.CLOSE:
+        elif kind is CloseTimeout and self._sent_close and self._aim >= Aim.CLOSE:
             self._complete()
         elif kind is CloseTimeout:
             missing = (

@@ -100,7 +100,13 @@ class Window:
 
 
 def look(path: str | os.PathLike[str], timeout: float = 5.0) -> dict[str, Any]:
-    """What the Bridge behind the window at *path* is doing now.  OSError if nobody shows that there."""
+    """What the Bridge behind the window at *path* is doing now.  OSError if nobody shows that there.
+
+    A dict: *pid*; *sessions* and *listeners*, lists of dicts with the fields of `bridge.SessionSnapshot` and
+    `bridge.ListenerSnapshot`; *workers*, *inbox_bytes* and *outbox_bytes* as in `bridge.Snapshot`; *bytes_received*,
+    *bytes_sent*, *endings*, *handshakes* and *wants* as in `bridge.Totals`, where a key of several parts and its value
+    are one list.
+    """
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(timeout)
         sock.connect(os.fspath(path))

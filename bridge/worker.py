@@ -92,7 +92,7 @@ class Pollable(Protocol):
 def fail(pollable: Pollable, error: BaseException, whose: str) -> None:
     """A turn of *pollable* raised *error*: a bug of ours, or of a callback.  It costs this session, not the thread.
 
-    Its owner's thread, called *whose*.
+    In the thread called *whose*, which owned it for that turn.
     """
     events.warning("worker.failed", worker=whose, error=repr(error))
     failure = SessionAborted(f"internal error: {error!r}")

@@ -6,6 +6,7 @@ python echo_client.py --cafile ca.pem --port 8443 < some.txt
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import threading
 
@@ -13,8 +14,9 @@ import bridge
 
 
 def print_answers(session: bridge.Session) -> None:
-    for line in session:
-        print(line, flush=True)
+    with contextlib.suppress(bridge.SessionEnded):  # `main` says so
+        for line in session:
+            print(line, flush=True)
 
 
 def main() -> int:
@@ -39,6 +41,8 @@ def main() -> int:
                 session.send(line.rstrip("\r\n"))
             session.send_eof()  # we are done; the answers still come
             reader.join()
+            with contextlib.suppress(bridge.EndOfStream):
+                session.recv()  # raises how it ended, once more
             session.close()
     except bridge.SessionEnded as cause:
         print(f"{type(cause).__name__}: {cause}", file=sys.stderr)

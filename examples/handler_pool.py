@@ -45,9 +45,12 @@ class Room:
 
 
 def handle(inbox: bridge.Inbox, room: Room) -> None:
-    with contextlib.suppress(bridge.ShutDown):  # the Bridge was closed
-        while True:
-            room.hear(*inbox.get())
+    while True:
+        try:
+            session, line = inbox.get()
+        except bridge.ShutDown:  # the Bridge was closed
+            return
+        room.hear(session, line)
 
 
 def main() -> None:

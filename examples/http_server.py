@@ -1,9 +1,7 @@
 """HTTP/1.1 with h11 as the codec: the parser in one place, and a pool of handlers that see whole requests.
 
-    python http_server.py --cert cert.pem --key key.pem --port 8443
-    curl --cacert ca.pem https://localhost:8443/
-
-Each request comes with the h11.Connection that has parsed it, for the answer: that has one owner at a time.
+python http_server.py --cert cert.pem --key key.pem --port 8443
+curl --cacert ca.pem https://localhost:8443/
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ class HTTP(bridge.codecs.Codec[Any]):
                 if len(self._body) > 1_000_000:
                     raise bridge.MessageTooLarge("a body of more than a megabyte")
             elif isinstance(event, h11.EndOfMessage):
-                yield self._http, self._request, self._body
+                yield self._http, self._request, self._body  # the first for the answer: one owner at a time
                 self._begin(self._http.trailing_data[0])
 
     def encode(self, answer: tuple[h11.Connection, list[h11.Event]]) -> bytes:
@@ -49,19 +47,21 @@ class HTTP(bridge.codecs.Codec[Any]):
 
 
 def handle(inbox: bridge.Inbox) -> None:
-    with contextlib.suppress(bridge.ShutDown):
-        while True:
+    while True:
+        try:
             session, message = inbox.get()
-            if message is None:
-                continue
-            http, request, body = message
-            page = b"%s and %d bytes\n" % (request.target, len(body))
-            head = h11.Response(status_code=200, headers=[("Content-Length", str(len(page)))])
-            content = [] if request.method == b"HEAD" else [h11.Data(data=page)]
-            with contextlib.suppress(bridge.SessionEnded):
-                session.send((http, [head, *content, h11.EndOfMessage()]))
-                if http.our_state is h11.MUST_CLOSE:
-                    session.send_eof()
+        except bridge.ShutDown:  # the Bridge was closed
+            return
+        if message is None:
+            continue
+        http, request, body = message
+        page = b"%s and %d bytes\n" % (request.target, len(body))
+        head = h11.Response(status_code=200, headers=[("Content-Length", str(len(page)))])
+        content = [] if request.method == b"HEAD" else [h11.Data(data=page)]
+        with contextlib.suppress(bridge.SessionEnded):
+            session.send((http, [head, *content, h11.EndOfMessage()]))
+            if http.our_state is h11.MUST_CLOSE:
+                session.send_eof()
 
 
 if __name__ == "__main__":

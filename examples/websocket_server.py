@@ -45,23 +45,22 @@ class WebSocket(bridge.codecs.Codec[Any]):
             return bytes((self._handshake if accepts else self._sender).send(event))
 
 
-def answer(event: events.Event) -> events.Event | None:
-    if isinstance(event, events.Request):
-        return events.AcceptConnection()
-    if isinstance(event, events.Ping | events.CloseConnection):
-        return event.response()
-    return event if isinstance(event, events.Message) else None
-
-
 def handle(inbox: bridge.Inbox) -> None:
-    with contextlib.suppress(bridge.ShutDown):
-        while True:
+    while True:
+        try:
             session, event = inbox.get()
-            with contextlib.suppress(bridge.SessionEnded):
-                if said := answer(event):
-                    session.send(said)
-                if isinstance(event, events.CloseConnection):
-                    session.send_eof()
+        except bridge.ShutDown:  # the Bridge was closed
+            return
+        with contextlib.suppress(bridge.SessionEnded):
+            if isinstance(event, events.Request):
+                session.send(events.AcceptConnection())
+            elif isinstance(event, events.Ping):
+                session.send(event.response())
+            elif isinstance(event, events.Message):
+                session.send(event)
+            elif isinstance(event, events.CloseConnection):
+                session.send(event.response())
+                session.send_eof()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import bridge
 PACKAGE = Path(bridge.__file__).parent
 
 FLOORS = (
-    ("errors", "limits", "events", "states", "forks", "totals", "threads"),  # vocabulary
+    ("errors", "limits", "threads", "events", "states", "forks", "totals"),  # vocabulary
     (
         "poll",
         "names",
@@ -40,7 +40,7 @@ FLOORS = (
         "picture",
     ),  # one thread
     ("crossing", "outbox", "inbox", "terms"),  # what crosses
-    ("transport", "acceptor", "worker", "lease", "coordinator"),  # threads
+    ("transport", "acceptor", "worker", "lease", "coordinator", "crew"),  # threads
     ("session", "stream", "listener", "tracing", "bridge"),  # handles, and the only wiring
     # the drop-in: what the stdlib's classes are made of, and under their names
     (
@@ -109,9 +109,10 @@ THREADING = {
     "tracing": {"Lock", "current_thread"},  # one trace at a time
     "transport": {"RLock"},  # of whose a session is for a turn
     "coordinator": {"RLock"},  # of whose the codecs are for a turn
-    "lease": {"RLock"},  # who holds it owns the transport
+    "lease": {"RLock", "current_thread"},  # who holds it owns the transport
     "stream": {"RLock", "TIMEOUT_MAX"},  # of writers: one whole write after the other
-    "bridge": {"Event", "RLock", "Thread", "current_thread"},  # of the inboxes that are attached
+    "crew": {"Event", "RLock", "Thread", "current_thread"},  # of the inboxes that are attached
+    "bridge": {"Thread", "current_thread"},  # who closes it
     "ssl.process": {"RLock"},  # of making the one bridge
     "ssl.injection": {"Lock"},
     "ssl.contexts": {"RLock"},  # of making a core context, and of the store it shares

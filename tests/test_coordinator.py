@@ -207,11 +207,11 @@ def test_a_forgotten_session_is_closed_and_what_it_holds_is_given_up(rig: Rig) -
     rig.says(Told.DATA, bytes(5000))
     assert rig.credit.held() == 5000 == rig.tally.used
     rig.forgets()
-    assert rig.worker.commands == [("close", None)]
+    assert rig.worker.commands == [("hang_up", None)]
     assert rig.credit.held() == 0 == rig.tally.used
     rig.ends(SessionClosed("done"))
     rig.asks(Ask.FORGET)
-    assert rig.worker.commands == [("close", None)]
+    assert rig.worker.commands == [("hang_up", None)]
 
 
 def test_a_session_that_is_over_is_forgotten_without_a_word_unless_something_is_held(rig: Rig) -> None:
@@ -243,6 +243,21 @@ def test_messages_cost_what_they_hold_and_a_little_at_least(codec: Callable[[], 
     assert rig.taken() == [large] and rig.credit.held() == 0
     rig.says(Told.DATA, rig.channel.codec.encode(small))
     assert rig.credit.held() == MESSAGE_BYTES and rig.taken() == [small] and rig.credit.held() == 0
+
+
+def test_none_is_no_message_where_it_would_say_that_the_session_has_ended() -> None:
+    class Nulls(Raw):
+        def decode(self, data: bytes) -> list[Any]:
+            return [data, None, data]
+
+    shared, own = Rig(Nulls(), Inbox()), Rig(Nulls())
+    shared.channel.given = True
+    for rig in (shared, own):
+        rig.says(Told.DATA, b"null")
+    assert own.taken() == [b"null", None, b"null"]
+    assert shared.taken() == [(shared, b"null"), (shared, None)]
+    assert isinstance(shared.channel.end, bridge.CodecError) and "None" in str(shared.channel.end)
+    assert shared.credit.held() == own.credit.held() == 0
 
 
 def test_what_the_codec_holds_is_counted_and_shared_out_among_the_messages_it_becomes() -> None:

@@ -439,6 +439,34 @@ def test_a_session_as_a_context_manager(facing: Facing, pool: ThreadPoolExecutor
         assert seen.result(PATIENCE) == (b"hello", b"")
 
 
+@pytest.mark.parametrize(
+    ("options", "sends", "cause", "told"),
+    [
+        ({"codec": codecs.LengthPrefixed}, b"GET / HTTP/1.0\r\n\r\n", bridge.CodecError, bridge.Truncated),
+        ({"timeouts": bridge.Timeouts(idle=0.1)}, b"", bridge.IdleTimeout, bridge.EndOfStream),
+    ],
+)
+def test_what_the_peer_is_told_when_a_session_ends_that_tls_has_no_alert_for(
+    b: bridge.Bridge,
+    server_ctx: bridge.Context,
+    client_ctx: bridge.Context,
+    options: dict[str, Any],
+    sends: bytes,
+    cause: type[bridge.SessionEnded],
+    told: type[bridge.SessionEnded],
+) -> None:
+    with b.listen(("127.0.0.1", 0), server_ctx, **options) as listener:
+        client = b.connect(listener.address, client_ctx, server_hostname="localhost")
+        server = listener.accept(PATIENCE)
+        if sends:
+            client.send(sends)
+        with pytest.raises(cause):
+            server.recv(PATIENCE)
+        with pytest.raises(told):
+            client.recv(PATIENCE)
+        client.abort()
+
+
 # ── unwrap ──
 
 

@@ -342,7 +342,7 @@ def test_a_codec_that_is_no_codec(
 
 
 def test_a_factory_that_fails_for_one_client_does_not_end_the_listener(
-    b: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context
+    b: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context, logs: list[Any]
 ) -> None:
     calls = iter(range(100))
 
@@ -359,6 +359,11 @@ def test_a_factory_that_fails_for_one_client_does_not_end_the_listener(
         assert_alive((client, server))
         client.abort()
         server.abort()
+        refused = wait_for(logs, "listener.refused")
+        assert refused["address"] == "{}:{}".format(*listener.address) and refused["log_level"] == "warning"
+        assert (refused["cause"], refused["error"]) == ("KeyError", "'not this one'")
+        assert "127.0.0.1:" in refused["peer"] != refused["address"]
+    assert "handshake.failed" not in [entry["event"] for entry in logs]
 
 
 # ── addresses and sockets ──

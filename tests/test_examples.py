@@ -104,6 +104,24 @@ def test_echo_client_says_why_it_was_not_served(
         assert ended.stderr.count("\n") == 1
 
 
+def test_echo_client_says_that_the_answer_was_cut_off(
+    server_cert: KeyPair, ca_file: str, background: Background
+) -> None:
+    def cut_off(sock: ssl.SSLSocket) -> None:
+        line = sock.recv(100)
+        assert sock.recv(100) == b""  # all is read, so that there is no reset
+        sock.sendall(line)
+        sock.shutdown(socket.SHUT_RDWR)
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(server_cert.certfile, server_cert.keyfile)
+    address, _ = background.serve_tls(context, cut_off)
+    ended = run("echo_client.py", "--cafile", ca_file, "--port", str(address[1]), given="a line\n")
+    assert (ended.returncode, ended.stdout) == (1, "a line\n")
+    version, why = ended.stderr.splitlines()
+    assert version.startswith("TLSv1.3, ") and why.startswith("Truncated: ")
+
+
 def test_handler_pool_is_a_chat_room(server_cert: KeyPair, ca_file: str) -> None:
     context = bridge.client_context(ca_file)
     with serving("handler_pool.py", *identity(server_cert)) as server, bridge.Bridge(workers=1) as b:

@@ -13,6 +13,7 @@ import dis
 import functools
 import gc
 import itertools
+import os
 import socket
 import ssl
 import sys
@@ -476,3 +477,36 @@ def test_a_signal_handler_may_not_wait_for_what_it_interrupts_and_may_do_what_do
         with pytest.raises(RuntimeError, match="may not wait for what it has interrupted"):
             inbox.get()
     assert not crossing.outbox._lock._is_owned() and not inbox._lock._is_owned()
+
+
+def test_the_close_of_a_bridge_that_is_interrupted_is_finished_all_the_same(
+    contexts: Any, background: Background
+) -> None:
+    """Or had not begun: whoever closes it again waits for the end, and nobody waits for messages any more."""
+    for number in itertools.count():
+        b, shared = bridge.Bridge(workers=2), Inbox()
+        b.listen(("127.0.0.1", 0), contexts[1], inbox=shared)
+        handlers = [background.run(shared.get, True, PATIENCE) for _ in range(2)]
+        with Moment("call", number) as moment, contextlib.suppress(Interrupt):
+            b.close()
+        if b.closed:
+            for handler in handlers:
+                assert isinstance(handler.exception(PATIENCE), bridge.ShutDown), moment.where
+        b.close()
+        assert not any(thread.is_alive() for thread in b._crew.threads), moment.where
+        assert all(isinstance(handler.exception(PATIENCE), bridge.ShutDown) for handler in handlers)
+        if not moment.where:
+            return
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of what was made and could not be handed over
+def test_a_bridge_whose_making_is_interrupted_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "eventfd", raising=False)  # of which Python has but a number, for a moment
+    before = set(threading.enumerate())
+    for number in itertools.count():
+        with Moment("call", number) as moment, contextlib.suppress(Interrupt):
+            bridge.Bridge(workers=2).close()
+        gc.collect()
+        until(lambda: set(threading.enumerate()) <= before)
+        if not moment.where:
+            return

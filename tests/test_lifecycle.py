@@ -25,6 +25,7 @@ import pytest
 import structlog
 from conftest import KeyPair
 from peers import until
+from rig import tcp_pair
 from structlog.testing import capture_logs
 
 import bridge
@@ -322,7 +323,7 @@ def test_closing_from_another_thread_never_makes_a_receiver_read_a_reused_descri
 # ── the forgotten ──
 
 
-def test_a_forgotten_session_is_closed_with_a_warning_and_a_clean_end(
+def test_a_forgotten_session_hangs_up_with_a_warning_and_what_was_sent_leaves(
     server: StdlibServer, client_ctx: bridge.Context, pool: ThreadPoolExecutor
 ) -> None:
     with bridge.Bridge(workers=1) as b:
@@ -333,8 +334,39 @@ def test_a_forgotten_session_is_closed_with_a_warning_and_a_clean_end(
         with pytest.warns(ResourceWarning, match=rf"session {name} was forgotten and is being closed"):
             del session
             gc.collect()
-        assert served.result(PATIENCE) == (b"remember me", "clean")
+        assert served.result(PATIENCE) == (b"remember me", "SSLEOFError")
         until(lambda: not b.snapshot().sessions)
+
+
+@pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt, None])
+@pytest.mark.parametrize("said", [False, True], ids=["open", "after send_eof"])
+@pytest.mark.parametrize("kind", ["session", "stream"])
+def test_an_exception_through_the_with_of_a_bridge_is_nobody_s_word_that_all_was_said(
+    server: StdlibServer,
+    client_ctx: bridge.Context,
+    pool: ThreadPoolExecutor,
+    kind: str,
+    said: bool,
+    failure: type[BaseException] | None,
+) -> None:
+    served, begin = pool.submit(server.serve), time.monotonic()
+    message = b"row 1\n" * 20_000
+    raised = contextlib.nullcontext() if failure is None else pytest.raises(failure)
+    with raised, bridge.Bridge(workers=1) as b:
+        near: Any
+        if kind == "session":
+            near = b.connect(server.address, client_ctx, server_hostname="localhost")
+            near.send(message)
+        else:
+            sock = socket.create_connection(server.address)
+            near = b.stream(sock, client_ctx, server_hostname="localhost")
+            near.write(message)
+        if said:
+            near.send_eof()
+        if failure is not None:
+            raise failure
+    assert served.result(PATIENCE) == (message, "clean" if said or failure is None else "SSLEOFError")
+    assert time.monotonic() - begin < bridge.Timeouts().close_notify
 
 
 def test_a_forgotten_bridge_ends_its_threads_with_a_warning() -> None:
@@ -519,7 +551,7 @@ session.send(bytes(1_000_000))
     )
     assert running.end() == (0, "", "")
     received, end = served.result(PATIENCE)
-    assert len(received) == 1_000_000 and end == "clean"
+    assert len(received) == 1_000_000 and end == "SSLEOFError"
 
 
 def test_a_forgotten_bridge_delays_the_exit_only_for_a_while_if_the_peer_takes_nothing(
@@ -562,7 +594,7 @@ started.wait()
 """
     )
     assert running.end() == (0, "", "")
-    assert served.result(PATIENCE)[1] == "clean"
+    assert served.result(PATIENCE)[1] == "SSLEOFError"
 
 
 def test_a_program_whose_threads_are_no_daemons_goes_on_when_its_main_thread_has_ended(
@@ -1022,11 +1054,17 @@ def test_a_failed_handshake_is_told_to_servers(server_ctx: bridge.Context, logs:
     assert failed["log_level"] == "info" and failed["cause"] == "NotTLS" and peer in failed["peer"]
 
 
+@pytest.mark.parametrize("failure", [KeyError("a bug"), SystemExit("a processor's")], ids=["bug", "exit"])
 def test_a_log_that_fails_harms_no_session(
-    server_ctx: bridge.Context, client_ctx: bridge.Context, caplog: pytest.LogCaptureFixture
+    server_ctx: bridge.Context,
+    client_ctx: bridge.Context,
+    caplog: pytest.LogCaptureFixture,
+    failure: BaseException,
 ) -> None:
     def fail(*_: Any) -> Any:
-        raise KeyError("a processor with a bug")
+        if isinstance(failure, Exception) or threading.current_thread() is not threading.main_thread():
+            raise failure
+        raise structlog.DropEvent
 
     structlog.configure(processors=[fail])
     try:
@@ -1040,6 +1078,29 @@ def test_a_log_that_fails_harms_no_session(
     finally:
         structlog.reset_defaults()
     assert "a log processor failed on event session.state" in caplog.text
+
+
+def test_a_handler_of_logging_that_fails_harms_no_session(
+    server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    """It is asked a second time, to say that it has failed."""
+
+    class Failing(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise OSError(28, "no space left on device")
+
+    handler, logger = Failing(), logging.getLogger("bridge")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        with bridge.Bridge(workers=1) as b, b.listen(("127.0.0.1", 0), server_ctx) as listener:
+            client = b.connect(listener.address, client_ctx, server_hostname="localhost")
+            server = listener.accept(PATIENCE)
+            client.send(b"unharmed")
+            assert server.recv(PATIENCE) == b"unharmed"
+    finally:
+        logger.setLevel(logging.NOTSET)
+        logger.removeHandler(handler)
 
 
 @pytest.mark.parametrize(
@@ -1254,10 +1315,54 @@ def test_whatever_comes_out_of_a_codec_ends_its_own_session_only(
         client.send_eof()
         until(lambda: server.end is not None)
         assert isinstance(server.end, bridge.CodecError) and "SystemExit" in str(server.end)
-        assert all(thread.is_alive() for thread in b._threads)
+        assert all(thread.is_alive() for thread in b._crew.threads)
         again = b.connect(listener.address, client_ctx, server_hostname="localhost")
         accepted = listener.accept(PATIENCE)
         assert again.info.version == accepted.info.version
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bridge_whose_worker_dies_of_a_bug_is_closed_and_nobody_waits_for_it(
+    server_ctx: bridge.Context, client_ctx: bridge.Context, pool: ThreadPoolExecutor
+) -> None:
+    shared = bridge.Inbox()
+    with bridge.Bridge(workers=1) as there:
+        b = bridge.Bridge(workers=2)
+        listener = b.listen(("127.0.0.1", 0), server_ctx)
+        b.listen(("127.0.0.1", 0), server_ctx, inbox=shared)
+        clients = [there.connect(listener.address, client_ctx, server_hostname="localhost") for _ in range(4)]
+        servers = [listener.accept(PATIENCE) for _ in clients]
+        waiting = [pool.submit(call) for call in (listener.accept, shared.get, servers[0].recv)]
+        b._workers[1]._poller.wait = None  # type: ignore[method-assign, assignment]
+        b._workers[1]._doorbell.ring()
+        for future in waiting:
+            assert isinstance(future.exception(PATIENCE), bridge.ShutDown)
+        for session in (*servers, *clients):
+            with pytest.raises(bridge.SessionEnded):
+                session.recv(PATIENCE)
+        with pytest.raises(bridge.BridgeClosed):
+            b.connect(listener.address, client_ctx, server_hostname="localhost")
+        assert b.closed
+        b.close()
+        assert not any(thread.is_alive() for thread in b._crew.threads)
+
+
+def test_a_session_that_comes_too_late_for_its_worker_ends(
+    client_ctx: bridge.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bridge.Bridge(workers=1)
+    launch = b._launch
+
+    def late(channel: Any) -> None:
+        b._crew.stop()
+        b._crew.threads[0].join()
+        launch(channel)
+
+    monkeypatch.setattr(b, "_launch", late)
+    near, far = tcp_pair()
+    with far, pytest.raises(bridge.SessionAborted, match="the bridge was closed"):
+        b.adopt(near, client_ctx, server_hostname="localhost")
+    b.close()
 
 
 def test_closing_a_bridge_in_the_middle_of_closing_it_is_nothing(
@@ -1267,13 +1372,13 @@ def test_closing_a_bridge_in_the_middle_of_closing_it_is_nothing(
     b = bridge.Bridge(workers=1)
     sessions = b._close_sessions
 
-    def interrupted(timeout: float | None) -> None:
+    def interrupted(*how: Any) -> None:
         b.close()
-        sessions(timeout)
+        sessions(*how)
 
     monkeypatch.setattr(b, "_close_sessions", interrupted)
     b.close()
-    assert b.closed and not any(thread.is_alive() for thread in b._threads)
+    assert b.closed and not any(thread.is_alive() for thread in b._crew.threads)
 
 
 @pytest.mark.parametrize("call", ["listen", "connect", "adopt"])
@@ -1322,7 +1427,7 @@ def test_a_forgotten_session_is_closed_also_where_warnings_are_errors(
             warnings.simplefilter("error")
             del client
             gc.collect()
-        with pytest.raises(bridge.EndOfStream):
+        with pytest.raises(bridge.Truncated):
             server.recv(PATIENCE)
 
 

@@ -531,14 +531,21 @@ def test_an_inbox_ends_with_the_last_of_its_feeders_after_what_is_in_it() -> Non
         shared.get_nowait()
 
 
-def test_a_handler_that_was_given_the_end_closes_the_session_when_it_comes_back() -> None:
+def test_a_handler_that_was_given_the_end_closes_the_session_when_it_comes_back(
+    background: Background,
+) -> None:
     shared, done = Inbox(), []
-    shared._end("never open", bridge.Truncated("cut"), False, lambda: done.append("never"))
-    shared._end("open", bridge.Truncated("cut"), True, lambda: done.append("open"))
+    shared._end("never open", bridge.Truncated("cut"), False, lambda back: done.append(("never", back)))
+    shared._end("open", bridge.Truncated("cut"), True, lambda back: done.append(("open", back)))
+    shared._end("two", bridge.Truncated("cut"), True, lambda back: done.append(("two", back)))
     assert shared.get_nowait() == ("open", None) and done == []
+    thread = threading.Thread(target=shared.get_nowait)  # which ends with that
+    thread.start()
+    thread.join(PATIENCE)
+    assert done == [("two", False)]
     with pytest.raises(bridge.ReceiveTimeout):
         shared.get_nowait()
-    assert done == ["open"]
+    assert done == [("two", False), ("open", True)]
 
 
 def test_a_look_leaves_the_message_and_its_credit_where_they_are() -> None:

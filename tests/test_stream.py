@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import structlog
 from conftest import KeyPair
 from OpenSSL import SSL
 from peers import (
@@ -31,6 +32,7 @@ from peers import (
     until,
 )
 from rig import Clock, Raw, only, raw_context, shrink, tcp_pair
+from structlog.testing import capture_logs
 
 import bridge
 from bridge.lease import Cot, Lease
@@ -618,10 +620,16 @@ def test_a_bug_in_a_turn_ends_the_session(
             raise ValueError("a bug")
 
         monkeypatch.setattr(Transport, "turn", fall)
-        with pytest.raises(bridge.SessionAborted, match=r"internal error: ValueError\('a bug'\)"):
+        with (
+            capture_logs() as logs,
+            pytest.raises(bridge.SessionAborted, match=r"internal error: ValueError\('a bug'\)"),
+        ):
             stream.handshake(PATIENCE)
         assert not stream._lease.mine()
         stream.close()
+    structlog.reset_defaults()
+    (failed,) = [entry for entry in logs if entry["event"] == "worker.failed"]
+    assert failed["worker"] == threading.current_thread().name
 
 
 def test_a_bug_in_a_worker_s_turn_ends_the_session_too(
@@ -813,7 +821,10 @@ def test_close_lets_everybody_go_before_the_descriptor_is_closed(
     readers = [background.run(client.read, 1) for _ in range(threads)]
     sleeping(client, threads)
     client.close()
-    assert [reader.result(PATIENCE) for reader in readers] == [b""] * threads
+    for reader in readers:
+        assert isinstance(reader.exception(PATIENCE), bridge.SessionClosed)
+    with pytest.raises(bridge.SessionClosed):
+        client.read(1)
     assert server.read(1, PATIENCE) == b""
     server.close()
     assert isinstance(finished(client), bridge.SessionClosed)
@@ -916,6 +927,9 @@ def test_abort_resets(pair: Pair) -> None:
     with pytest.raises((bridge.PeerReset, bridge.Truncated)):
         server.read(1, PATIENCE)
     assert isinstance(finished(client), bridge.SessionAborted)
+    for read in (client.read, client.peek):
+        with pytest.raises(bridge.SessionAborted):
+            read(1)
 
 
 def test_unwrap_goes_on_in_plain_text(pair: Pair, background: Background) -> None:
@@ -1005,7 +1019,8 @@ def test_a_forgotten_stream_is_closed_by_its_worker(pair: Pair) -> None:
     client, server = pair
     with client._lease.lock:  # as in a finalizer that runs in the middle of a call
         client.forget()
-    assert server.read(1, PATIENCE) == b""
+    with pytest.raises(bridge.Truncated):
+        server.read(1, PATIENCE)
     server.close()
     assert isinstance(finished(client), bridge.SessionClosed)
 
@@ -1019,7 +1034,7 @@ def test_closing_the_bridge_closes_its_streams(contexts: Any, background: Backgr
     reading = background.run(client.read, 1)
     sleeping(client)
     b.close()
-    assert reading.result(PATIENCE) == b""
+    assert isinstance(reading.exception(PATIENCE), bridge.SessionClosed)
     assert b.snapshot().sessions == () and b.snapshot().wants[("handshake", "read")] > 0
     with pytest.raises(bridge.SessionClosed):
         server.write(b"x")

@@ -33,6 +33,7 @@ from bridge.errors import (
     EndOfStream,
     HostnameMismatch,
     OperationTimeout,
+    PeerReset,
     SessionClosed,
     SessionEnded,
     Truncated,
@@ -76,6 +77,8 @@ class Wire:
         self.stream: Stream | None = None
         self.said_all = False
         """The application has shut the socket down for writing."""
+        self.cut_off = False
+        """It is closed by an exception, and nobody has said that this is all."""
         self._owner = weakref.ref(sock)
         self._session: SSLSession | None = None
         self._pooled = False
@@ -192,6 +195,10 @@ class Wire:
             return _protocol_error("PROTOCOL_IS_SHUTDOWN")
         return as_stdlib(error, self.server_hostname)
 
+    def let_go(self, error: BridgeError) -> bool:
+        """Whether *error* of a reader is that another thread has closed the socket: it finds nothing more to read."""
+        return isinstance(error, SessionClosed) and not self._unwrapping
+
     # Bytes.
 
     def read(self, size: int = 1024, buffer: Buffer = None) -> Any:
@@ -217,6 +224,8 @@ class Wire:
         try:
             return stream.read(size, timeout)
         except BridgeError as error:
+            if self.let_go(error):
+                return b""
             raise self.failure(error, socket.SO_RCVTIMEO) from None
 
     def write(self, data: Buffer) -> int:
@@ -391,6 +400,8 @@ class SSLSocket(ssl.SSLSocket):
             try:
                 return stream.read(buflen, wire.timeout)
             except BridgeError as error:
+                if wire.let_go(error):
+                    return b""
                 raise wire.failure(error) from None
         except ssl.SSLEOFError:
             if not self.suppress_ragged_eofs:
@@ -504,8 +515,11 @@ class SSLSocket(ssl.SSLSocket):
         if how != socket.SHUT_WR or wire.stream.info is None:
             try:
                 socket.socket.shutdown(self, how)
-            except OSError:
-                if self.fileno() != -1:  # or else a reader that was let go has closed it meanwhile
+            except OSError as error:
+                if self.fileno() == -1:  # a reader that was let go has closed it meanwhile
+                    return
+                # That of TLS has shut TCP down already; a peer that was quick to answer has left nothing to be done.
+                if error.errno != errno.ENOTCONN or isinstance(wire.stream.end, PeerReset):
                     raise
 
     def detach(self) -> int:
@@ -528,11 +542,19 @@ class SSLSocket(ssl.SSLSocket):
             if stream is None:
                 super()._real_close()  # type: ignore[misc]
             else:
-                stream.close()
+                assert wire is not None
+                stream.close(politely=not wire.cut_off)
         except BaseException:
             if wire is not None and wire.stream is not None:
                 wire.stream.forget()  # Ctrl-C, and nobody may try again
             raise
+
+    def __exit__(self, *exception: object) -> None:
+        """Close it, without close_notify if an exception comes through: the peer is not to take that for the end."""
+        wire = self._sslobj or self._wire
+        if wire is not None and exception[0] is not None:
+            wire.cut_off = True
+        super().__exit__(*exception)
 
     def _give_up(self, wire: Wire) -> Stream:
         """The descriptor is from now on its stream's alone."""

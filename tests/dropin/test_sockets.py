@@ -692,6 +692,57 @@ def test_a_reader_that_shutdown_wakes_may_close_at_once(
     reading.result(PATIENCE)
 
 
+@pytest.mark.parametrize("how", ["closed", "raised", "forgotten"])
+def test_who_dies_in_the_middle_does_not_look_like_who_is_done(
+    background: Background, ca_file: str, server_cert: KeyPair, how: str
+) -> None:
+    """As with the stdlib's sockets, whose peer sees a ragged end there (and always)."""
+    client, server = wrap(
+        background, make_client_context("ours", ca_file), make_server_context("theirs", server_cert)
+    )
+    server.suppress_ragged_eofs = False
+    with server:
+        if how == "forgotten":
+            client.sendall(b"row 1")
+            with pytest.warns(ResourceWarning, match="unclosed"):
+                del client
+                gc.collect()
+        else:
+            with contextlib.suppress(ZeroDivisionError), client:
+                client.sendall(b"row 1")
+                if how == "raised":
+                    raise ZeroDivisionError
+        assert server.recv(5) == b"row 1"
+        with contextlib.nullcontext() if how == "closed" else pytest.raises(ssl.SSLEOFError):
+            assert server.recv(5) == b""
+
+
+def test_shutdown_of_a_peer_that_is_quick_to_answer(
+    mixed: Ends, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TLS's half close is that of TCP, too, so nothing may be left for the kernel to shut down."""
+    client, server = mixed
+
+    def read_and_close() -> None:
+        while server.recv(100):
+            pass
+        server.close()
+
+    reading, stop = background.run(read_and_close), Stream.stop_reading
+
+    hung_up = select.poll()
+    hung_up.register(client, 0)
+
+    def when_the_peer_has_gone(stream: Stream) -> None:
+        stop(stream)
+        reading.result(PATIENCE)
+        assert hung_up.poll(PATIENCE * 1000)
+
+    monkeypatch.setattr(Stream, "stop_reading", when_the_peer_has_gone)
+    client.shutdown(socket.SHUT_RDWR)
+    assert client.recv(1) == b""
+
+
 @pytest.mark.parametrize("how", [socket.SHUT_WR, socket.SHUT_RDWR])
 def test_after_shutdown_a_write_finds_a_broken_pipe(how: int, mixed: Ends) -> None:
     client, server = mixed
