@@ -16,7 +16,7 @@ from OpenSSL import SSL
 import bridge
 from bridge.coordinator import Coordinator
 from bridge.engine import TLSEngine
-from bridge.poll import Want
+from bridge.poll import HUNG_UP, NOTHING, Want
 from bridge.session import Session
 
 PATIENCE = 20.0
@@ -28,6 +28,10 @@ ALLOW_CLIENT_RENEGOTIATION = 0x100
 """SSL_OP_ALLOW_CLIENT_RENEGOTIATION (SSL_CTX_set_options(3)), which pyOpenSSL does not name."""
 BLOCK = 16_000
 """Bytes that fill one record, and do not fit the smallest buffers of a socket pair."""
+
+needs_hang_ups = pytest.mark.skipif(
+    HUNG_UP == NOTHING, reason="nobody can ask here whether a peer has hung up"
+)
 
 
 def only(version: str) -> dict[str, Any]:

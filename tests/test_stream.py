@@ -31,7 +31,7 @@ from peers import (
     stdlib_context,
     until,
 )
-from rig import Clock, Raw, only, raw_context, shrink, tcp_pair
+from rig import Clock, Raw, needs_hang_ups, only, raw_context, shrink, tcp_pair
 from structlog.testing import capture_logs
 
 import bridge
@@ -265,6 +265,7 @@ def test_a_write_to_a_peer_that_has_reset_the_connection_says_so(b: bridge.Bridg
     assert isinstance(ending.cause, bridge.PeerReset) and ending.report.unsent == 1
 
 
+@needs_hang_ups
 @pytest.mark.parametrize("timeout", [None, PATIENCE, 0])
 @pytest.mark.parametrize("size", [1, MEGABYTE])
 def test_what_a_peer_has_said_before_it_hangs_up_is_read_though_a_write_fails(
@@ -282,6 +283,7 @@ def test_what_a_peer_has_said_before_it_hangs_up_is_read_though_a_write_fails(
         client.read(100)
 
 
+@needs_hang_ups
 def test_likewise_if_something_was_read_a_while_before(pair: Pair) -> None:
     """What is written at once is an answer, and costs no look."""
     client, server = pair
@@ -296,6 +298,7 @@ def test_likewise_if_something_was_read_a_while_before(pair: Pair) -> None:
     assert client.read(100) == b"421 goodbye"
 
 
+@needs_hang_ups
 def test_likewise_if_it_is_our_own_end_that_fails(pair: Pair) -> None:
     client, server = pair
     server.write(b"421 goodbye")
@@ -305,6 +308,7 @@ def test_likewise_if_it_is_our_own_end_that_fails(pair: Pair) -> None:
     assert client.read(100) == b"421 goodbye"
 
 
+@needs_hang_ups
 def test_likewise_if_it_was_said_in_many_small_records(pair: Pair) -> None:
     client, server = pair
     sock = client._transport.sock
@@ -334,6 +338,7 @@ def test_likewise_if_it_hangs_up_in_the_middle_of_a_write(
         client.read(100)
 
 
+@needs_hang_ups
 def test_likewise_if_it_hangs_up_between_two_records_of_a_write(pair: Pair) -> None:
     client, server = pair
     client.write(b"question")
@@ -353,6 +358,7 @@ def test_likewise_if_it_hangs_up_between_two_records_of_a_write(pair: Pair) -> N
     assert client.read(100) == b"too much"
 
 
+@needs_hang_ups
 def test_likewise_if_it_says_close_notify_before(b: bridge.Bridge, contexts: Any) -> None:
     client, server = shaken(*streams(b, contexts, *tcp_pair()))
     server.write(b"too much")

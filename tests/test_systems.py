@@ -22,7 +22,7 @@ import pytest
 import structlog
 from conftest import KeyPair
 from peers import PATIENCE, dial, until
-from rig import tcp_pair
+from rig import needs_hang_ups, tcp_pair
 from structlog.testing import capture_logs
 
 import bridge
@@ -115,7 +115,7 @@ def test_streams_where_nobody_can_ask_whether_the_peer_has_hung_up(
     assert server.write(b"and back", PATIENCE) == 8 and client.read(9, PATIENCE) == b"and back"
 
 
-@pytest.mark.skipif(poll.HUNG_UP == poll.NOTHING, reason="there is nobody to ask here")
+@needs_hang_ups
 def test_a_watch_says_that_the_peer_has_hung_up_and_not_that_it_has_said_something() -> None:
     near, far = tcp_pair()
     with near, far:

@@ -27,7 +27,7 @@ import pytest
 from conftest import KeyPair
 from dropin_rig import Arrangement, make_client_context, make_server_context, our_ssl
 from peers import PATIENCE, Background, dial, in_a_child, receive_exactly, until
-from rig import tcp_pair
+from rig import needs_hang_ups, tcp_pair
 
 import bridge
 from bridge.ssl import process
@@ -299,6 +299,7 @@ def test_writes_of_several_threads_do_not_interleave(ends: Ends, background: Bac
     assert all(len(set(got[start : start + 200_000])) == 1 for start in range(0, 800_000, 200_000))
 
 
+@needs_hang_ups
 def test_a_write_that_fails_does_not_take_the_refusal_with_it(
     background: Background, ca_file: str, server_cert: KeyPair
 ) -> None:
@@ -731,7 +732,7 @@ def test_shutdown_of_a_peer_that_is_quick_to_answer(
     reading, stop = background.run(read_and_close), Stream.stop_reading
 
     hung_up = select.poll()
-    hung_up.register(client, 0)
+    hung_up.register(client, select.POLLHUP)  # of which macOS tells only who asks
 
     def when_the_peer_has_gone(stream: Stream) -> None:
         stop(stream)
