@@ -486,8 +486,14 @@ def test_what_gets_on_or_has_nowhere_to_get_to_has_not_stalled(
 
 
 def test_stop_ends_what_is_left_twice_and_closes_everything(
-    worker: Worker, handed_over: list[list[Any]], pair: tuple[socket.socket, socket.socket]
+    worker: Worker,
+    handed_over: list[list[Any]],
+    pair: tuple[socket.socket, socket.socket],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    closed: list[None] = []
+    for part in (worker._poller, worker._doorbell):
+        monkeypatch.setattr(part, "close", lambda close=part.close: closed.append(close()))
     thing = Thing(pair[0], Want.READ)
     given(worker, thing)
     thing.retired = [pair[0]]
@@ -501,10 +507,7 @@ def test_stop_ends_what_is_left_twice_and_closes_everything(
     assert all(str(cause) == "the bridge was closed" for cause in thing.ends)
     assert pair[0].fileno() == -1
     assert handed_over == [["the last word"], ["the last word"]]
-    with pytest.raises((OSError, ValueError)):
-        worker._doorbell.silence()
-    with pytest.raises((AttributeError, ValueError)):
-        worker._poller.wait(0)
+    assert closed == [None, None]
 
 
 def test_a_command_that_raises_ends_its_own_session_only(worker: Worker) -> None:
