@@ -501,7 +501,7 @@ class Transport:
 
     def send(self, chunks: Sequence[bytes | memoryview]) -> None:
         """More bytes to send, in order."""
-        if self.cause is None:
+        if self.cause is None and self._hearing_out is None:
             self.quiet = False
             self._chunks.extend(chunks)
             if self._write.want is None:
@@ -888,13 +888,14 @@ class Transport:
         while not self._peer_closed:
             room = self.credit.late_room()
             if room <= 0:
-                return room < 0
+                return room < 0 or not (engine.has_more() or self.has_input())
             data = engine.last_words(RECORD_BYTES)
             if isinstance(data, Want):
                 break
             if data:
                 self.received += len(data)
                 self.credit.spend(len(data))
+                self._touch()
                 self._tell(Told.DATA, data)
             else:
                 self._peer_closed = True
@@ -909,6 +910,8 @@ class Transport:
         self._hearing_out = self._hearing_out or cause
         self._exchanging = False
         self._unsent += self.outbox.discard(cause)
+        self._chunk = None
+        self._chunks.clear()
         self._lift_deadline(WriteStalled)
         for operation in self._operations:
             operation.rest()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import records
 import structlog
 from conftest import KeyPair
+from forge import Forger
 from OpenSSL import SSL
+from peers import until
 from records import record
 from rig import (
     ALLOW_CLIENT_RENEGOTIATION,
+    BLOCK,
     Clock,
     Lockstep,
     Raw,
@@ -393,6 +398,198 @@ def test_what_a_peer_has_said_before_it_resets_is_heard_out(
     got = [bytes(word, "ascii") if isinstance(word, str) else word.strip() for word in received(client)]
     assert b" ".join(got).split() == [b"sorry,", b"too", b"much"]
     assert isinstance(client.end, bridge.EndOfStream)
+
+
+ROOM = 20_000
+"""Bytes that an inbox may hold."""
+INTERNAL_ERROR = 80
+
+
+class Leaving:
+    """A client's session that has much to say, and its peer, who takes none of it, says much, and resets."""
+
+    def __init__(
+        self, lockstep: Lockstep, contexts: Contexts, version: str, identity: KeyPair, **options: Any
+    ) -> None:
+        near, self._far = lockstep.tcp_pair()
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        self._far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        self._lockstep = lockstep
+        options = {"limits": bridge.Limits(inbox_bytes=ROOM)} | options
+        self.session = lockstep.session(contexts[0], near, **options)
+        self.channel = self.session._channel
+        self.transport = self.channel.transport
+        self._peer = Forger(version, self._far, identity)
+        while self._peer.handshake() is not None:
+            lockstep.round()
+        lockstep.settle()
+        self._peer.take_over()
+        self._said = 0
+        self.message: Any = "x" * BLOCK if options.get("codec") is codecs.Lines else bytes(BLOCK)
+        while not self.channel.outbox.held():
+            self.session.send(self.message)
+            lockstep.settle()
+
+    def say(self, data: bytes, kind: int = records.APPLICATION_DATA) -> None:
+        """One more record, which the session does not read yet."""
+        self._said += self._far.send(self._peer.seal(kind, data))
+
+    def reset(self) -> None:
+        """Once all has arrived.  The session finds it, and hears as much as there is room for."""
+        sock = self.transport.sock
+        assert sock is not None
+        until(lambda: len(sock.recv(1 << 20, socket.MSG_PEEK)) == self._said)
+        reset(self._far)
+        self._lockstep.settle()
+
+    def take(self) -> Iterator[Any]:
+        """The messages one by one, to the last."""
+        while not (is_closed(self.session) and self.session.inbox.empty()):
+            yield self.session.recv(0)
+            self._lockstep.settle()
+
+
+@pytest.fixture
+def leaving(
+    lockstep: Lockstep, contexts: Contexts, tls_version: str, server_cert: KeyPair
+) -> Callable[..., Leaving]:
+    return functools.partial(Leaving, lockstep, contexts, tls_version, server_cert)
+
+
+@pytest.mark.parametrize("codec", [codecs.Raw, codecs.Lines, codecs.LengthPrefixed])
+def test_last_words_are_told_to_the_last_byte_as_there_is_room_for_them(
+    leaving: Callable[..., Leaving], codec: Any
+) -> None:
+    one = leaving(codec=codec)
+    encode, channel = codec().encode, one.channel
+    words = [f"{number:05d}".ljust(999, ".") for number in range(120)]
+    messages = words if codec is codecs.Lines else [word.encode() for word in words]
+    said = b"".join(map(encode, messages))
+    for start in range(0, len(said), 7_777):
+        one.say(said[start : start + 7_777])
+    one.say(bytes([records.WARNING, records.CLOSE_NOTIFY]), records.ALERT)
+    one.reset()
+    assert one.session.end is None and one.session.outbox.empty()
+    for call in (lambda: one.session.send(one.message), one.session.flush):
+        with pytest.raises(bridge.PeerReset):
+            call()
+    taken = []
+    for message in one.take():
+        taken.append(message)
+        assert channel.credit.held() + channel.credit.kept <= ROOM + RECORD_BYTES
+    assert taken == messages if codec is not codecs.Raw else b"".join(taken) == said
+    ending = channel.closed.peek()
+    assert isinstance(one.session.end, bridge.EndOfStream)
+    assert ending is not None and isinstance(ending.cause, bridge.PeerReset)
+    assert ending.report.close_notify_received and ending.report.unsent > 0
+
+
+@pytest.mark.parametrize("codec", [codecs.Raw, codecs.Lines])
+def test_last_words_keep_within_what_the_whole_bridge_may_hold(
+    leaving: Callable[..., Leaving], lockstep: Lockstep, codec: Any
+) -> None:
+    one = leaving(codec=codec, limits=bridge.Limits(inbox_bytes=1 << 20, total_bytes=ROOM))
+    for _ in range(6):
+        one.say(b"x" * 15_999 + b"\n")
+    one.reset()
+    total, size = lockstep.bridges[0]._inbox_tally, 0
+    for message in one.take():
+        size += len(message)
+        assert total.used <= ROOM + RECORD_BYTES
+    assert size == 6 * (16_000 if codec is codecs.Raw else 15_999) and not total.used
+
+
+def test_last_words_of_one_byte_each_cost_no_more_than_those_of_a_record(
+    leaving: Callable[..., Leaving],
+) -> None:
+    one = leaving(codec=codecs.Lines)
+    for _ in range(4):
+        one.say(b"\n" * BLOCK)
+    one.reset()
+    taken = ""
+    for message in one.take():
+        taken += message + "\n"
+        assert one.channel.credit.held() <= ROOM + 64 * BLOCK
+    assert taken == "\n" * 4 * BLOCK and isinstance(one.session.end, bridge.PeerReset)
+
+
+@pytest.mark.parametrize("command", ["close", "unwrap", "abort", "a codec that fails"])
+def test_who_never_takes_last_words_may_end_the_session(
+    leaving: Callable[..., Leaving], lockstep: Lockstep, command: str
+) -> None:
+    one = leaving()
+    for _ in range(4):
+        one.say(bytes(BLOCK))
+    one.reset()
+    assert not is_closed(one.session)
+    if command == "close":
+        begin_close(one.session)
+    elif command == "abort":
+        one.session.abort()
+    else:
+        argument = None if command == "unwrap" else bridge.CodecError("refused")
+        one.channel.worker.post(one.transport, "conclude" if argument else command, argument)
+    lockstep.settle()
+    kinds = {"unwrap": bridge.PeerReset, "abort": bridge.SessionAborted, "close": bridge.SessionClosed}
+    assert is_closed(one.session) and type(one.session.end) is kinds.get(command, bridge.CodecError)
+
+
+def test_an_alert_behind_last_words_is_the_cause(leaving: Callable[..., Leaving]) -> None:
+    one = leaving()
+    for _ in range(4):
+        one.say(bytes(BLOCK))
+    one.say(bytes([records.FATAL, INTERNAL_ERROR]), records.ALERT)
+    one.reset()
+    assert sum(map(len, one.take())) == 4 * BLOCK
+    assert isinstance(one.session.end, bridge.TLSError) and "ALERT" in one.session.end.reason
+
+
+def test_last_words_that_nobody_takes_are_idle_and_those_that_are_taken_are_not(
+    leaving: Callable[..., Leaving], lockstep: Lockstep, clock: Clock
+) -> None:
+    one = leaving(timeouts=bridge.Timeouts(idle=10, write_stall=15))
+    for _ in range(10):
+        one.say(bytes(BLOCK))
+    one.reset()
+    for _ in range(3):
+        clock.now += 9
+        lockstep.settle()
+        assert one.session.end is None, "a byte has moved nine seconds ago"
+        assert list(received(one.session))
+        lockstep.settle()
+    clock.now += 10
+    lockstep.settle()
+    assert is_closed(one.session) and isinstance(one.session.end, bridge.IdleTimeout)
+
+
+def test_what_will_never_leave_is_not_kept_while_last_words_are(
+    leaving: Callable[..., Leaving], lockstep: Lockstep
+) -> None:
+    """It counts for nothing any more."""
+    one = leaving()
+    for _ in range(2):
+        one.session.send(bytes(100_000))
+    lockstep.settle()
+    for _ in range(4):
+        one.say(bytes(BLOCK))
+    one.reset()
+    one.channel.worker.post(one.transport, "send", [b"on its way from the coordinator"])
+    lockstep.settle()
+    assert not is_closed(one.session)
+    assert one.transport._chunk is None and not one.transport._chunks
+    assert not lockstep.bridges[0]._outbox_tally.used
+
+
+def test_nothing_is_waited_for_when_all_last_words_have_been_told(
+    leaving: Callable[..., Leaving], lockstep: Lockstep
+) -> None:
+    one = leaving()
+    for _ in range(2):
+        one.say(bytes(BLOCK))
+    one.reset()
+    assert is_closed(one.session), "though there is no room for more"
+    assert sum(map(len, one.take())) == 2 * BLOCK and isinstance(one.session.end, bridge.PeerReset)
 
 
 def test_a_second_failure_cuts_no_linger_short(
