@@ -182,8 +182,10 @@ class EpollPoller(Generic[T]):
         """As `SelectorPoller.forget`."""
         fd = sock.fileno()
         self._told.pop(fd, None)
-        with contextlib.suppress(OSError, ValueError):
+        try:
             self._epoll.unregister(fd)
+        except (OSError, ValueError):
+            self._renew()
 
     def wait(self, timeout: float | None) -> list[tuple[T, int]]:
         """As `SelectorPoller.wait`."""
@@ -200,11 +202,15 @@ class EpollPoller(Generic[T]):
         return ready
 
     def _renew(self) -> None:
-        """Somebody has closed a descriptor that is watched, and a copy of it lives: only with the poll set it goes."""
-        self._epoll = select.epoll()  # nor is the old one closed while a thread may be lending
+        """Somebody has closed a descriptor that is watched.  If a copy of it lives, only with the poll set it goes."""
+        renewed = select.epoll()
         for fd, (_, mask) in list(self._told.items()):
             with contextlib.suppress(OSError):
-                self._epoll.register(fd, _TO_EPOLL[mask])
+                renewed.register(fd, _TO_EPOLL[mask])
+        self._epoll = renewed  # the old one is not closed while a thread may be lending
+        for fd, (_, mask) in list(self._told.items()):  # whose `change` has met the old one
+            with contextlib.suppress(OSError):
+                renewed.modify(fd, _TO_EPOLL[mask])
 
     def close(self) -> None:
         """As `SelectorPoller.close`."""

@@ -106,6 +106,112 @@ def test_the_end_of_the_peer_is_something_to_read(
     assert poller.wait(PATIENCE) == [("told", Want.READ)]
 
 
+@pytest.fixture
+def epoll() -> Iterator[Any]:
+    if not hasattr(select, "epoll"):
+        pytest.skip("not on Linux")
+    made: Any = poll.EpollPoller()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def other() -> Iterator[socket.socket]:
+    """A socket that is readable."""
+    near, far = socket.socketpair()
+    with near, far:
+        far.send(b"x")
+        yield near
+
+
+@pytest.fixture
+def undead(
+    epoll: Any, other: socket.socket, pair: tuple[socket.socket, socket.socket]
+) -> Iterator[socket.socket]:
+    """One that is watched, whose descriptor somebody has closed, who has a copy; it is readable for ever."""
+    near, far = pair
+    epoll.watch(near, Want.READ, "undead")
+    copy = os.dup(near.fileno())
+    os.close(near.fileno())
+    far.send(b"x")
+    yield near
+    near.detach()
+    os.close(copy)
+
+
+@pytest.fixture
+def heir(undead: socket.socket) -> Iterator[socket.socket]:
+    """One that has been given the same number, and is not readable."""
+    near, far = socket.socketpair()
+    if near.fileno() != undead.fileno():
+        os.dup2(near.fileno(), undead.fileno())
+        near.close()
+        near = socket.socket(fileno=undead.fileno())
+    with near, far:
+        yield near
+
+
+def test_nothing_is_said_of_a_closed_descriptor_a_copy_of_which_lives(
+    epoll: Any, other: socket.socket, undead: socket.socket
+) -> None:
+    epoll.forget(undead)
+    assert epoll.wait(0) == []
+    epoll.watch(other, Want.READ, "other")
+    assert epoll.wait(0) == [("other", Want.READ)]
+
+
+def test_nor_is_it_said_of_who_is_given_its_number(
+    epoll: Any, undead: socket.socket, heir: socket.socket
+) -> None:
+    epoll.forget(undead)
+    epoll.watch(heir, Want.READ, "heir")
+    assert epoll.wait(0) == []
+
+
+def test_nor_of_anybody_if_that_was_sooner(
+    epoll: Any, other: socket.socket, undead: socket.socket, heir: socket.socket
+) -> None:
+    epoll.watch(other, Want.READ, "other")
+    epoll.watch(heir, Want.READ, "heir")
+    epoll.forget(undead)
+    assert [("undead", Want.READ)] != epoll.wait(0) != [("heir", Want.READ)]
+    assert epoll.wait(0) == [("other", Want.READ)]
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_what_another_thread_changes_while_the_poll_set_is_renewed_is_changed(
+    epoll: Any,
+    pair: tuple[socket.socket, socket.socket],
+    other: socket.socket,
+    undead: socket.socket,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: int,
+) -> None:
+    real, added = select.epoll, []
+
+    class Renewed:
+        """A poll set to which so many members have just been added when the other thread comes."""
+
+        def __init__(self) -> None:
+            self._epoll = real()
+
+        def register(self, fd: int, mask: int) -> None:
+            self._epoll.register(fd, mask)
+            added.append(fd)
+            if len(added) == moment:
+                epoll.change(other, poll.LENT, "other")
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._epoll, name)
+
+    epoll.watch(pair[1], Want.READ, "first")
+    epoll.watch(other, Want.READ, "other")
+    monkeypatch.setattr(select, "epoll", Renewed)
+    epoll.forget(undead)
+    epoll.wait(0)  # which may tell of it once
+    assert len(added) == 2 and epoll.wait(0) == []
+
+
 def test_a_doorbell_rings_until_it_is_silenced(poller: Any, doorbell: Doorbell) -> None:
     poller.watch(doorbell, Want.READ, "the bell")
     doorbell.silence()
