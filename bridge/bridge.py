@@ -498,7 +498,7 @@ class Bridge(forks.Handle):
         session = Session(channel, coordinator, plan.timeouts, bounds)
         channel.handle = None if inbox is None else session
         try:
-            self._count_in(self._channels, channel, inbox, self._most_sessions())
+            self._count_in(self._channels, channel, inbox, self._most_sessions)
         except (BridgeClosed, LimitExceeded) as error:
             channel.outbox.close(SessionClosed(str(error)))
             if plan.sock is not None:
@@ -596,7 +596,13 @@ class Bridge(forks.Handle):
         """Any thread: a stream's socket is closed, or handed back."""
         self._streams.remove(stream, stream.account(ending))
 
-    def _count_in(self, members: Registry[T], member: T, inbox: Inbox | None, most: float = math.inf) -> None:
+    def _count_in(
+        self,
+        members: Registry[T],
+        member: T,
+        inbox: Inbox | None,
+        most: Callable[[], float] = lambda: math.inf,
+    ) -> None:
         """One more to be closed with the bridge, and where it delivers.
 
         BridgeClosed if it is too late, LimitExceeded if there are *most* already.

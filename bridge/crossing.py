@@ -232,10 +232,10 @@ class Registry(Generic[T]):
         self._left: dict[tuple[str, ...], float] = {}
         self.sealed = False
 
-    def add(self, member: T, most: float = math.inf) -> bool:
+    def add(self, member: T, most: Callable[[], float] = lambda: math.inf) -> bool:
         """One more, if there are not *most* yet; False, and nothing done, if there are, or it is too late."""
         with self._lock:
-            admitted = not self.sealed and len(self._members) < most
+            admitted = not self.sealed and len(self._members) < most()
             if admitted:
                 self._members[member] = None
             return admitted

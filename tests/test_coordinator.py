@@ -342,6 +342,27 @@ def test_a_codec_that_raises_ends_its_session_after_the_good_messages(
     assert rig.channel.end is command[1]
 
 
+@pytest.mark.parametrize("buffered", [None, 1.5, -1, property(lambda _: 1 / 0)], ids=str)
+@pytest.mark.parametrize("kind", [Raw, Bare])
+def test_a_codec_that_lies_about_what_it_holds_ends_its_session_and_costs_the_bridge_nothing(
+    kind: type, buffered: Any
+) -> None:
+    rig = Rig(type("Lying", (kind,), {"buffered": buffered})())
+    rig.says(Told.OPEN, INFO)
+    rig.says(Told.DATA, bytes(5_000))
+    rig.says(Told.DATA, bytes(5_000))
+    assert isinstance(rig.channel.end, bridge.CodecError)
+    rig.ends(Truncated("cut"))
+    rig.taken()
+    assert (rig.credit.held(), rig.credit.kept, rig.tally.used) == (0, 0, 0)
+
+
+def test_what_nobody_has_decoded_at_the_end_costs_the_bridge_nothing(rig: Rig) -> None:
+    rig.credit.spend(10_000)
+    rig.ends(Truncated("cut"))
+    assert (rig.credit.held(), rig.tally.used) == (0, 0)
+
+
 def test_after_the_end_nothing_is_decoded_and_nothing_is_held(rig: Rig) -> None:
     rig.says(Told.EOF)
     rig.says(Told.EOF)

@@ -540,6 +540,21 @@ def test_closing_the_bridge_is_bounded_over_all_sessions_together(
         assert all(isinstance(session.end, bridge.SessionClosed) for session in sessions)
 
 
+def test_closing_the_bridge_does_not_wait_longer_for_streams_that_linger(
+    server_ctx: bridge.Context, wire: tuple[socket.socket, socket.socket], pool: ThreadPoolExecutor
+) -> None:
+    b = bridge.Bridge(workers=1, timeouts=NEVER)
+    stream = b.stream(wire[0], server_ctx)
+    wire[1].sendall(b"GET / HTTP/1.0\r\n\r\n")
+    with pytest.raises(bridge.NotTLS):
+        stream.handshake(PATIENCE)
+    try:
+        with takes(SHORT):
+            pool.submit(b.close, SHORT).result(LONG)
+    finally:
+        wire[1].close()
+
+
 # ── what is no deadline ──
 
 UNUSABLE = [-1, -0.001, -(10**400), math.nan, "5", True, []]

@@ -489,6 +489,19 @@ def test_unwrap_and_go_on_in_plain_text(facing: Facing, pool: ThreadPoolExecutor
             call()
 
 
+def test_who_unwraps_again_gets_the_same_socket_while_it_is_open(
+    facing: Facing, pool: ThreadPoolExecutor
+) -> None:
+    session, peer = facing()
+    unwrapping = [pool.submit(session.unwrap) for _ in range(2)]
+    peer.unwrap().close()
+    (sock, _), (same, _) = (one.result(PATIENCE) for one in unwrapping)
+    assert sock is same is session.unwrap()[0]
+    sock.close()
+    with pytest.raises(bridge.EndOfStream):
+        session.unwrap()
+
+
 def test_unwrap_loses_no_plain_text_that_follows_the_peer_s_close_notify_at_once(
     b: bridge.Bridge, client_ctx: bridge.Context, stdlib_server: ssl.SSLContext, pool: ThreadPoolExecutor
 ) -> None:

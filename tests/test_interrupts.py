@@ -27,7 +27,7 @@ import pytest
 from conftest import KeyPair
 from dropin_rig import make_client_context, make_server_context
 from peers import Background, until
-from rig import PATIENCE, only, shrink, tcp_pair
+from rig import PATIENCE, Lockstep, begin_close, is_closed, is_open, only, received, shrink, tcp_pair
 
 import bridge
 from bridge.crossing import Gate, Latch, Tally
@@ -108,6 +108,21 @@ class Moment:
             code = frame.f_code
             self.where = f"{Path(code.co_filename).name}:{frame.f_lineno}, {code.co_name}, {event}"
             raise Interrupt
+
+
+class Handled(Moment):
+    """While it is entered: that moment, at which a signal handler calls *handle* and returns."""
+
+    def __init__(self, handle: Callable[[], object], number: int) -> None:
+        super().__init__("call", number)
+        self._handle = handle
+
+    def _pass(self, frame: FrameType, event: str) -> None:
+        try:
+            super()._pass(frame, event)
+        except Interrupt:
+            sys.setprofile(None)
+            self._handle()
 
 
 def _is_ours(frame: FrameType) -> bool:
@@ -496,6 +511,126 @@ def test_the_close_of_a_bridge_that_is_interrupted_is_finished_all_the_same(
         assert not any(thread.is_alive() for thread in b._crew.threads), moment.where
         assert all(isinstance(handler.exception(PATIENCE), bridge.ShutDown) for handler in handlers)
         if not moment.where:
+            return
+
+
+@pytest.mark.parametrize("by", ["a signal handler", "another thread"])
+def test_a_bridge_that_is_closed_twice_at_once_lets_go_of_its_inboxes_once(
+    contexts: Any, background: Background, by: str
+) -> None:
+    """Or the handlers of another Bridge were told that all is over."""
+
+    def elsewhere(call: Callable[[], object]) -> None:
+        background.run(call).result(PATIENCE)
+
+    for number in itertools.count():
+        with Lockstep() as rig:
+            b, shared = rig.bridge(), Inbox()
+            shared._attach()  # by another Bridge
+            b.listen(("127.0.0.1", 0), contexts[1], inbox=shared)
+
+            close = b.close if by == "a signal handler" else functools.partial(elsewhere, b.close)
+            with Handled(close, number) as moment:
+                b.close()
+            assert shared._feeders == 1, moment.where
+            if not moment.where:
+                assert number > 10
+                return
+            del b, close, moment  # whose end has moments, too
+
+
+# ── what is counted ──
+
+
+def met(rig: Lockstep, contexts: Any, **options: Any) -> tuple[bridge.Session, bridge.Session]:
+    """A client's session, and a server's with *options*."""
+    near, far = rig.tcp_pair()
+    client, server = rig.session(contexts[0], near), rig.session(contexts[1], far, **options)
+    rig.until(lambda: is_open(client) and is_open(server))
+    rig.settle()
+    return client, server
+
+
+def part(rig: Lockstep) -> None:
+    """All sessions end, and are forgotten."""
+    for number in range(len(rig.sessions)):
+        begin_close(rig.sessions[number])
+    rig.until(lambda: all(map(is_closed, rig.sessions)))
+    rig.sessions.clear()
+    gc.collect()
+    rig.settle()
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["session", "shared"])
+def test_an_interrupted_receiver_gives_the_room_of_what_it_has_taken_back(
+    contexts: Any, shared: bool
+) -> None:
+    """Or the session would never read again."""
+    for number in itertools.count():
+        with Lockstep() as rig:
+            inbox = Inbox() if shared else None
+            limits = bridge.Limits(inbox_bytes=20_000)
+            client, server = met(rig, contexts, inbox=inbox, limits=limits)
+            taken: list[Any] = []
+
+            def take(inbox: Any = inbox or server, taken: list[Any] = taken) -> None:
+                taken.append(inbox.get(timeout=0) if shared else inbox.recv(0))
+
+            for _ in range(4):
+                client.send(bytes(16_000))
+            rig.settle()
+            with Moment("call", number) as moment, contextlib.suppress(Interrupt):
+                take()
+            for _ in range(20):
+                rig.settle()
+                with contextlib.suppress(bridge.ReceiveTimeout):
+                    take()
+            size = sum(len(message[1] if shared else message) for message in taken)
+            assert size in (48_000, 64_000), moment.where
+            assert server._channel.credit.held() == 0 and client.outbox.empty(), moment.where
+        if not moment.where:
+            assert number > 10
+            return
+
+
+@pytest.mark.parametrize("size", [8_000, 300_000])
+def test_an_interrupted_send_leaves_the_bridge_nothing_to_count(contexts: Any, size: int) -> None:
+    for number in itertools.count():
+        with Lockstep() as rig:
+            client, server = met(rig, contexts)
+            client._channel.transport.answerable = size > 100_000
+            with Moment("call", number) as moment, contextlib.suppress(Interrupt):
+                client.send(bytes(size), timeout=0)
+            rig.actors.append(lambda server=server: list(received(server)))  # type: ignore[misc]
+            rig.settle()
+            outbox = client._channel.outbox
+            del client
+            rig.actors.clear()
+            part(rig)
+            assert not outbox.held() and not rig.bridges[0]._outbox_tally.used, moment.where
+        if not moment.where:
+            assert number > 20
+            return
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of what was made and could not be handed over
+def test_an_interrupted_adopt_takes_no_place_for_good(contexts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `Limits.sessions`."""
+    monkeypatch.setattr(bridge.bridge, "take_over", lambda sock: sock)  # it is but a number, for a moment
+    for number in itertools.count():
+        with Lockstep() as rig:
+            b = rig.bridge(limits=bridge.Limits(sessions=1))
+            near, far = rig.tcp_pair()
+            with Moment("call", number) as moment, contextlib.suppress(Interrupt):
+                b.adopt(near, contexts[0], server_hostname="localhost", wait=False)
+            far.close()
+            gc.collect()
+            rig.settle()
+            near, far = rig.tcp_pair()
+            rig.sessions.append(b.adopt(near, contexts[0], server_hostname="localhost", wait=False))
+            part(rig)
+        if not moment.where:
+            assert number > 50
             return
 
 

@@ -25,7 +25,7 @@ import pytest
 import structlog
 from conftest import KeyPair
 from peers import until
-from rig import tcp_pair
+from rig import Lockstep, tcp_pair
 from structlog.testing import capture_logs
 
 import bridge
@@ -1505,6 +1505,49 @@ def test_a_limit_of_sessions_is_never_exceeded_by_those_that_come_at_once(
         inside.abort()
         last = connect()
         assert isinstance(last, bridge.Session), "who fails gives its place back"
+
+
+def test_a_client_for_whom_there_was_room_is_refused_if_another_has_it_by_now(
+    rig: Lockstep, server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    b = rig.bridge(limits=bridge.Limits(sessions=1))
+    near, _ = rig.tcp_pair()
+    made = []
+
+    def factory() -> bridge.codecs.Raw:
+        if b._listeners:  # its client has been accepted, and is not counted yet
+            made.append(b.adopt(near, client_ctx, server_hostname="localhost", wait=False))
+        return bridge.codecs.Raw()
+
+    listener = b.listen(("127.0.0.1", 0), server_ctx, codec=factory)
+    with capture_logs() as logs, socket.create_connection(listener.address, PATIENCE) as client:
+        rig.until(lambda: made)
+        rig.settle()
+        assert b.snapshot().sessions[0].name == made[0].name and len(b.snapshot().sessions) == 1
+        assert client.recv(1) == b""
+    assert [one["cause"] for one in logs if one["event"] == "listener.refused"] == ["LimitExceeded"]
+    made[0].abort()
+
+
+def test_a_session_for_which_there_was_room_is_refused_if_a_client_lingers_in_it_by_now(
+    rig: Lockstep, server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    b = rig.bridge(limits=bridge.Limits(sessions=1))
+    listener = b.listen(("127.0.0.1", 0), server_ctx)
+
+    class Meanwhile(bridge.Inbox):
+        def _attach(self) -> None:
+            super()._attach()
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            rig.until(lambda: b._lingering.used)
+            assert not b._channels
+
+    near, _ = rig.tcp_pair()
+    with (
+        socket.create_connection(listener.address, PATIENCE) as client,
+        pytest.raises(bridge.LimitExceeded),
+    ):
+        b.adopt(near, client_ctx, server_hostname="localhost", inbox=Meanwhile(), wait=False)
 
 
 def test_a_failed_client_counts_as_a_handshake_as_long_as_it_has_a_descriptor(

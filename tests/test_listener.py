@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -721,6 +721,19 @@ def test_the_address_can_be_had_again_at_once(
             listener.close()
             with pytest.raises(bridge.ShutDown):
                 listener.accept(PATIENCE)
+
+
+def test_whoever_closes_a_listener_too_waits_for_it_to_be_closed_too(
+    b: bridge.Bridge, server_ctx: bridge.Context, pool: ThreadPoolExecutor
+) -> None:
+    listener = b.listen(("127.0.0.1", 0), server_ctx)
+    with b._listeners._lock:  # which its worker takes before it says so
+        closing = [pool.submit(listener.close)]
+        until(lambda: listener._closed)
+        closing.append(pool.submit(listener.close))
+        assert not wait(closing, 0.05).done
+    for one in closing:
+        one.result(PATIENCE)
 
 
 # ── a listener's story in the log ──

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import threading
 import time
 import types
@@ -528,6 +529,22 @@ def test_an_inbox_ends_with_the_last_of_its_feeders_after_what_is_in_it() -> Non
         shared.get_nowait()
     shared._attach()
     with pytest.raises(bridge.ShutDown, match="every Bridge"):
+        shared.get_nowait()
+
+
+def test_an_inbox_that_is_fed_again_just_as_its_last_feeder_goes_is_open(background: Background) -> None:
+    class Meanwhile(Inbox):
+        def _finish(self, why: Exception) -> None:
+            feeding.append(background.run(self._attach))
+            concurrent.futures.wait(feeding, 0.05)
+            super()._finish(why)
+
+    feeding: list[Future[None]] = []
+    shared = Meanwhile()
+    shared._attach()
+    shared._detach()
+    feeding[0].result(PATIENCE)
+    with pytest.raises(bridge.ReceiveTimeout):
         shared.get_nowait()
 
 

@@ -7,6 +7,7 @@ in which it would hurt.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import signal
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 from conftest import KeyPair
 from peers import Background
-from rig import PATIENCE, Lockstep, begin_close, busy, is_closed, is_open, only, received
+from rig import PATIENCE, Clock, Lockstep, begin_close, busy, is_closed, is_open, only, received
 from test_interrupts import KINDS, Interrupt, Moment
 
 import bridge
@@ -415,6 +416,38 @@ def test_a_receiver_heeds_the_idle_timeout(ca_file: str, server_cert: KeyPair) -
         client.abort()
 
 
+def test_a_timer_that_fires_together_with_a_message_is_set_again(
+    rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    for module in ("worker", "transport", "coordinator"):
+        monkeypatch.setattr(getattr(bridge, module), "time", clock)
+    near, far = rig.tcp_pair()
+    client = rig.session(contexts[0], near, codec=framed)
+    server = rig.session(contexts[1], far, codec=framed, timeouts=bridge.Timeouts(idle=10))
+    rig.until(lambda: is_open(client) and is_open(server))
+    rig.settle()
+    for message in (b"1", b"2"):
+        clock.now += 3
+        client.send(message)
+        rig.until(lambda: not server.inbox.empty())
+        assert server.recv(0) == message
+        rig.settle()
+    with pytest.raises(bridge.ReceiveTimeout):
+        server.recv(0.001)  # beside the socket itself, so it sees to what the session waits for
+    clock.now += 7.5
+    client.send(b"3")
+    leave(rig, client)
+    rig.until(lambda: not server.inbox.empty())
+    assert server.recv(0) == b"3"
+    clock.now += 9.5
+    rig.settle()
+    assert server.end is None
+    clock.now += 0.5
+    rig.settle()
+    assert isinstance(server.end, bridge.IdleTimeout)
+
+
 @contextlib.contextmanager
 def interrupting(handle: Any) -> Iterator[None]:
     """A signal comes soon, and *handle* is its handler."""
@@ -612,6 +645,28 @@ def test_an_interrupted_receiver_loses_nothing_or_its_session(contexts: Any, kin
                 assert taken + left == [b"1", b"2"] or (popped and left == [b"2"]), moment.where
         if not moment.where:
             assert number or kind != "call"
+            return
+
+
+def test_an_interrupted_receiver_leaves_its_bridge_nothing_to_count(contexts: Any) -> None:
+    for number in itertools.count():
+        with Lockstep() as rig:
+            client, server = opened(rig, contexts, *rig.tcp_pair())
+            client.send(bytes(8_000))
+            leave(rig, client)
+            with Moment("call", number) as moment, contextlib.suppress(Interrupt):
+                server.recv(PATIENCE)
+            rig.settle()
+            begin_close(server)
+            begin_close(client)
+            rig.until(lambda ends=(client, server): all(map(is_closed, ends)))  # type: ignore[misc]
+            rig.sessions.clear()
+            del client, server
+            gc.collect()
+            rig.settle()
+            assert not rig.bridges[1]._inbox_tally.used, moment.where
+        if not moment.where:
+            assert number > 50
             return
 
 

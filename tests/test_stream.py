@@ -435,6 +435,19 @@ def test_send_eof_is_that_of_tls_and_then_that_of_tcp(
     far.close()
 
 
+def test_a_write_that_has_left_in_spite_of_send_eof_has_been_written(
+    small_pair: Pair, background: Background
+) -> None:
+    client, server = small_pair
+    writing = background.run(client.write, bytes(100_000), PATIENCE)
+    until(client._sent.held)
+    client.send_eof(0)
+    received = 0
+    while data := server.read(65_536, PATIENCE):
+        received += len(data)
+    assert received == writing.result(PATIENCE) == 100_000
+
+
 def test_send_eof_of_what_is_not_open_is_nothing(b: bridge.Bridge, contexts: Any) -> None:
     client, server = streams(b, contexts, *tcp_pair())
     client.send_eof()
@@ -947,6 +960,16 @@ def test_unwrap_goes_on_in_plain_text(pair: Pair, background: Background) -> Non
         far.setblocking(True)
         near.sendall(b"plain")
         assert far.recv(10) == b"plain"
+
+
+def test_who_unwraps_again_gets_the_same_socket_while_it_is_open(pair: Pair, background: Background) -> None:
+    near, far = (background.run(end.unwrap, PATIENCE) for end in pair)
+    far.result(PATIENCE)[0].close()
+    sock, _ = near.result(PATIENCE)
+    assert sock is pair[0].unwrap(0)[0]
+    sock.close()
+    with pytest.raises(bridge.EndOfStream):
+        pair[0].unwrap(0)
 
 
 def test_unwrap_waits_as_long_as_its_caller_does(

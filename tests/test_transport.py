@@ -689,6 +689,61 @@ def test_what_was_to_leave_within_its_time_has_no_more_to_do_with_the_peer_s_ans
     assert isinstance(client.end, bridge.SessionClosed)
 
 
+@pytest.mark.parametrize("method", ["close", "unwrap"])
+def test_who_has_closed_is_not_idle_as_long_as_its_peer_may_take_to_answer(
+    lockstep: Lockstep, contexts: Contexts, clock: Clock, method: str
+) -> None:
+    near, far = lockstep.large_pair()
+    client = lockstep.session(contexts[0], near, timeouts=bridge.Timeouts(idle=5, close_notify=20))
+    server = lockstep.session(contexts[1], far)
+    lockstep.until(lambda: is_open(client) and is_open(server))
+    lockstep.settle()
+    mute = lockstep.bridges.pop()
+    client._channel.worker.post(client._channel.transport, method, None)
+    lockstep.settle()
+    clock.now += 19
+    lockstep.settle()
+    assert not is_closed(client)
+    clock.now += 1
+    lockstep.settle()
+    assert type(client.end) is (bridge.SessionClosed if method == "close" else bridge.CloseTimeout)
+    lockstep.bridges.append(mute)
+
+
+def test_what_openssl_itself_had_to_say_stalls_nobody_once_it_has_left(
+    lockstep: Lockstep, contexts: Contexts, clock: Clock
+) -> None:
+    def opened() -> tuple[Session, Session, bridge.Bridge]:
+        near, far = lockstep.small_pair()
+        client = lockstep.session(contexts[0], near, timeouts=bridge.Timeouts(write_stall=60))
+        server = lockstep.session(contexts[1], far)
+        lockstep.until(lambda: is_open(client) and is_open(server))
+        lockstep.settle()
+        return client, server, lockstep.bridges.pop()  # which takes no steps
+
+    room = -1
+    client, _, mute = opened()
+    while not client._channel.outbox.held():
+        client.send(b"x")
+        lockstep.settle()
+        room += 1
+    lockstep.bridges.append(mute)
+    client, server, mute = opened()
+    for _ in range(room):
+        client.send(b"x")
+        lockstep.settle()
+    client.send_eof()
+    lockstep.settle()
+    assert wants(client)["write"] == "write" and not client._channel.outbox.held()
+    lockstep.bridges.append(mute)
+    lockstep.settle()
+    assert isinstance(server.end, bridge.EndOfStream) and client._channel.transport.said_close()
+    clock.now += 61
+    server.send(b"still here")
+    lockstep.settle()
+    assert client.end is None and list(received(client)) == [b"still here"]
+
+
 @pytest.mark.parametrize("half_closed", [False, True])
 def test_who_is_idle_parts_with_one_close_notify(
     lockstep: Lockstep, contexts: Contexts, clock: Clock, half_closed: bool
