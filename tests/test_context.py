@@ -13,6 +13,7 @@ import ssl
 import stat
 import struct
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from peers import PATIENCE
 
 from bridge import Bridge, credentials
 from bridge import connection as connection_module
+from bridge import context as context_module
 from bridge.context import REMEMBERED_SESSIONS, Context, client_context, server_context
 from bridge.errors import (
     CertificateError,
@@ -305,6 +307,13 @@ def test_ciphersuites_need_a_pyopenssl_that_has_them(monkeypatch: pytest.MonkeyP
     monkeypatch.delattr(SSL.Context, "set_tls13_ciphersuites", raising=False)
     with pytest.raises(ConfigurationError, match="needs pyOpenSSL"):
         client(ciphersuites="TLS_AES_128_GCM_SHA256")
+
+
+def test_the_server_chooses_among_ciphers_by_its_own_order() -> None:
+    names = ["ECDHE-ECDSA-AES128-GCM-SHA256", "ECDHE-ECDSA-AES256-GCM-SHA384"]
+    a = Ours(client(ciphers=":".join(reversed(names))), "a.example")
+    meet(a, Ours(server(ciphers=":".join(names), **only("TLSv1.2"))))
+    assert a.connection.get_cipher_name() == names[0]
 
 
 def test_ciphers() -> None:
@@ -824,6 +833,16 @@ def test_sni_routing(asked: str | None, served: str, version: str) -> None:
     assert b.record.routed is contexts.get(served, default)
 
 
+@pytest.mark.parametrize("asked", [b"B.Example", b"b.example.", b"WWW.C.EXAMPLE"])
+def test_a_client_may_write_the_name_that_it_asks_for_as_it_likes(asked: bytes) -> None:
+    other = server("b.example", "www.c.example", client_ca=CLIENT_CA.cert_pem.bytes())
+    b = Ours(server(sni={"b.example": other, "*.c.example": other}))
+    a = Ours(visitor(check_hostname=False))
+    a.connection.set_tlsext_host_name(asked)
+    meet(a, b)
+    assert b.record.routed is other and b.context.verifies(b.connection)
+
+
 @both_versions
 def test_sni_switches_everything_that_must_switch(version: str) -> None:
     inner = server("b.example", alpn=("imap",), client_ca=CLIENT_CA.cert_pem.bytes(), **only(version))
@@ -904,6 +923,18 @@ def test_a_ticket_of_one_name_does_not_open_another(version: str) -> None:
     pump(a, b)
     assert not b.done
     assert not b.resumed
+
+
+@both_versions
+def test_a_context_that_asks_for_certificates_and_hands_over_to_others_gives_no_tickets(version: str) -> None:
+    """CVE-2025-23419: whichever of them asks."""
+    outer = server(
+        client_ca=CLIENT_CA.cert_pem.bytes(),
+        sni={"b.example": server("b.example", **only(version))},
+        **only(version),
+    )
+    context = visitor()
+    assert not resumption(context, outer) and not resumption(context, outer)
 
 
 @both_versions
@@ -1038,6 +1069,30 @@ def test_a_certificate_without_names_is_for_nobody() -> None:
     assert "common name does not count" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("names", "asked"),
+    [((), "a.example"), (("w*.b.example",), "www.b.example")],
+    ids=["common name", "partial wildcard"],
+)
+def test_a_server_whose_name_does_not_match_learns_it_in_the_handshake(
+    names: tuple[str, ...], asked: str
+) -> None:
+    """And is not shown the client's certificate."""
+    extensions = (
+        {"names": x509.SubjectAlternativeName([x509.DNSName(name) for name in names])} if names else {}
+    )
+    certificate, key = self_signed(name="a.example", **extensions)
+    peer = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(to_pem(certificate) + to_pem(key))
+        file.flush()
+        peer.load_cert_chain(file.name)
+    end = Stdlib(peer, server_side=True)
+    mine, its = pump(Ours(client_context(certificate), asked), end)
+    assert isinstance(mine, HostnameMismatch)
+    assert not end.done and isinstance(its, ssl.SSLError) and "ALERT" in its.reason
+
+
 def test_a_certificate_with_hundreds_of_names_makes_no_endless_message() -> None:
     many = server(*(f"n{number}.example" for number in range(200)))
     error, _ = pump(Ours(client(), "b.example"), Ours(many))
@@ -1166,6 +1221,7 @@ def test_a_certificate_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         ("x" * 64 + ".example", ["neither"]),
         ("ü" * 70 + ".example", ["internationalised"]),
         (".".join(["x" * 60] * 5), ["neither"]),
+        (".".join(["x" * 63] * 3 + ["x" * 62]), ["neither"]),
         ("a\0.example", ["neither"]),
     ],
 )
@@ -1173,6 +1229,11 @@ def test_unusable_server_hostnames(name: Any, words: list[str]) -> None:
     with pytest.raises(ConfigurationError) as caught:
         client().connection(None, name, None)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_a_name_may_be_as_long_as_dns_has_room_for() -> None:
+    longest = ".".join(["x" * 63] * 3 + ["x" * 61])
+    assert client().connection(None, longest, None) is not None
 
 
 # The user's own OpenSSL.SSL.Context.
@@ -1364,6 +1425,13 @@ def test_remembered_sessions_are_bounded() -> None:
     assert resumption(context, peer, key=3)
 
 
+def test_a_session_too_large_for_any_hello_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    context, peer = client(), server(**only("TLSv1.2"))
+    monkeypatch.setattr(context_module, "MOST_SESSION_BYTES", 10)
+    resumption(context, peer)
+    assert not resumption(context, peer)
+
+
 # OCSP.
 
 
@@ -1392,6 +1460,22 @@ def test_a_staple_reaches_the_check(version: str, staple: Any, expected: bytes) 
     a = Ours(client(ocsp_check=check), "a.example")
     meet(a, Ours(server(ocsp_staple=staple, **only(version))))
     assert seen == [(expected, a.certificate)]
+
+
+def test_a_client_that_asks_for_no_name_gets_a_staple_too() -> None:
+    asked: list[str | None] = []
+    seen: list[bytes] = []
+
+    def staple(name: str | None) -> bytes:
+        asked.append(name)
+        return STAPLE
+
+    def check(response: bytes, certificate: x509.Certificate) -> bool:
+        seen.append(response)
+        return True
+
+    meet(Ours(client(ocsp_check=check, check_hostname=False)), Ours(server(ocsp_staple=staple)))
+    assert (asked, seen) == ([None], [STAPLE])
 
 
 @both_versions
@@ -1475,6 +1559,22 @@ def test_keylog_to_callables_and_files() -> None:
     assert any(line.startswith(LABELS["TLSv1.3"]) for line in lines)
     assert LABELS["TLSv1.3"].decode() in text.getvalue()
     assert binary.getvalue().count(b"\n") == len(lines)
+
+
+def test_a_key_log_is_written_to_by_one_thread_at_a_time() -> None:
+    inside: list[bytes] = []
+    counts: list[int] = []
+
+    def write(line: bytes) -> None:
+        inside.append(line)
+        both.wait(0.05)  # for another, who may not come
+        counts.append(len(inside))
+        inside.remove(line)
+
+    both, log = threading.Event(), connection_module.keylog_writer(write)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(log, [b"one", b"two"]))
+    assert counts == [1, 1]
 
 
 def test_a_key_log_that_fails_ends_that_session() -> None:

@@ -26,6 +26,7 @@ from structlog.testing import capture_logs
 
 import bridge
 from bridge import codecs
+from bridge.addresses import resolve
 from bridge.names import refusal
 from bridge.window import Window
 
@@ -380,6 +381,20 @@ def test_an_address_in_use(b: bridge.Bridge, server_ctx: bridge.Context, tmp_pat
     with b.listen(str(tmp_path / "socket"), server_ctx) as listener:
         with pytest.raises(OSError, match="cannot listen on .*/socket: Address already in use"):
             b.listen(listener.address, server_ctx)
+
+
+@pytest.mark.parametrize(
+    ("address", "where"),
+    [
+        (("::1", 443, 5), ("::1", 443, 5, 0)),
+        (("::1", 443, 5, 1), ("::1", 443, 5, 1)),
+        (("127.0.0.1", 443, 5), ("127.0.0.1", 443)),
+        ("/run/app:80", "/run/app:80"),
+    ],
+)
+def test_an_address_is_taken_whole(address: Any, where: Any) -> None:
+    _, found = resolve(address)
+    assert [one[4] for one in found] == [where]
 
 
 @pytest.mark.parametrize(

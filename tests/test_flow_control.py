@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import KeyPair
 from peers import Checker, Pattern, until
-from rig import Lockstep, Raw, busy, raw_context
+from rig import Lockstep, Raw, busy, is_open, raw_context
 
 import bridge
 from bridge import codecs
@@ -264,6 +264,32 @@ def test_a_codec_is_not_run_with_another_session_s_lock(
         lockstep.settle()
     assert len(locks) == 4 and not any(locks)
     other.abort()
+
+
+def test_what_comes_with_the_end_of_the_handshake_is_not_decoded_before_that_is_known(
+    server_ctx: bridge.Context, tls_version: str
+) -> None:
+    """Or a codec that refuses it would end a session of which a shared inbox has never heard."""
+    with Lockstep() as lockstep:
+        near, far = lockstep.large_pair()
+        session = lockstep.session(server_ctx, near, codec=codecs.Lines)
+        peer = Raw(raw_context(tls_version), far, False)
+        known: list[bool] = []
+
+        class Looking(codecs.Lines):
+            def decode(self, data: bytes) -> list[str]:
+                known.append(is_open(session))
+                return super().decode(data)
+
+        session._channel.codec = Looking()
+        line = b"z" * (RECORD_BYTES - 1) + b"\n"
+        while peer.handshake() is not None:
+            lockstep.round()
+        peer.write(line)  # with the client's Finished, in TLS 1.3
+        lockstep.until(lambda: not session.inbox.empty())
+        assert known and all(known) and session.recv(0) == line[:-1].decode()
+        session.abort()
+        lockstep.settle()
 
 
 @pytest.mark.parametrize("messages", [1, 100])

@@ -707,7 +707,11 @@ def test_options_of_a_socket_of_the_user_s_own_hold_for_sessions_too(
 
 
 def test_the_address_can_be_had_again_at_once(
-    b: bridge.Bridge, far: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context
+    b: bridge.Bridge,
+    far: bridge.Bridge,
+    server_ctx: bridge.Context,
+    client_ctx: bridge.Context,
+    pool: ThreadPoolExecutor,
 ) -> None:
     """A server that restarts must not wait for connections in TIME_WAIT."""
     address: Any = ("127.0.0.1", 0)
@@ -716,8 +720,12 @@ def test_the_address_can_be_had_again_at_once(
             address = listener.address
             client = far.connect(address, client_ctx, server_hostname="localhost")
             server = listener.accept(PATIENCE)
-            server.close()
+            client.send_eof()
+            assert list(server) == []
+            closing = pool.submit(server.close)  # first, so its end of the connection is the one that waits
+            assert list(client) == []
             client.close()
+            closing.result(PATIENCE)
             listener.close()
             with pytest.raises(bridge.ShutDown):
                 listener.accept(PATIENCE)

@@ -8,6 +8,7 @@ import time
 import types
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
 from peers import PATIENCE, Background
@@ -15,7 +16,7 @@ from peers import PATIENCE, Background
 import bridge
 from bridge import forks
 from bridge.codecs import LengthPrefixed
-from bridge.crossing import TALLY_STEP, Gate, Mailbox, Registry, Tally
+from bridge.crossing import TALLY_STEP, Gate, Latch, Mailbox, Registry, Tally
 from bridge.inbox import Inbox, ReadCredit, SessionInbox
 from bridge.outbox import Outbox, _Ticket
 
@@ -199,6 +200,59 @@ def test_a_tally_hears_of_large_changes_and_of_the_end() -> None:
     assert reported(TALLY_STEP) == TALLY_STEP
     assert reported(0) == 0
     assert reported(0) == 0
+
+
+def guarded(kind: type, *names: str) -> type:
+    """*kind*, whose attributes *names* may be touched, once `made`, by whoever has its lock and by nobody else."""
+
+    def guard(name: str) -> property:
+        values: list[Any] = []
+
+        def check(self: Any) -> None:
+            assert not self.made or self._lock._is_owned(), name
+
+        def get(self: Any) -> Any:
+            check(self)
+            return values[-1]
+
+        def put(self: Any, value: Any) -> None:
+            check(self)
+            values.append(value)
+
+        return property(get, put)
+
+    return type("Guarded", (kind,), {"made": False, **{name: guard(name) for name in names}})
+
+
+def test_ends_in_an_inbox_are_counted_with_its_lock() -> None:
+    inbox = guarded(Inbox, "_ends")()
+    inbox.made = True
+    inbox._end("session", bridge.EndOfStream("over"), True, lambda back: None)
+    assert inbox.get_nowait() == ("session", None)
+
+
+def test_who_flushes_looks_with_the_lock_of_the_outbox() -> None:
+    outbox = guarded(Outbox, "_gone", "_flushing")(100, Tally(100), lambda: None)
+    outbox.put(b"x", None)
+    outbox.made = True
+    with pytest.raises(bridge.OperationTimeout):
+        outbox.flush(0.001)
+
+
+def test_a_latch_that_is_set_while_somebody_lies_down_lets_him_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`set` has looked for whom to wake, and does not come again."""
+
+    class Meanwhile(list[Gate]):
+        def append(self, gate: Gate) -> None:
+            latch.set(1)
+            super().append(gate)
+
+    monkeypatch.setattr(Gate, "sleep", lambda *_: pytest.fail("nobody will wake it"))
+    latch: Latch[int] = Latch()
+    latch._gates = Meanwhile()
+    assert latch.wait(None, "it is set") == 1
 
 
 def outbox_of(limit: int) -> tuple[Outbox, list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import math
 import os
 import random
 import select
@@ -108,6 +109,15 @@ def sleeping(stream: Stream, threads: int = 1) -> None:
     deadline = time.monotonic() + PATIENCE
     while len(stream._lease._sleepers) < threads:
         assert time.monotonic() < deadline
+
+
+@contextlib.contextmanager
+def asleep(lease: Lease, mask: int) -> Iterator[None]:
+    """Meanwhile, as others see it, somebody sleeps and has the socket polled for *mask*."""
+    bed = Cot()
+    lease._sleepers[bed] = mask
+    yield
+    del lease._sleepers[bed]
 
 
 # ── one thread ──
@@ -407,16 +417,32 @@ def test_likewise_if_nothing_was_read_yet_but_what_is_no_data(
     assert server.read(100, PATIENCE) == b"x"
 
 
-def test_no_more_is_read_for_a_write_than_is_bounded(b: bridge.Bridge, contexts: Any) -> None:
-    client, server = shaken(*streams(b, contexts, *tcp_pair()))
-    while not isinstance(now(server.write, bytes(bridge.stream.RECORD_BYTES)), Want):
-        pass
+def test_no_more_is_read_for_a_write_than_is_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge.stream, "AHEAD_BYTES", 20_000)
+    client, server = pair
+    server.write(bytes(100_000), PATIENCE)
     assert server._transport.sock is not None
     server._transport.sock.shutdown(socket.SHUT_WR)
     for _ in range(3):
         client.write(b"x")
-    assert client.pending() <= bridge.stream.AHEAD_BYTES + bridge.stream.RECORD_BYTES
+    assert 20_000 <= client.pending() < 20_000 + bridge.stream.RECORD_BYTES
     server.abort()
+
+
+def test_only_the_first_write_after_a_read_is_an_answer_that_need_not_look(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge.stream, "AT_ONCE", math.inf)
+    client, server = pair
+    server.write(b"question")
+    assert client.read(100, PATIENCE) == b"question"
+    client.write(b"answer")
+    server.write(b"too much")
+    server.abort()
+    finished(server)
+    with pytest.raises(bridge.PeerReset):
+        client.write(b"more")
+    assert client.read(100) == b"too much"
 
 
 def test_send_eof_is_that_of_tls_and_then_that_of_tcp(
@@ -585,6 +611,56 @@ def test_two_threads_are_never_inside_at_once(
     for job in (*writers, echo):
         job.result(PATIENCE)
     assert all(len(set(got[start : start + 10_000])) == 1 for start in range(0, 800_000, 10_000))
+
+
+def test_who_waits_in_a_read_is_told_to_read_no_more(pair: Pair, background: Background) -> None:
+    reading = background.run(pair[0].read, 1, PATIENCE)
+    sleeping(pair[0])
+    pair[0].stop_reading()
+    assert reading.result(PATIENCE / 2) == b""
+
+
+def test_who_waits_in_a_read_hears_that_the_session_has_stalled(pair: Pair, background: Background) -> None:
+    reading = background.run(pair[0].read, 1)
+    sleeping(pair[0])
+    pair[0]._lease._caretaker.stalled(100, "worker")
+    with pytest.raises(bridge.SessionStalled):
+        reading.result(PATIENCE)
+
+
+def test_who_waits_without_a_timeout_hears_of_the_session_s_deadline(b: bridge.Bridge, contexts: Any) -> None:
+    near, far = tcp_pair()
+    hurried = bridge.Timeouts(handshake=0.05)
+    with far, pytest.raises(bridge.HandshakeTimeout):
+        b.stream(near, contexts[0], server_hostname="localhost", timeouts=hurried).handshake()
+
+
+def test_the_rest_of_a_write_is_left_to_who_polls_for_room_and_to_nobody_else(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease, told = pair[0]._lease, []
+    with monkeypatch.context() as patch, lease.lock:
+        patch.setattr(Lease, "_send_for_worker", lambda _, what: told.append(what))
+        lease._transport.mask = Want.READ | Want.WRITE
+        for mask, expected in ((Want.READ | Want.WRITE, []), (Want.READ, ["wake"])):
+            with asleep(lease, mask):
+                lease.leave()
+            assert told == expected
+        lease._transport.mask = Want.READ
+
+
+def test_a_worker_closes_no_descriptor_under_a_sleeper(pair: Pair) -> None:
+    """It might be another connection's by the time the sleeper looks again."""
+    lease = pair[0]._lease
+    caretaker = lease._caretaker
+    with lease.lock:
+        with asleep(lease, Want.READ):
+            lease.abort(bridge.SessionAborted("over"))
+            assert lease._transport.finished
+            caretaker.turn(0, time.monotonic())
+            assert not caretaker.finished
+        lease.leave()
+    assert caretaker.finished
 
 
 def test_one_of_two_readers_is_woken_by_the_others_turn(pair: Pair, background: Background) -> None:

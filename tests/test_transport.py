@@ -154,6 +154,27 @@ def test_the_deadline_of_an_end_is_not_restarted_by_asking_again(
     server.abort()
 
 
+def test_a_later_close_gives_no_more_time_than_the_first_though_nothing_had_left_by_then(
+    lockstep: Lockstep, contexts: Contexts, clock: Clock
+) -> None:
+    near, far = lockstep.small_pair()
+    client = lockstep.session(contexts[0], near, timeouts=bridge.Timeouts(close_notify=30))
+    server = lockstep.session(contexts[1], far)
+    lockstep.until(lambda: is_open(client) and is_open(server))
+    channel, mute = client._channel, lockstep.bridges.pop()
+    client.send(bytes(100_000))
+    for timeout in (3.0, 20.0):
+        channel.worker.post(channel.transport, "close", timeout)
+        lockstep.settle()
+    lockstep.bridges.append(mute)
+    lockstep.settle()
+    assert channel.transport.said_close() and not is_closed(client)
+    clock.now += 3
+    lockstep.settle()
+    ending = channel.closed.peek()
+    assert ending is not None and ending.report
+
+
 @pytest.mark.parametrize(
     ("asked", "handed_back"),
     [(("unwrap", "close"), False), (("close", "unwrap"), False), (("send_eof", "unwrap"), True)],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import concurrent.futures
 import contextlib
+import dataclasses
 import errno
 import fractions
 import gc
@@ -30,7 +31,7 @@ from peers import PATIENCE, Background, dial, in_a_child, receive_exactly, until
 from rig import needs_hang_ups, tcp_pair
 
 import bridge
-from bridge.ssl import process
+from bridge.ssl import process, sockets
 from bridge.ssl.failures import as_stdlib
 from bridge.ssl.process import default_bridge
 from bridge.ssl.sessions import SSLSession
@@ -452,6 +453,25 @@ def test_without_blocking_with_a_truthful_descriptor(
             with pytest.raises(ssl.SSLWantReadError):
                 client.recv(1)
             assert not select.select([client], [], [], 0)[0]
+
+
+def test_a_handshake_that_its_caller_makes_has_the_time_of_the_socket(
+    background: Background, ca_file: str, server_cert: KeyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurried = dataclasses.replace(sockets.TIMEOUTS, handshake=0.05)
+    monkeypatch.setattr(sockets, "TIMEOUTS", hurried)
+    near, far = tcp_pair()
+    near.settimeout(PATIENCE)
+
+    def late() -> None:
+        assert receive_exactly(far, 1), "it has begun"
+        threading.Event().wait(0.2)
+        far.shutdown(socket.SHUT_WR)
+
+    with far, pytest.raises(ssl.SSLEOFError):
+        late_peer = background.run(late)
+        make_client_context("ours", ca_file).wrap_socket(near, server_hostname="localhost")
+    late_peer.result(PATIENCE)
 
 
 def test_a_handshake_on_connect_cannot_be_had_without_blocking(ca_file: str) -> None:
