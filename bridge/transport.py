@@ -721,7 +721,6 @@ class Transport:
         engine = self._engine
         assert engine is not None
         moved = False
-        waited_for_input = self._write.want is READ
         while self._write_left > 0:
             if engine.on_detour:
                 want = engine.flush()
@@ -743,8 +742,6 @@ class Transport:
             self._chunk = None if count == len(self._chunk) else memoryview(self._chunk)[count:]
         if not (engine.on_detour and engine.unflushed()):
             moved |= self._written()
-        if moved and waited_for_input and self._read.want is READ:
-            self._read.ready = True
         return moved
 
     def _wait_to_write(self, want: Want) -> None:

@@ -875,6 +875,33 @@ def test_a_renegotiation_of_what_the_peer_has_closed_is_none(
     assert client.recv(0) == b"still here"
 
 
+def test_what_follows_in_plain_text_stays_in_the_kernel_also_behind_half_a_record(
+    lockstep: Lockstep, contexts: Contexts, tls_version: str, server_cert: KeyPair
+) -> None:
+    near, far = lockstep.large_pair()
+    client = lockstep.session(contexts[0], near)
+    peer = Forger(tls_version, far, server_cert)
+    while peer.handshake() is not None:
+        lockstep.round()
+    lockstep.settle()
+    peer.take_over()
+    record = peer.seal(records.APPLICATION_DATA, b"said in TLS")
+    close_notify = peer.seal(records.ALERT, bytes([records.WARNING, records.CLOSE_NOTIFY]))
+    far.send(record[:20])
+    lockstep.settle()
+    channel = client._channel
+    channel.worker.post(channel.transport, "unwrap", None)
+    lockstep.settle()
+    assert channel.transport.said_close()
+    far.send(record[20:] + close_notify + b"said in plain text")
+    lockstep.until(lambda: is_closed(client))
+    ending = channel.closed.peek()
+    assert ending is not None and list(received(client)) == [b"said in TLS"]
+    sock, leftover = ending.unwrap()
+    with sock:
+        assert leftover == b"" and sock.recv(100) == b"said in plain text"
+
+
 def test_what_comes_after_close_is_read_but_nobody_is_troubled_with_it(
     lockstep: Lockstep, contexts: Contexts
 ) -> None:
