@@ -1,8 +1,8 @@
 """Mutation testing: change one thing in a module, and see whether its tests notice.
 
 ``python tests/mutate.py codecs outbox --sample 40 --seed 1``, or ``tox -e mutation``.  Works on a copy of the tree.  A
-mutant is one comparison, operator, constant, condition, or statement changed; it is killed if a test fails or hangs.
-Prints each that survives, and the score.
+mutant is one comparison, operator, operand, constant, condition, lock, handler of an exception, or statement changed;
+it is killed if a test fails or hangs.  Prints each that survives, and the score.
 
 Quick in three ways.  One process imports what is not ours, and forks for each mutant.  A first run without a mutant
 notes which lines each test reaches, and its time: only tests that reach the mutant are run, the quickest first, until
@@ -46,6 +46,7 @@ CROSSING = [
     "test_receivers.py",
     *BOTH,
 ]
+DROP_IN = [f"dropin/test_{name}.py" for name in ("sockets", "contexts", "http", "injection")]
 TESTS = {
     "codecs": ["test_codecs.py", "test_queues.py"],
     "crossing": CROSSING,
@@ -89,6 +90,14 @@ TESTS = {
     "poll": ["test_poll.py", "test_receivers.py", "test_worker.py", "test_stream.py"],
     "lease": ["test_stream.py", "test_interrupts.py", "test_lifecycle.py"],
     "stream": ["test_stream.py", "test_interrupts.py"],
+    "connection": ["test_context.py", "test_engine.py", "test_facts.py"],
+    "context": ["test_context.py", "test_security.py", "test_errors.py"],
+    "names": ["test_context.py", "test_errors.py"],
+    "addresses": ["test_errors.py", "test_listener.py"],
+    "bridge": ["test_lifecycle.py", "test_interrupts.py", "test_window.py", *BOTH],
+    "crew": ["test_lifecycle.py", "test_interrupts.py"],
+    "ssl/sockets": DROP_IN,
+    "ssl/contexts": DROP_IN,
 }
 """Those that exercise each module."""
 LIBRARIES = ["OpenSSL.SSL", "cryptography.x509", "hypothesis", "service_identity", "structlog", "trustme"]
@@ -167,10 +176,18 @@ def _functions(tree: ast.AST) -> list[ast.FunctionDef]:
 def _changes(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
         return ["comparison"]
-    if isinstance(node, (ast.BinOp, ast.AugAssign, ast.BoolOp)) and type(node.op) in SWAPS:
+    if isinstance(node, ast.BoolOp):
+        return ["operator", "first operand", "last operand"]
+    if isinstance(node, (ast.BinOp, ast.AugAssign)) and type(node.op) in SWAPS:
         return ["operator"]
-    if isinstance(node, (ast.If, ast.While, ast.IfExp)):
-        return ["condition"]
+    if isinstance(node, (ast.If, ast.IfExp)):
+        return ["condition", "always", "never"]
+    if isinstance(node, ast.While):
+        return ["condition", "never"]
+    if isinstance(node, ast.With) and "lock" in ast.unparse(node.items[0]):
+        return ["lock"]
+    if isinstance(node, ast.ExceptHandler) and node.type is not None:
+        return ["handler"]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         return ["not"]
     if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int)):
@@ -189,6 +206,14 @@ def _apply(node: ast.AST, what: str) -> bool:
         node.op = SWAPS[type(node.op)]()
     elif what == "condition" and isinstance(node, (ast.If, ast.While, ast.IfExp)):
         node.test = ast.UnaryOp(ast.Not(), node.test)
+    elif what in ("always", "never") and isinstance(node, (ast.If, ast.While, ast.IfExp)):
+        node.test = ast.Constant(what == "always")
+    elif what.endswith("operand") and isinstance(node, ast.BoolOp):
+        node.values = node.values[1:] if what == "first operand" else node.values[:-1]
+    elif what == "lock" and isinstance(node, ast.With):
+        node.items[0].context_expr = ast.parse("__import__('contextlib').nullcontext()", mode="eval").body
+    elif what == "handler" and isinstance(node, ast.ExceptHandler):
+        node.type = ast.Name("ZeroDivisionError", ast.Load())
     elif what == "not" and isinstance(node, ast.UnaryOp):
         node.op, node.operand = ast.Not(), ast.UnaryOp(ast.Not(), node.operand)
     elif what == "constant" and isinstance(node, ast.Constant):
