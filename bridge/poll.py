@@ -203,7 +203,10 @@ class EpollPoller(Generic[T]):
 
     def _renew(self) -> None:
         """Somebody has closed a descriptor that is watched.  If a copy of it lives, only with the poll set it goes."""
-        renewed = select.epoll()
+        try:
+            renewed = select.epoll()
+        except OSError:  # no descriptor can be had just now; the next event of that one comes back here
+            return
         for fd, (_, mask) in list(self._told.items()):
             with contextlib.suppress(OSError):
                 renewed.register(fd, _TO_EPOLL[mask])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -175,6 +176,21 @@ def test_nor_of_anybody_if_that_was_sooner(
     epoll.watch(heir, Want.READ, "heir")
     epoll.forget(undead)
     assert [("undead", Want.READ)] != epoll.wait(0) != [("heir", Want.READ)]
+    assert epoll.wait(0) == [("other", Want.READ)]
+
+
+def test_a_want_of_descriptors_puts_that_off(
+    epoll: Any, other: socket.socket, undead: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    epoll.watch(other, Want.READ, "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(select, "epoll", refuse)
+        epoll.forget(undead)
+        assert epoll.wait(0) == []
+    epoll.wait(0)
     assert epoll.wait(0) == [("other", Want.READ)]
 
 
