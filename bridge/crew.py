@@ -50,9 +50,9 @@ class Crew:
 
     def start(self) -> None:
         """Start the threads: all, or none that goes on."""
+        self._at_work.add(len(self.threads))
         try:
             for thread in self.threads:
-                self._at_work.add(1)
                 thread.start()
         except BaseException as error:  # no more threads can be had, or Ctrl-C
             self.stop()
