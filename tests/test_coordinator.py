@@ -342,7 +342,9 @@ def test_a_codec_that_raises_ends_its_session_after_the_good_messages(
     assert rig.channel.end is command[1]
 
 
-@pytest.mark.parametrize("buffered", [None, 1.5, -1, property(lambda _: 1 / 0)], ids=str)
+@pytest.mark.parametrize(
+    "buffered", [None, 1.5, -1, property(lambda _: 1 / 0)], ids=lambda lie: type(lie).__name__
+)
 @pytest.mark.parametrize("kind", [Raw, Bare])
 def test_a_codec_that_lies_about_what_it_holds_ends_its_session_and_costs_the_bridge_nothing(
     kind: type, buffered: Any
