@@ -338,6 +338,34 @@ def test_a_forgotten_session_hangs_up_with_a_warning_and_what_was_sent_leaves(
         until(lambda: not b.snapshot().sessions)
 
 
+def test_a_session_that_is_forgotten_while_nobody_takes_its_last_words_ends(
+    server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    """Though a sender has met the reset, and its error the sender's frames, which have the session."""
+    with (
+        bridge.Bridge(workers=1, limits=bridge.Limits(inbox_bytes=1)) as b,
+        bridge.Bridge(workers=1) as there,
+    ):
+        near, far = tcp_pair()
+        peer = there.stream(far, server_ctx)
+        peer.begin()
+        session = b.adopt(near, client_ctx, server_hostname="localhost")
+        session.send(b"question")
+        peer.read(10, PATIENCE)
+        peer.write(bytes(60_000), PATIENCE)
+        transport = session._channel.transport
+        until(lambda: transport.received and not transport.mask)
+        peer.abort()
+        peer.gone.wait(PATIENCE, "gone")
+        with pytest.raises(bridge.PeerReset):
+            while True:
+                session.send(bytes(20_000), PATIENCE)
+        until(lambda: transport._hearing_out is not None)
+        del session
+        gc.collect()
+        until(lambda: not b.snapshot().sessions)
+
+
 @pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt, None])
 @pytest.mark.parametrize("said", [False, True], ids=["open", "after send_eof"])
 @pytest.mark.parametrize("kind", ["session", "stream"])
