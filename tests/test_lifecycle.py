@@ -1375,6 +1375,34 @@ def test_a_bridge_whose_worker_dies_of_a_bug_is_closed_and_nobody_waits_for_it(
         assert not any(thread.is_alive() for thread in b._crew.threads)
 
 
+@pytest.mark.parametrize("at", ["parked", "waiting", "closing", "unbegun"])
+def test_a_stream_ends_with_the_threads_of_its_bridge_however_they_end(
+    server: StdlibServer, client_ctx: bridge.Context, pool: ThreadPoolExecutor, at: str
+) -> None:
+    """As after a close that was interrupted."""
+    b = bridge.Bridge(workers=1)
+    stream = b.stream(socket.create_connection(server.address), client_ctx, server_hostname="localhost")
+    if at != "unbegun":
+        served = pool.submit(server.serve)
+        stream.write(b"half of it")
+        with contextlib.suppress(bridge.WouldBlock):
+            stream.read(1, 0)
+    if at == "waiting":
+        reading = pool.submit(stream.read, 1)
+        until(lambda: stream._lease._sleepers)
+    elif at == "closing":
+        stream.close()
+    b._crew.stop()
+    b.close()
+    assert isinstance(stream.gone.wait(PATIENCE, "gone").cause, bridge.SessionEnded)
+    assert stream._transport.sock is None and not b._streams
+    if at == "waiting":
+        assert isinstance(reading.exception(PATIENCE), (bridge.SessionAborted, bridge.SessionClosed))
+    if at != "unbegun":
+        assert served.result(PATIENCE)[0] == b"half of it"
+    stream.close()
+
+
 def test_a_session_that_comes_too_late_for_its_worker_ends(
     client_ctx: bridge.Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
