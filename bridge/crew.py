@@ -83,11 +83,11 @@ class Crew:
     def feed(self, inbox: Inbox) -> None:
         """It will get what the sessions of this crew receive, until that is over.  Any thread."""
         with self._feeding:
-            if inbox not in self.inboxes:
+            if self not in inbox._feeders:
                 fed = self.inboxes.add(inbox)
-                inbox._attach()
+                inbox._attach(self)
                 if not fed:  # whoever waits there already learns that it is over
-                    inbox._detach()
+                    inbox._detach(self)
 
     def stop(self) -> None:
         """Tell all to end, which they do whoever waits for it.  Any thread, also twice; never waits."""
@@ -138,5 +138,5 @@ class Crew:
         with self._feeding:
             for inbox in self.inboxes.seal():
                 if self.inboxes.remove(inbox):
-                    inbox._detach()
+                    inbox._detach(self)
         self._over.set()

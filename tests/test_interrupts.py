@@ -30,8 +30,8 @@ from peers import Background, until
 from rig import PATIENCE, only, shrink, tcp_pair
 
 import bridge
-from bridge.crossing import Gate, Latch, Tally
-from bridge.inbox import Inbox
+from bridge.crossing import Gate, Latch, Tally, nobody
+from bridge.inbox import Inbox, ReadCredit, SessionInbox
 from bridge.outbox import Outbox
 from bridge.stream import Stream
 
@@ -495,6 +495,40 @@ def test_the_close_of_a_bridge_that_is_interrupted_is_finished_all_the_same(
         b.close()
         assert not any(thread.is_alive() for thread in b._crew.threads), moment.where
         assert all(isinstance(handler.exception(PATIENCE), bridge.ShutDown) for handler in handlers)
+        if not moment.where:
+            return
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of a listener that was interrupted
+def test_a_handler_learns_that_all_is_over_though_the_call_that_fed_its_inbox_was_interrupted(
+    contexts: Any, background: Background
+) -> None:
+    for number in itertools.count():
+        b, shared = bridge.Bridge(workers=1), Inbox()
+        with Moment("call", number) as moment, contextlib.suppress(Interrupt):
+            b.listen(("127.0.0.1", 0), contexts[1], inbox=shared)
+        b.listen(("127.0.0.1", 0), contexts[1], inbox=shared)
+        handler = background.run(shared.get, True, PATIENCE)
+        b.close()
+        assert isinstance(handler.exception(PATIENCE), bridge.ShutDown), moment.where
+        if not moment.where:
+            return
+
+
+@pytest.mark.parametrize("kind", [Inbox, SessionInbox])
+def test_an_interrupt_keeps_no_room_of_the_whole_bridge(kind: type[Inbox]) -> None:
+    """Which the last message had, that has left."""
+    for number in itertools.count():
+        inbox, tally = kind(), Tally(1_000_000)
+        credit = ReadCredit(100_000, tally, nobody, inbox)
+        credit.spend(50_000)
+        inbox._deliver("session", [bytes(50_000)], credit, 50_000, 50_000)
+        credit.conclude()  # and nothing that comes later looks again
+        with Moment("call", number) as moment, contextlib.suppress(Interrupt):
+            inbox.get(timeout=0)
+        while inbox.qsize():
+            inbox.get(timeout=0)
+        assert tally.used == credit.held() == 0, moment.where
         if not moment.where:
             return
 
