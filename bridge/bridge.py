@@ -140,7 +140,7 @@ class Bridge(forks.Handle):
         )  # sessions of clients that are over, and whose sockets are not closed yet
         self._listeners: Registry[Listener] = Registry()
         self._streams: Registry[Stream] = Registry()
-        self._crew = Crew(workers)
+        self._crew = Crew(workers, self._streams)
         self._coordinator, self._workers = self._crew.coordinator, self._crew.workers
         self._channels = self._crew.channels
         if start:

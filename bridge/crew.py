@@ -13,20 +13,25 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+import weakref
 
 from bridge.coordinator import Channel, Coordinator
 from bridge.crossing import Registry, Tally
 from bridge.errors import LimitExceeded
 from bridge.inbox import Inbox
+from bridge.stream import Stream
 from bridge.worker import Worker
 
 CROWDED = "each worker has as many sockets as this system's select(2) can wait for; have more workers"
 
 
 class Crew:
-    """A coordinator, so many workers, and their threads.  It knows no Bridge, which may be forgotten meanwhile."""
+    """A coordinator, so many workers, and their threads.
 
-    def __init__(self, workers: int) -> None:
+    It keeps no Bridge alive, nor its *streams*: they may be forgotten meanwhile.
+    """
+
+    def __init__(self, workers: int, streams: Registry[Stream]) -> None:
         self.coordinator = Coordinator()
         self.workers: list[Worker] = []
         with contextlib.ExitStack() as undo:  # if there are too few descriptors
@@ -41,6 +46,7 @@ class Crew:
         ]
         self.threads.append(threading.Thread(target=self._coordinate, name="bridge-coordinator", daemon=True))
         self.channels: Registry[Channel] = Registry()
+        self._streams = weakref.ref(streams)
         self.inboxes: Registry[Inbox] = Registry()
         self._feeding = threading.RLock()  # of an inbox, which is attached once
         self._at_work = Tally(2**63)
@@ -77,11 +83,11 @@ class Crew:
     def feed(self, inbox: Inbox) -> None:
         """It will get what the sessions of this crew receive, until that is over.  Any thread."""
         with self._feeding:
-            if inbox not in self.inboxes:
+            if self not in inbox._feeders:
                 fed = self.inboxes.add(inbox)
-                inbox._attach()
+                inbox._attach(self)
                 if not fed:  # whoever waits there already learns that it is over
-                    inbox._detach()
+                    inbox._detach(self)
 
     def stop(self) -> None:
         """Tell all to end, which they do whoever waits for it.  Any thread, also twice; never waits."""
@@ -126,8 +132,11 @@ class Crew:
         for channel in self.channels.seal():
             if channel.closed.peek() is None:  # it came too late for its worker
                 self.coordinator.give_up(channel)
+        streams = self._streams()
+        for stream in () if streams is None else streams.seal():  # parked, so no worker had it to end
+            stream.give_up()
         with self._feeding:
             for inbox in self.inboxes.seal():
                 if self.inboxes.remove(inbox):
-                    inbox._detach()
+                    inbox._detach(self)
         self._over.set()

@@ -238,7 +238,7 @@ class Inbox(forks.Handle):
         self._called: Bed | None = None  # who was woken for what is here, and has not come yet
         self._over: Exception | None = None
         self._shut = False  # by the application, and so for good
-        self._feeders = 0
+        self._feeders: set[object] = set()
         self._handler = threading.local()
         self._born = forks.generation()
 
@@ -339,6 +339,8 @@ class Inbox(forks.Handle):
         except BaseException:
             self._pass_on()
             if credit is not None:
+                with self._lock:
+                    credit._review()
                 credit._resume()
             raise
         if resume:
@@ -462,15 +464,15 @@ class Inbox(forks.Handle):
             self._over = self._over or why
             self._wake_all()
 
-    def _attach(self) -> None:
+    def _attach(self, feeder: object) -> None:
         with self._lock:
-            self._feeders += 1
+            self._feeders.add(feeder)
             if not self._shut:
                 self._over = None
 
-    def _detach(self) -> None:
+    def _detach(self, feeder: object) -> None:
         with self._lock:
-            self._feeders -= 1
+            self._feeders.discard(feeder)
             if not self._feeders:
                 self._finish(ShutDown("every Bridge that fed this inbox is closed"))
 

@@ -243,6 +243,13 @@ class Lease:
             self.command("abort", why)
         self.ring()
 
+    def give_up(self, why: SessionEnded) -> None:
+        """End the session, which no worker attends to any more: whoever leaves it last buries it."""
+        for _ in range(2):  # once to end it, once more to end its lingering
+            self._caretaker.end(why)
+        self.attended = False
+        self.leave()
+
     def post_close(self, how: str) -> None:
         """`close`, without the lease, which this very thread may hold.  Never waits."""
         self._send_for_worker(how)

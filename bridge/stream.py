@@ -641,6 +641,11 @@ class Stream(forks.Handle):
         """End now; what has not left is lost, and the peer sees a reset.  Idempotent; does not wait."""
         self._lease.abort(SessionAborted("this side aborted the session"))
 
+    def give_up(self) -> None:
+        """The threads of its Bridge have ended, and it has not."""
+        with self._lease.lock:
+            self._lease.give_up(SessionAborted("the bridge was closed"))
+
     def busy_here(self) -> bool:
         """Whether this very thread is in the middle of a call of it: in a callback, or in a signal handler."""
         return self._lease.mine()

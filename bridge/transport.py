@@ -904,6 +904,7 @@ class Transport:
 
     def _wait_for_room(self, cause: SessionEnded) -> None:
         """Nothing is sent any more, nor polled for.  The credit calls when there is room; that turn hears on."""
+        forget_frames(cause)  # a sender's hold the session itself, which could not be forgotten
         self._hearing_out = self._hearing_out or cause
         self._exchanging = False
         self._unsent += self.outbox.discard(cause)

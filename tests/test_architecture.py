@@ -40,8 +40,8 @@ FLOORS = (
         "picture",
     ),  # one thread
     ("crossing", "outbox", "inbox", "terms"),  # what crosses
-    ("transport", "acceptor", "worker", "lease", "coordinator", "crew"),  # threads
-    ("session", "stream", "listener", "tracing", "bridge"),  # handles, and the only wiring
+    ("transport", "acceptor", "worker", "lease", "coordinator"),  # threads
+    ("session", "stream", "crew", "listener", "tracing", "bridge"),  # handles, and the only wiring
     # the drop-in: what the stdlib's classes are made of, and under their names
     (
         "ssl.facts",

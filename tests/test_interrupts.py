@@ -30,8 +30,8 @@ from peers import Background, until
 from rig import PATIENCE, Lockstep, begin_close, is_closed, is_open, only, received, shrink, tcp_pair
 
 import bridge
-from bridge.crossing import Gate, Latch, Tally
-from bridge.inbox import Inbox
+from bridge.crossing import Gate, Latch, Tally, nobody
+from bridge.inbox import Inbox, ReadCredit, SessionInbox
 from bridge.outbox import Outbox
 from bridge.stream import Stream
 
@@ -526,13 +526,13 @@ def test_a_bridge_that_is_closed_twice_at_once_lets_go_of_its_inboxes_once(
     for number in itertools.count():
         with Lockstep() as rig:
             b, shared = rig.bridge(), Inbox()
-            shared._attach()  # by another Bridge
+            shared._attach("another Bridge")
             b.listen(("127.0.0.1", 0), contexts[1], inbox=shared)
 
             close = b.close if by == "a signal handler" else functools.partial(elsewhere, b.close)
             with Handled(close, number) as moment:
                 b.close()
-            assert shared._feeders == 1, moment.where
+            assert shared._feeders == {"another Bridge"}, moment.where
             if not moment.where:
                 assert number > 10
                 return
@@ -631,6 +631,40 @@ def test_an_interrupted_adopt_takes_no_place_for_good(contexts: Any, monkeypatch
             part(rig)
         if not moment.where:
             assert number > 50
+            return
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of a listener that was interrupted
+def test_a_handler_learns_that_all_is_over_though_the_call_that_fed_its_inbox_was_interrupted(
+    contexts: Any, background: Background
+) -> None:
+    for number in itertools.count():
+        b, shared = bridge.Bridge(workers=1), Inbox()
+        with Moment("call", number) as moment, contextlib.suppress(Interrupt):
+            b.listen(("127.0.0.1", 0), contexts[1], inbox=shared)
+        b.listen(("127.0.0.1", 0), contexts[1], inbox=shared)
+        handler = background.run(shared.get, True, PATIENCE)
+        b.close()
+        assert isinstance(handler.exception(PATIENCE), bridge.ShutDown), moment.where
+        if not moment.where:
+            return
+
+
+@pytest.mark.parametrize("kind", [Inbox, SessionInbox])
+def test_an_interrupt_keeps_no_room_of_the_whole_bridge(kind: type[Inbox]) -> None:
+    """Which the last message had, that has left."""
+    for number in itertools.count():
+        inbox, tally = kind(), Tally(1_000_000)
+        credit = ReadCredit(100_000, tally, nobody, inbox)
+        credit.spend(50_000)
+        inbox._deliver("session", [bytes(50_000)], credit, 50_000, 50_000)
+        credit.conclude()  # and nothing that comes later looks again
+        with Moment("call", number) as moment, contextlib.suppress(Interrupt):
+            inbox.get(timeout=0)
+        while inbox.qsize():
+            inbox.get(timeout=0)
+        assert tally.used == credit.held() == 0, moment.where
+        if not moment.where:
             return
 
 

@@ -338,6 +338,34 @@ def test_a_forgotten_session_hangs_up_with_a_warning_and_what_was_sent_leaves(
         until(lambda: not b.snapshot().sessions)
 
 
+def test_a_session_that_is_forgotten_while_nobody_takes_its_last_words_ends(
+    server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    """Though a sender has met the reset, and its error the sender's frames, which have the session."""
+    with (
+        bridge.Bridge(workers=1, limits=bridge.Limits(inbox_bytes=1)) as b,
+        bridge.Bridge(workers=1) as there,
+    ):
+        near, far = tcp_pair()
+        peer = there.stream(far, server_ctx)
+        peer.begin()
+        session = b.adopt(near, client_ctx, server_hostname="localhost")
+        session.send(b"question")
+        peer.read(10, PATIENCE)
+        peer.write(bytes(60_000), PATIENCE)
+        transport = session._channel.transport
+        until(lambda: transport.received and not transport.mask)
+        peer.abort()
+        peer.gone.wait(PATIENCE, "gone")
+        with pytest.raises(bridge.PeerReset):
+            while True:
+                session.send(bytes(20_000), PATIENCE)
+        until(lambda: transport._hearing_out is not None)
+        del session
+        gc.collect()
+        until(lambda: not b.snapshot().sessions)
+
+
 @pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt, None])
 @pytest.mark.parametrize("said", [False, True], ids=["open", "after send_eof"])
 @pytest.mark.parametrize("kind", ["session", "stream"])
@@ -1347,6 +1375,34 @@ def test_a_bridge_whose_worker_dies_of_a_bug_is_closed_and_nobody_waits_for_it(
         assert not any(thread.is_alive() for thread in b._crew.threads)
 
 
+@pytest.mark.parametrize("at", ["parked", "waiting", "closing", "unbegun"])
+def test_a_stream_ends_with_the_threads_of_its_bridge_however_they_end(
+    server: StdlibServer, client_ctx: bridge.Context, pool: ThreadPoolExecutor, at: str
+) -> None:
+    """As after a close that was interrupted."""
+    b = bridge.Bridge(workers=1)
+    stream = b.stream(socket.create_connection(server.address), client_ctx, server_hostname="localhost")
+    if at != "unbegun":
+        served = pool.submit(server.serve)
+        stream.write(b"half of it")
+        with contextlib.suppress(bridge.WouldBlock):
+            stream.read(1, 0)
+    if at == "waiting":
+        reading = pool.submit(stream.read, 1)
+        until(lambda: stream._lease._sleepers)
+    elif at == "closing":
+        stream.close()
+    b._crew.stop()
+    b.close()
+    assert isinstance(stream.gone.wait(PATIENCE, "gone").cause, bridge.SessionEnded)
+    assert stream._transport.sock is None and not b._streams
+    if at == "waiting":
+        assert isinstance(reading.exception(PATIENCE), (bridge.SessionAborted, bridge.SessionClosed))
+    if at != "unbegun":
+        assert served.result(PATIENCE)[0] == b"half of it"
+    stream.close()
+
+
 def test_a_session_that_comes_too_late_for_its_worker_ends(
     client_ctx: bridge.Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1536,8 +1592,8 @@ def test_a_session_for_which_there_was_room_is_refused_if_a_client_lingers_in_it
     listener = b.listen(("127.0.0.1", 0), server_ctx)
 
     class Meanwhile(bridge.Inbox):
-        def _attach(self) -> None:
-            super()._attach()
+        def _attach(self, feeder: object) -> None:
+            super()._attach(feeder)
             client.sendall(b"GET / HTTP/1.0\r\n\r\n")
             rig.until(lambda: b._lingering.used)
             assert not b._channels

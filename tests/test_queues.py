@@ -564,24 +564,24 @@ def test_the_messages_of_a_session_wait_for_its_handler_and_those_of_nobody_for_
 
 def test_an_inbox_ends_with_the_last_of_its_feeders_after_what_is_in_it() -> None:
     shared = Inbox()
-    shared._attach()
-    shared._attach()
+    shared._attach("a")
+    shared._attach("b")
     shared.put(("one", 1))
     shared.put(("one", 2))
-    shared._detach()
+    shared._detach("a")
     assert shared._over is None
-    shared._detach()
+    shared._detach("b")
     assert shared.get_nowait() == ("one", 1) and shared.get_nowait() == ("one", 2)
     with pytest.raises(bridge.ShutDown, match="every Bridge that fed this inbox is closed"):
         shared.get_nowait()
-    shared._attach()
+    shared._attach("a")
     with pytest.raises(bridge.ReceiveTimeout):
         shared.get_nowait()
-    shared._detach()
+    shared._detach("a")
     shared.shutdown()
     with pytest.raises(bridge.ShutDown, match="every Bridge"):
         shared.get_nowait()
-    shared._attach()
+    shared._attach("a")
     with pytest.raises(bridge.ShutDown, match="every Bridge"):
         shared.get_nowait()
 
@@ -589,14 +589,14 @@ def test_an_inbox_ends_with_the_last_of_its_feeders_after_what_is_in_it() -> Non
 def test_an_inbox_that_is_fed_again_just_as_its_last_feeder_goes_is_open(background: Background) -> None:
     class Meanwhile(Inbox):
         def _finish(self, why: Exception) -> None:
-            feeding.append(background.run(self._attach))
+            feeding.append(background.run(self._attach, "b"))
             concurrent.futures.wait(feeding, 0.05)
             super()._finish(why)
 
     feeding: list[Future[None]] = []
     shared = Meanwhile()
-    shared._attach()
-    shared._detach()
+    shared._attach("a")
+    shared._detach("a")
     feeding[0].result(PATIENCE)
     with pytest.raises(bridge.ReceiveTimeout):
         shared.get_nowait()
