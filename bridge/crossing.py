@@ -191,6 +191,12 @@ class Reporter(Protocol):
     reported: int
 
 
+class Keeper(Protocol):
+    """Who holds back bytes that count in a `Tally`, to the byte."""
+
+    kept: int
+
+
 class Tally:
     """A count that many threads change: bytes a whole bridge holds one way, sessions, handshakes."""
 
@@ -205,6 +211,12 @@ class Tally:
         """Count *count* in (or, negative, out).  Any thread."""
         with self._lock:
             self.used += count
+
+    def keep(self, keeper: Keeper, count: int) -> None:
+        """*keeper* holds *count* back from now on."""
+        with self._lock:
+            self.used += count - keeper.kept
+            keeper.kept = count
 
     def has_room(self) -> bool:
         """Whether the limit is not reached.  Any thread."""

@@ -118,8 +118,7 @@ class ReadCredit:
         They count for the whole bridge, and not for this session: only by reading on can it get rid of them.
         """
         with self._lock:
-            self._tally.add(count - self.kept)
-            self.kept = count
+            self._tally.keep(self, count)
 
     def conclude(self) -> None:
         """Nothing more will be read or decoded, the codec holds nothing, and there is nobody to be called back."""

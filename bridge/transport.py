@@ -861,17 +861,16 @@ class Transport:
                 cause = error if "ALERT" in error.reason else cause
             except SessionEnded:
                 pass
+        cut_off = isinstance(cause, (Truncated, PeerReset))
+        if self._sent_close and (self._aim is Aim.HANG_UP or (cut_off and self._aim is Aim.CLOSE)):
+            # All was said, and an answer is not owed; to who hangs up some answer with an alert.
+            cause = SessionClosed("this side closed the session")
         if self._ended:
             self._release()
-        elif isinstance(cause, (Truncated, PeerReset)) or self._aim is Aim.HANG_UP:
-            said = (
-                self._sent_close and self._aim >= Aim.CLOSE
-            )  # then all was said, and the answer is not owed
-            self._finish(SessionClosed("this side closed the session") if said else cause)
-        elif linger and self.state is not State.CONNECTING:
-            self._finish(cause, lingering=True)
-        else:
+        elif cut_off or not linger or self.state is State.CONNECTING:
             self._finish(cause)
+        else:
+            self._finish(cause, lingering=True)
 
     def conclude(self, cause: SessionEnded) -> None:
         """The command of whoever else has found out that it cannot go on: `end`, unless it has, and lingers."""

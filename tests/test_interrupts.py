@@ -650,6 +650,17 @@ def test_a_handler_learns_that_all_is_over_though_the_call_that_fed_its_inbox_wa
             return
 
 
+def test_an_interrupted_word_of_what_a_codec_holds_is_given_or_is_not() -> None:
+    for number in itertools.count():
+        tally = Tally(1_000_000)
+        credit = ReadCredit(100_000, tally, nobody, SessionInbox())
+        with Moment("call", number) as moment, contextlib.suppress(Interrupt):
+            credit.keep(50_000)
+        assert tally.used == credit.kept, moment.where
+        if not moment.where:
+            return
+
+
 @pytest.mark.parametrize("kind", [Inbox, SessionInbox])
 def test_an_interrupt_keeps_no_room_of_the_whole_bridge(kind: type[Inbox]) -> None:
     """Which the last message had, that has left."""

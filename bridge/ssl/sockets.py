@@ -552,7 +552,7 @@ class SSLSocket(ssl.SSLSocket):
     def __exit__(self, *exception: object) -> None:
         """Close it, without close_notify if an exception comes through: the peer is not to take that for the end."""
         wire = self._sslobj or self._wire
-        if wire is not None and exception[0] is not None:
+        if wire is not None and exception and exception[0] is not None:
             wire.cut_off = True
         super().__exit__(*exception)
 
