@@ -129,14 +129,16 @@ class Crew:
 
     def _part(self) -> None:
         """Nothing more will come."""
-        for channel in self.channels.seal():
-            if channel.closed.peek() is None:  # it came too late for its worker
-                self.coordinator.give_up(channel)
-        streams = self._streams()
-        for stream in () if streams is None else streams.seal():  # parked, so no worker had it to end
-            stream.give_up()
-        with self._feeding:
-            for inbox in self.inboxes.seal():
-                if self.inboxes.remove(inbox):
-                    inbox._detach(self)
-        self._over.set()
+        try:
+            for channel in self.channels.seal():
+                if channel.closed.peek() is None:  # it came too late for its worker
+                    self.coordinator.give_up(channel)
+            streams = self._streams()
+            for stream in () if streams is None else streams.seal():  # parked, so no worker had it to end
+                stream.give_up()
+        finally:
+            with self._feeding:
+                for inbox in self.inboxes.seal():
+                    if self.inboxes.remove(inbox):
+                        inbox._detach(self)
+            self._over.set()
