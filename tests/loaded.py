@@ -7,6 +7,7 @@ started with PYTHONMALLOC=malloc, for Python's own allocator keeps a megabyte wh
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -22,11 +23,15 @@ PROC = Path("/proc/self")
 
 
 def echo(inbox: bridge.Inbox) -> None:
-    """A handler, for ever."""
+    """A handler, until all is over.  A traceback then, while the interpreter ends, can abort it."""
     while True:
-        session, message = inbox.get()
+        try:
+            session, message = inbox.get()
+        except bridge.ShutDown:
+            return
         if message is not None:
-            session.send(message)
+            with contextlib.suppress(bridge.SessionEnded):
+                session.send(message)
 
 
 def resident() -> int:
