@@ -137,7 +137,7 @@ class Bridge(forks.Handle):
         self._outbox_tally = Tally(self._limits.total_bytes)
         self._lingering = Tally(
             2**63
-        )  # sessions of clients that are over, and whose sockets are not closed yet
+        )  # clients' sessions that are over, and whose sockets are not closed yet
         self._listeners: Registry[Listener] = Registry()
         self._streams: Registry[Stream] = Registry()
         self._crew = Crew(workers, self._streams)

@@ -299,9 +299,8 @@ class Worker:
             when, _, watch = heapq.heappop(self._timers)
             if watch.timer == when and watch.pollable is not None:
                 watch.timer = math.inf
-                runnable[watch.pollable] = (
-                    NOTHING  # for a turn that looks at the clock; the poll will say it again
-                )
+                # For a turn that looks at the clock.  What the poll has said it will say again.
+                runnable[watch.pollable] = NOTHING
 
     def _take_watched_turn(self, pollable: Pollable, watch: _Watch, ready: int, now: float) -> bool:
         """A turn of what has had many, to see whether they move anything: a session that spins is a bug, and ends.

@@ -10,10 +10,13 @@ import threading
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import structlog
 import trustme
 from peers import Background
+from structlog.testing import capture_logs
 
 from bridge.poll import my_sleeper
 
@@ -58,6 +61,14 @@ def pytest_collection_finish() -> None:
     """Thousands of tests are no garbage: a collection during one of them need not look at the others."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def logs() -> Iterator[list[Any]]:
+    """What is logged during the test; structlog is as before afterwards."""
+    with capture_logs() as entries:
+        yield entries
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 import trustme
 from conftest import KeyPair, write_key_pair
 from OpenSSL import SSL
-from structlog.testing import capture_logs
 
 import bridge
 from bridge import codecs
@@ -54,14 +52,6 @@ def b() -> Iterator[bridge.Bridge]:
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor() as made:
         yield made
-
-
-@pytest.fixture
-def logs() -> Iterator[list[Any]]:
-    """What is logged during the test; structlog is as before afterwards."""
-    with capture_logs() as entries:
-        yield entries
-    structlog.reset_defaults()
 
 
 Pair = Callable[..., tuple[bridge.Session, bridge.Session]]

@@ -995,14 +995,6 @@ thread.join()
 # ── the story in the log ──
 
 
-@pytest.fixture
-def logs() -> Iterator[list[Any]]:
-    """What is logged during the test; structlog is as before afterwards."""
-    with capture_logs() as entries:
-        yield entries
-    structlog.reset_defaults()
-
-
 def story(logs: list[Any], session: bridge.Session) -> list[tuple[str, str]]:
     """The moves of *session*; each event is checked for the fields that the table in bridge.events promises."""
     moves = []

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 import trustme
 from conftest import KeyPair
 from OpenSSL import SSL
@@ -72,14 +71,6 @@ def far() -> Iterator[bridge.Bridge]:
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(16) as made:
         yield made
-
-
-@pytest.fixture
-def logs() -> Iterator[list[Any]]:
-    """What is logged during the test; structlog is as before afterwards."""
-    with capture_logs() as entries:
-        yield entries
-    structlog.reset_defaults()
 
 
 def named(logs: list[Any], prefix: str) -> list[Any]:

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 import trustme
 from conftest import KeyPair, write_key_pair
 from peers import PATIENCE, Background
 from rig import Lockstep, is_closed, is_open, only
-from structlog.testing import capture_logs
 
 import bridge
 
@@ -28,14 +26,6 @@ PAGE = Path(__file__).parent.parent / "docs" / "explanation" / "security.md"
 WEAK = re.compile(r"NULL|RC4|DES|EXP|ADH|AECDH|MD5|SEED|IDEA")
 """OpenSSL's own list also names PSK and SRP, which no context of ours can be given the keys for."""
 SECRET = b"correct horse battery staple"
-
-
-@pytest.fixture
-def logs() -> Iterator[list[Any]]:
-    """What is logged during the test; structlog is as before afterwards."""
-    with capture_logs() as entries:
-        yield entries
-    structlog.reset_defaults()
 
 
 def test_every_test_that_the_page_names_exists() -> None:

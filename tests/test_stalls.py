@@ -5,28 +5,18 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import structlog
 from conftest import KeyPair
 from peers import PATIENCE, Background
 from rig import Lockstep, begin_close, is_open, only, received, tcp_pair
-from structlog.testing import capture_logs
 
 import bridge
 from bridge.poll import Want
 from bridge.transport import Transport
 from bridge.worker import STALLED_TURNS
-
-
-@pytest.fixture
-def logs() -> Iterator[list[Any]]:
-    """What is logged during the test; structlog is as before afterwards."""
-    with capture_logs() as entries:
-        yield entries
-    structlog.reset_defaults()
 
 
 def stalls(logs: list[Any]) -> list[Any]:

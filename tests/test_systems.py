@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 from conftest import KeyPair
 from peers import PATIENCE, dial, until
 from rig import needs_hang_ups, tcp_pair
-from structlog.testing import capture_logs
 
 import bridge
 from bridge import errors, poll, worker
@@ -67,14 +65,6 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> None:
 def b() -> Iterator[bridge.Bridge]:
     with bridge.Bridge(workers=1) as made:
         yield made
-
-
-@pytest.fixture
-def logs() -> Iterator[list[Any]]:
-    """What is logged during the test; structlog is as before afterwards."""
-    with capture_logs() as entries:
-        yield entries
-    structlog.reset_defaults()
 
 
 def said(logs: list[Any], event: str) -> list[Any]:
