@@ -145,8 +145,10 @@ class EchoPeer:
     *renegotiate_every*: after so many bytes echoed, SSL_renegotiate(3), as a server.
 
     A correct single-threaded program: a write that was answered by a want is repeated as it was.  While a
-    renegotiation is pending it writes only what the socket is sure to take whole, since a ClientHello that
-    meets a half-written record is fatal inside OpenSSL.
+    renegotiation that it asked for is pending it writes only what the socket is sure to take whole, since a
+    ClientHello that meets a half-written record is fatal inside OpenSSL.  One that it was asked for begins with
+    the next call once nothing is half written or half read; in SSL_write application data that comes meanwhile
+    is fatal as well, so it begins in SSL_read.
     """
 
     HOLD = 1 << 18
@@ -237,7 +239,8 @@ class EchoPeer:
         self.mask = 0
 
     def _read(self) -> bool:
-        if self.ended or (len(self.held) >= self.HOLD and not self.lib.SSL_in_init(self.ssl)):
+        full = len(self.held) >= self.HOLD and not self.lib.SSL_in_init(self.ssl) and not self._asked()
+        if self.ended or full:
             return False
         size = self.call("SSL_read", self.room, self.CHUNK)
         if size > 0:
@@ -250,6 +253,8 @@ class EchoPeer:
             return False  # SSL_read goes on with the handshake, and takes application data meanwhile
         if not self.frozen and self.held:
             size = self.CHUNK
+            if self._asked():
+                return False
             if self.renegotiating():
                 self.mask |= select.POLLOUT
                 if not self._has_room():
@@ -272,6 +277,10 @@ class EchoPeer:
     def renegotiating(self) -> bool:
         """Whether a HelloRequest has not been answered by a whole handshake yet."""
         return bool(self.renegotiate_every < float("inf") and self.lib.SSL_renegotiate_pending(self.ssl))
+
+    def _asked(self) -> bool:
+        """Whether the server wants a renegotiation that has not begun."""
+        return not self.server and bool(self.lib.SSL_renegotiate_pending(self.ssl))
 
     def _make_trouble(self) -> None:
         counts = self.counts
