@@ -410,20 +410,13 @@ class Inbox(forks.Handle):
         size: int,
         share: int,
         done: Done | None = None,
-    ) -> bool:
-        """Put *messages* in, which *size* bytes of *credit* have become, and each of which is to cost *share*.
-
-        False if one of them is None, which is no message: it and what is behind it are not put in.
-        """
-        whole = True
+    ) -> None:
+        """Put *messages* in, which *size* bytes of *credit* have become, and each of which is to cost *share*."""
         if not self._in_turns:
             session = None
-        elif credit is not None:
-            for number, message in enumerate(messages):
-                if message is None:
-                    messages, whole = messages[:number], False
-                    break
         with self._lock:
+            if self._over is not None and credit is not None and not self._in_turns:
+                messages = []  # it is over since its receiver looked
             resume = credit is not None and credit._charge(size, share * len(messages))
             for message in messages:
                 if session not in self._behind:
@@ -441,7 +434,6 @@ class Inbox(forks.Handle):
         if resume:
             assert credit is not None
             credit._resume()
-        return whole
 
     def _release(self, turn: _Turn) -> None:
         """A handler's *turn* is over, so the session's next entry is ready."""
