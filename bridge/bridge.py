@@ -407,10 +407,7 @@ class Bridge(forks.Handle):
             listener.close()
         channels, streams = self._channels.seal(), self._streams.seal()
         for channel in channels:
-            if politely:
-                self._coordinator.close(channel, timeout)
-            else:
-                self._coordinator.hang_up(channel, timeout)
+            self._coordinator.close(channel, timeout, politely)
         for stream in streams:
             stream.close(timeout, politely)
         if self._crew.serves():

@@ -50,6 +50,8 @@ class Ask:
     ABORT: Final = "abort"  # payload: (cause,)
     FORGET: Final = "forget"  # the application has lost the handle
 
+    FORWARDED: Final = (SEND_EOF, CLOSE, HANG_UP, UNWRAP, RENEGOTIATE, ABORT)  # methods of the transport
+
 
 class Channel:
     """All the coordinator knows of one session, and the crossing points that hang on it.
@@ -239,13 +241,8 @@ class Coordinator:
         self._outgoing: dict[Worker, list[Command]] = {}
         self._stopping = False
         self._handlers: dict[str, Callable[[Channel, Any], None]] = {
+            **{ask: self._forward(ask) for ask in Ask.FORWARDED},
             Ask.SEND: self._send,
-            Ask.SEND_EOF: self._forward("send_eof"),
-            Ask.CLOSE: self._forward("close"),
-            Ask.HANG_UP: self._forward("hang_up"),
-            Ask.UNWRAP: self._forward("unwrap"),
-            Ask.RENEGOTIATE: self._forward("renegotiate"),
-            Ask.ABORT: self._forward("abort"),
             Ask.FORGET: self._forget,
             Told.OPEN: self._opened,
             Told.DATA: self._data,
@@ -260,22 +257,19 @@ class Coordinator:
         """Have *what* handled.  Never waits; may be called by a finalizer."""
         self._mailbox.put((channel, what, payload))
 
-    def close(self, channel: Channel, timeout: float | None) -> None:
-        """Have the session closed politely; nothing more is accepted.  Never waits; idempotent."""
+    def close(self, channel: Channel, timeout: float | None, politely: bool = True) -> None:
+        """Have the session closed; nothing more is accepted.  Never waits; idempotent.
+
+        If not *politely*, without close_notify, unless it is being closed already.
+        """
         first = channel.outbox.close(SessionClosed("this side closed the session"))
         if channel.closed.peek() is not None:
             return
-        if first and isinstance(channel.end, EndOfStream) and not channel.outbox.held():
+        if politely and first and isinstance(channel.end, EndOfStream) and not channel.outbox.held():
             # The worker may have it at once: nothing that was sent or asked for before could still be on its way here.
             channel.worker.post(channel.transport, "close", timeout)
         else:
-            self.post(channel, Ask.CLOSE, (timeout,))
-
-    def hang_up(self, channel: Channel, timeout: float | None = None) -> None:
-        """As `close`, but without close_notify, if nobody has closed it.  Never waits; idempotent."""
-        channel.outbox.close(SessionClosed("this side hung up"))
-        if channel.closed.peek() is None:
-            self.post(channel, Ask.HANG_UP, (timeout,))
+            self.post(channel, Ask.CLOSE if politely else Ask.HANG_UP, (timeout,))
 
     def forget(self, channel: Channel) -> None:
         """The application has let go of its handle.  Never waits; for a finalizer."""
@@ -390,7 +384,7 @@ class Coordinator:
             self._command(channel, method, *(() if payload is None else payload))
             if method in (Ask.CLOSE, Ask.HANG_UP):
                 self._end(channel, SessionClosed("this side closed the session"))
-            elif method == "abort":
+            elif method == Ask.ABORT:
                 self._end(channel, payload[0])
 
         return forward
@@ -455,15 +449,8 @@ class Coordinator:
         if channel.end is None:
             channel.end = cause
             known = channel.given or isinstance(channel.opened.peek(), SessionInfo)
-            channel.inbox._end(channel.handle, cause, known, functools.partial(self._part, channel))
+            channel.inbox._end(channel.handle, cause, known, functools.partial(self.close, channel, None))
             channel.forget_handle()
-
-    def _part(self, channel: Channel, came_back: bool) -> None:
-        """A handler has been told of the end, and is done with the session, or has died."""
-        if came_back:
-            self.close(channel, None)
-        else:
-            self.hang_up(channel)
 
     def _closed(self, channel: Channel, ending: Ending) -> None:
         self._end(channel, ending.cause)
