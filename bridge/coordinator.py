@@ -18,7 +18,7 @@ import operator
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from bridge import events
 from bridge.codecs import Codec
@@ -219,16 +219,9 @@ class Channel:
 
 Word = tuple[Channel, str, Any]
 
-
-class Decoded(NamedTuple):
-    """What a codec has made of new bytes."""
-
-    messages: list[Any]
-    size: int
-    """How many bytes these were."""
-    buffered: int
-    """How many the codec keeps, of a message that is not whole."""
-    failure: BaseException | None
+Decoded = tuple[list[Any], int, int, "BaseException | None"]
+"""What a codec has made of new bytes: messages; how many bytes these were; how many it keeps, of a message that is not
+whole; and how it failed, if it did."""
 
 
 class Coordinator:
@@ -311,7 +304,7 @@ class Coordinator:
             channel.credit.settle(len(data))
             return
         decoded = _decode(channel, channel.codec.decode, data)
-        if decoded.failure is None:
+        if decoded[3] is None:
             self._deliver(channel, decoded)
         else:
             self.post(channel, Told.DECODED, decoded)
@@ -399,24 +392,23 @@ class Coordinator:
         if channel.end is not None:
             channel.credit.settle(len(data))
         else:
-            self._decoded(channel, _decode(channel, channel.codec.decode, data))
-
-    def _peer_closed(self, channel: Channel, _: None) -> None:
-        if channel.end is None:
-            self._decoded(channel, _decode(channel, channel.codec.eof))
-            self._end(channel, EndOfStream("the peer closed the session"))
+            self._deliver(channel, _decode(channel, channel.codec.decode, data))
 
     def _decoded(self, channel: Channel, decoded: Decoded) -> None:
         if channel.end is not None:
-            channel.credit.settle(decoded.size)
-            return
-        self._deliver(channel, decoded)
-        if decoded.failure is not None:
-            self._refuse(channel, decoded.failure)
+            channel.credit.settle(decoded[1])
+        else:
+            self._deliver(channel, decoded)
+
+    def _peer_closed(self, channel: Channel, _: None) -> None:
+        if channel.end is None:
+            self._deliver(channel, _decode(channel, channel.codec.eof))
+            self._end(channel, EndOfStream("the peer closed the session"))
 
     def _deliver(self, channel: Channel, decoded: Decoded) -> None:
-        """Give the messages to the inbox; the owner has paid for the new bytes."""
-        credit, (messages, size, buffered, _) = channel.credit, decoded
+        """Give the messages to the inbox; the owner has paid for new bytes.  End the session if the codec failed."""
+        messages, size, buffered, failure = decoded
+        credit = channel.credit
         held = credit.kept
         if buffered != held:
             credit.keep(buffered)
@@ -427,6 +419,8 @@ class Coordinator:
             channel.inbox._deliver(channel.handle, messages, credit, size, share)
         elif size:
             credit.settle(size)  # part of a message: the codec bounds that, and only more input can end it
+        if failure is not None:
+            self._refuse(channel, failure)
 
     def _refuse(self, channel: Channel, error: BaseException) -> None:
         """The codec failed: that ends its own session, with its error as the cause."""
@@ -479,5 +473,5 @@ def _decode(channel: Channel, decode: Callable[..., Iterable[Any]], data: bytes 
             raise ValueError(f"{type(codec).__name__}.buffered is how many bytes it holds, not {buffered}")
     except BaseException as error:
         let_through(error)
-        return Decoded(messages, len(data), 0, error)
-    return Decoded(messages, len(data), buffered, None)
+        return messages, len(data), 0, error
+    return messages, len(data), buffered, None
