@@ -35,6 +35,7 @@ from bridge.errors import (
     LimitExceeded,
     OperationTimeout,
     SessionClosed,
+    words,
 )
 from bridge.inbox import Inbox, ReadCredit, SessionInbox
 from bridge.limits import Limits, Timeouts, check_timeout
@@ -538,7 +539,7 @@ class Bridge(forks.Handle):
                 address=show_address(listener.address),
                 peer=plan.peer,
                 cause=type(error).__name__,
-                error=str(error),
+                error=words(error),
             )
             assert plan.sock is not None
             plan.sock.close()

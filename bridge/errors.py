@@ -202,6 +202,14 @@ def forget_frames(error: BaseException | None) -> None:
             chain += (error.__cause__, error.__context__)
 
 
+def words(error: BaseException) -> str:
+    """What *error* says, also if it is of a user's class and fails to say it."""
+    try:
+        return str(error)
+    except Exception:
+        return f"an unprintable {type(error).__name__}"
+
+
 _WINSOCK: dict[int, str] = getattr(socket, "errorTab", {})
 """What Windows' own numbers stand for, of which strerror(3) has not heard."""
 
