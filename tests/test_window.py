@@ -119,6 +119,42 @@ def test_a_window_outlives_a_want_of_descriptors(talking: bridge.Bridge, path: P
                 assert looker.recv(1) == b"{"
 
 
+def test_a_window_that_closes_leaves_the_path_to_a_successor(
+    talking: bridge.Bridge, path: Path, background: Background
+) -> None:
+    successors: list[Window] = []
+
+    def succeed() -> bool:
+        with contextlib.suppress(OSError):
+            successors.append(Window(talking, path))
+        return bool(successors)
+
+    with Window(talking, path) as window, socket.socket(socket.AF_UNIX) as slow:
+        window._view = lambda: {"sessions": "x" * 10_000_000}  # type: ignore[method-assign]
+        slow.connect(str(path))
+        slow.recv(1)
+        closing = background.run(window.close)  # which waits for its looker
+        until(succeed)
+        with successors[0]:
+            slow.close()
+            closing.result(PATIENCE)
+            assert look(path)["sessions"]
+
+
+def test_a_window_whose_path_was_given_to_another_leaves_it_there(talking: bridge.Bridge, path: Path) -> None:
+    with Window(talking, path) as window:
+        path.unlink()
+        with Window(talking, path):
+            window.close()
+            window.close()
+            assert look(path)["sessions"]
+
+
+def test_a_path_that_is_too_long_is_said_to_be(talking: bridge.Bridge, path: Path) -> None:
+    with pytest.raises(OSError, match="cannot show anything at .*: AF_UNIX path too long"):
+        Window(talking, f"{path}{'x' * 200}")
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_child_that_closes_a_window_leaves_it_to_the_parent(talking: bridge.Bridge, path: Path) -> None:
