@@ -13,11 +13,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import KeyPair
 from peers import Background, until
-from rig import PATIENCE
+from rig import PATIENCE, Clock
 
 import bridge
 from bridge import cli, top
@@ -220,22 +221,78 @@ def test_top_prints_it(talking: bridge.Bridge, path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err.startswith("tls-bridge top: error: ")
 
 
-def test_top_is_live_on_a_terminal_until_the_window_closes(talking: bridge.Bridge, path: Path) -> None:
-    pytest.importorskip("rich")
+@contextlib.contextmanager
+def top_on_a_terminal(
+    term: str, path: Path, *options: str
+) -> Iterator[tuple[subprocess.Popen[bytes], io.FileIO]]:
+    """`tls-bridge top` in another process, and the other end of its terminal."""
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
-    try:
-        with Window(talking, path) as window:
-            environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "30"}
-            environment["PYTHONPATH"] = str(Path(bridge.__file__).parents[1])
-            command = [sys.executable, "-m", "bridge", "top", str(path), "--every", "0.1"]
-            with subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, env=environment) as process:
-                os.close(theirs)
-                seen = b""
-                while b"1,000" not in seen:
-                    seen += os.read(ours, 65536)
-                window.close()
-                _, err = process.communicate(timeout=PATIENCE)
+    environment = {**os.environ, "TERM": term, "COLUMNS": "120", "LINES": "30"}
+    environment["PYTHONPATH"] = str(Path(bridge.__file__).parents[1])
+    command = [sys.executable, "-m", "bridge", "top", str(path), *options]
+    with (
+        open(ours, "rb", buffering=0) as screen,
+        subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, env=environment) as process,
+    ):
+        os.close(theirs)
+        try:
+            yield process, screen
+        finally:
+            process.kill()
+
+
+def test_top_is_live_on_a_terminal_until_the_window_closes(talking: bridge.Bridge, path: Path) -> None:
+    pytest.importorskip("rich")
+    with (
+        Window(talking, path) as window,
+        top_on_a_terminal("xterm", path, "--every", "0.1") as (process, screen),
+    ):
+        seen = b""
+        while b"1,000" not in seen:
+            seen += screen.read(65536)
+        window.close()
+        _, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 2 and err.startswith(b"tls-bridge top: error: ")
-    finally:
-        os.close(ours)
+
+
+def test_top_ends_with_its_terminal(talking: bridge.Bridge, path: Path) -> None:
+    pytest.importorskip("rich")
+    with Window(talking, path), top_on_a_terminal("xterm", path, "--every", "0.5") as (process, screen):
+        seen = b""
+        while b"1,000" not in seen.partition(b"session")[2]:  # the table is there, and top pauses
+            seen += screen.read(65536)
+        screen.close()
+        process.communicate(timeout=PATIENCE)
+
+
+def test_top_on_a_terminal_that_cannot_be_drawn_on_is_text(talking: bridge.Bridge, path: Path) -> None:
+    with Window(talking, path), top_on_a_terminal("dumb", path) as (process, screen):
+        process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0 and b"received 1,000 bytes" in screen.read(65536)
+
+
+def test_rates_are_of_the_time_that_passed_between_two_looks(
+    talking: bridge.Bridge, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+    clock, screen = Clock(), io.StringIO()
+    with Window(talking, path) as window:
+        real = window._view()
+        looks = iter(range(3))
+
+        def view() -> dict[str, Any]:
+            clock.now += 2
+            number = next(looks, None)
+            if number is None:
+                raise OSError
+            return real | {"bytes_received": 1000 * number, "bytes_sent": 0}
+
+        monkeypatch.setattr(window, "_view", view)
+        monkeypatch.setattr(top, "time", clock)
+        monkeypatch.setattr(screen, "isatty", lambda: True)
+        monkeypatch.setattr(sys, "stdout", screen)
+        monkeypatch.setenv("TERM", "xterm")
+        with pytest.raises(OSError, match="no window"):
+            top.watch(str(path), 1e-9)
+    assert "now 500 and 0 a second" in " ".join(screen.getvalue().split())
