@@ -142,7 +142,7 @@ class TLSError(SessionEnded, ssl.SSLError):
 
 
 class NotTLS(TLSError):
-    """The peer's first bytes are not TLS.  The message shows them and names the protocol if known."""
+    """The peer's first bytes are not TLS.  The message shows them, five of a client's, and may name the protocol."""
 
 
 class CertificateError(TLSError, ssl.SSLCertVerificationError):

@@ -661,10 +661,11 @@ def wait_for(logs: list[Any], event: str) -> Any:
 @pytest.mark.parametrize(
     ("first", "words"),
     [
-        (b"GET /path HTTP/1.1\r\nHost: x\r\n\r\n", ["plain HTTP", "GET /path", "TLS port"]),
-        (b"POST / HTTP/1.1\r\n\r\n", ["plain HTTP", "POST /"]),
-        (b"SSH-2.0-OpenSSH_9.6\r\n", ["plain SSH", "SSH-2.0"]),
+        (b"GET /path HTTP/1.1\r\nHost: x\r\n\r\n", ["plain HTTP", "are b'GET /' (", "TLS port"]),
+        (b"POST / HTTP/1.1\r\n\r\n", ["plain HTTP", "are b'POST ' ("]),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", ["plain SSH", "are b'SSH-2' ("]),
         (b"EHLO mail.example\r\n", ["SMTP", "EHLO"]),
+        (b"AUTH hunter2\r\n", ["no TLS", "are b'AUTH ' ("]),
         (b"\xff\xfe\xfd\xfc\xfb\xfa", ["no TLS", r"\xff\xfe"]),
     ],
 )
