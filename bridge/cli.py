@@ -241,7 +241,7 @@ def _run_script(path: str, program: types.ModuleType, safe: bool) -> int:
 def _top(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(window.look(arguments.path), indent=2))
-    elif sys.stdout.isatty() and _has_rich():
+    elif _is_lively():
         top.watch(arguments.path, arguments.every)
     else:
         print(top.plain(window.look(arguments.path)))
@@ -306,7 +306,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         tls=arguments.tls,
         seed=arguments.seed,
     )
-    live = sys.stdout.isatty() and _has_rich()
+    live = _is_lively()
     if not arguments.json:
         print(_headline(plan), flush=True)
     with demo.Run(plan) as run:
@@ -324,12 +324,14 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0 if result.ok else 1
 
 
-def _has_rich() -> bool:
+def _is_lively() -> bool:
+    """Whether stdout is a terminal, and one on which `rich`, if it is there, draws again where it has drawn."""
     try:
-        import rich  # noqa: F401
+        from rich.console import Console
     except ImportError:
         return False
-    return True
+    console = Console()
+    return sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
 
 
 def _watch_plainly(run: demo.Run) -> None:

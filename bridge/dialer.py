@@ -91,5 +91,6 @@ def show_address(address: Any) -> str:
     if isinstance(address, tuple) and len(address) >= 2:
         host, port = address[:2]
         return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
-    text = address.decode(errors="backslashreplace") if isinstance(address, bytes) else str(address)
+    raw = address if isinstance(address, bytes) else str(address).encode(errors="backslashreplace")
+    text = raw.decode(errors="backslashreplace")
     return "@" + text[1:] if text.startswith("\0") else text

@@ -513,14 +513,12 @@ class TLSEngine:
     def _not_tls(self, reason: str) -> NotTLS:
         spoken = _PLAIN_PROTOCOLS.get(self.first_bytes[:4].upper())
         what = f"plain {spoken}" if spoken else "no TLS"
-        side = (
-            "the client speaks {} to this TLS port"
-            if self._context.server_side
-            else "the server speaks {}, not TLS"
-        )
+        shown, side = self.first_bytes, "the server speaks {}, not TLS"
+        if self._context.server_side:  # of a client that may have begun with a password, a record's header
+            shown, side = shown[:HEADER_BYTES], "the client speaks {} to this TLS port"
         error = NotTLS(
             1,
-            f"[SSL: {_constant(reason)}] {side.format(what)}; its first bytes are {self.first_bytes!r} ({reason})",
+            f"[SSL: {_constant(reason)}] {side.format(what)}; its first bytes are {shown!r} ({reason})",
         )
         error.reason, error.library = _constant(reason), "SSL"
         return error

@@ -63,7 +63,7 @@ def _exchange(session: bridge.Session, arguments: argparse.Namespace) -> None:
         text = arguments.send
         for escape, meaning in ((r"\r", "\r"), (r"\n", "\n"), (r"\t", "\t")):
             text = text.replace(escape, meaning)
-        session.send(text.encode())
+        session.send(text.encode(errors="surrogateescape"))
     try:
         while True:
             session.recv(timeout=arguments.wait)

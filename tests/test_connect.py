@@ -750,6 +750,15 @@ def test_trace_sends_and_shows_it_in_colour_on_a_terminal(
     assert "ClientHello" in shown and "SSL_do_handshake" in shown
 
 
+def test_trace_sends_what_is_no_text(
+    server_cert: KeyPair, ca_file: str, background: Background, capsys: Any
+) -> None:
+    address, results = background.serve_tls(server_context(server_cert), lambda sock: sock.recv(100))
+    command = ["trace", f"localhost:{address[1]}", "--cafile", ca_file, "--send", "\udcff\u00e9"]
+    assert cli.main(command) in (0, 1)
+    assert results[0].result(DEADLINE) == b"\xff\xc3\xa9"
+
+
 def test_trace_need_not_send_anything(
     server_cert: KeyPair, ca_file: str, background: Background, capsys: Any
 ) -> None:
