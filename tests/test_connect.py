@@ -17,6 +17,7 @@ import threading
 import time
 import xml.etree.ElementTree
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +177,13 @@ def test_standard_streams_may_be_closed(greeter: list[str], closing: str) -> Non
     assert status == 0 and ("connected to" in said) is ("2>" not in closing)
 
 
-def speaks(*command: str, stdout: Any = subprocess.DEVNULL) -> tuple[int, str]:
+def speaks(
+    *command: str, stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.DEVNULL
+) -> tuple[int, str]:
     ended = subprocess.run(
         command,
         env=ENVIRONMENT,
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
@@ -494,6 +497,36 @@ def test_a_silence_after_all_was_said_is_the_end(
         server.close()
 
 
+def test_it_is_not_silence_while_what_was_said_is_on_its_way(
+    server_cert: KeyPair, ca_file: str, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hasty = bridge.Timeouts(flush=0.1, close_notify=0.1)
+    room = bridge.Limits(outbox_bytes=2_000_000)
+    near, far = socket.socketpair()
+    with bridge.Bridge(workers=1, timeouts=hasty) as b:
+        client = b.adopt(
+            near, bridge.client_context(ca_file), server_hostname="localhost", limits=room, wait=False
+        )
+        context = bridge.server_context(server_cert.certfile, server_cert.keyfile)
+        server = b.adopt(far, context, limits=bridge.Limits(inbox_bytes=1))
+        words = [b"", *[bytes(10_000)] * 150]  # more than the kernel takes, and all of it is accepted
+        monkeypatch.setattr(os, "read", lambda *_: words.pop())
+        conversation = background.run(_converse, client, 0.1)
+        assert not wait([conversation], 1.5).done
+        assert len(b"".join(server)) == 1_500_000
+        assert conversation.result(DEADLINE) == 0
+        server.close()
+
+
+def test_a_stdin_that_cannot_be_read_is_no_end_of_it(greeter: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    with open(reader, "rb") as mute, open(writer, "wb"):
+        status, said = speaks(sys.executable, "-m", "bridge", *greeter, stdin=mute)
+    assert status == 2
+    assert said.splitlines()[-1].startswith("tls-bridge connect: error: cannot read stdin: ")
+
+
 def test_whoever_speaks_to_a_session_that_has_ended_leaves_it_to_the_receiver(
     server_cert: KeyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -503,9 +536,9 @@ def test_whoever_speaks_to_a_session_that_has_ended_leaves_it_to_the_receiver(
         session = b.adopt(near, context, wait=False)
         session.abort()
         monkeypatch.setattr(os, "read", lambda *_: b"x")
-        said_all = threading.Event()
+        said_all: Future[None] = Future()
         _speak(session, said_all)
-        assert said_all.is_set()
+        assert said_all.done()
 
 
 def test_names_that_are_no_names_of_hosts_are_left_out(ca: trustme.CA) -> None:
