@@ -775,10 +775,17 @@ def test_trace_sends_and_shows_it_in_colour_on_a_terminal(
         thread = threading.Thread(target=answer)
         thread.start()
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-        command = ["trace", f"localhost:{listener.address[1]}", "--cafile", ca_file, "--send", r"a\tb\r\n"]
+        command = [
+            "trace",
+            f"localhost:{listener.address[1]}",
+            "--cafile",
+            ca_file,
+            "--send",
+            "a\\tb\\r\\n\udcff",
+        ]
         assert cli.main(command) == 0
         thread.join(DEADLINE)
-    assert received == [b"a\tb\r\n"]
+    assert received == [b"a\tb\r\n" + os.fsencode("\udcff")]
     shown = capsys.readouterr().out
     assert "ClientHello" in shown and "SSL_do_handshake" in shown
 
