@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return UNREAD
     except bridge.ConfigurationError as error:
         reason = str(error)
-    except bridge.BridgeError as error:
+    except (bridge.BridgeError, RuntimeError) as error:  # the latter if no more threads can be had
         return _complain(f"tls-bridge {arguments.command}: {type(error).__name__}: {error}", 1)
     except OSError as error:
         _let_go()

@@ -571,6 +571,16 @@ def test_a_demo_that_cannot_go_on_ends_with_status_1(
     assert err.count("\n") == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="how much memory there can be is the system's to say")
+@pytest.mark.parametrize("size", [2**40, 2**45])  # some threads can be had, or hardly one
+def test_a_demo_for_which_there_are_too_few_threads_says_so(size: int) -> None:
+    code = (
+        f"import sys, threading; threading.stack_size({size}); from bridge.cli import main; sys.exit(main())"
+    )
+    ended = run("demo", "--clients", "50", code=code)
+    assert (ended.returncode, ended.stderr) == (1, "tls-bridge demo: RuntimeError: can't start new thread\n")
+
+
 # ── the judges ──
 
 
