@@ -1035,7 +1035,8 @@ def test_unusable_sni(make: Callable[[], Any], words: list[str]) -> None:
         ("a.example", "a.example."),
         ("*.a.example", "x.a.example"),
         ("xn--bcher-kva.example", "bücher.example"),
-        ("xn--bcher-kva.example", "BÜCHER.example"),
+        ("xn--bcher-kva.example", "BÜCHER.example."),
+        ("xn--bcher-kva.example", "bücher。example。"),  # ideographic full stops (UTS 46, 2.3)
         ("xn--bcher-kva.example", "xn--bcher-kva.example"),
         ("192.0.2.1", "192.0.2.1"),
         ("2001:db8::1", "2001:db8::1"),
