@@ -408,6 +408,28 @@ def test_version_and_help() -> None:
     assert "--listen HOST:PORT" in ended.stdout
 
 
+@pytest.mark.parametrize("asked", ["--version", "--help"])
+def test_a_help_that_cannot_be_written_is_as_any_output(asked: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    outcomes = [(writer, (141, ""))]
+    if os.path.exists("/dev/full"):
+        said = "tls-bridge: error: No space left on device\n"
+        outcomes.append((os.open("/dev/full", os.O_WRONLY), (2, said)))
+    buffered = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONUNBUFFERED"}
+    for descriptor, outcome in outcomes:
+        with open(descriptor, "wb") as stdout:
+            ended = subprocess.run(
+                [sys.executable, "-m", "bridge", asked],
+                env=buffered,
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=DEADLINE,
+            )
+        assert (ended.returncode, ended.stderr) == outcome
+
+
 # ── demo ──
 
 
