@@ -512,7 +512,7 @@ class TLSEngine:
 
     def _not_tls(self, reason: str) -> NotTLS:
         spoken = _PLAIN_PROTOCOLS.get(self.first_bytes[:4].upper())
-        what = f"plain {spoken}" if spoken else "no TLS"
+        what = f"plain {spoken}" if spoken else "something else"
         side = (
             "the client speaks {} to this TLS port"
             if self._context.server_side
