@@ -588,7 +588,7 @@ DIALOGUES: dict[str, list[Turn]] = {
         "STARTTLS\r\n",
         b"220 go ahead\r\n",
     ],
-    "imap": [b"* OK ready\r\n", "a1 STARTTLS\r\n", b"* NOTE\r\na1 OK begin\r\n"],
+    "imap": [b"* ok ready\r\n", "a1 STARTTLS\r\n", b"* NOTE\r\na1 ok begin\r\n"],
     "pop3": [b"+OK ready\r\n", "STLS\r\n", b"+OK begin\r\n"],
     "ftp": [b"220-ftp\r\n hello\r\n220 ready\r\n", "AUTH TLS\r\n", b"234 begin\r\n"],
     "postgres": ["\0\0\0\x08\x04\xd2\x16\x2f", b"S"],
@@ -640,6 +640,15 @@ def test_starttls_leads_to_tls(
     status = cli.main(told(address, "--cafile", ca_file, "--starttls", protocol, "--json"))
     assert (status, json.loads(capsys.readouterr().out)["verified"]) == (0, True)
     assert results[0].result(DEADLINE) == b""
+
+
+@pytest.mark.parametrize("form", [b"<proceed xmlns='x'/>", b"<proceed xmlns='x'></proceed>"])
+def test_an_answer_in_xmpp_ends_with_its_element(form: bytes) -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        far.sendall(b"<features>urn:ietf:params:xml:ns:xmpp-tls</features>" + form + b"TLS")
+        starttls.negotiate("xmpp", near, "localhost", time.monotonic() + DEADLINE)
+        assert near.recv(10) == b"TLS"
 
 
 REFUSALS: dict[str, list[Turn]] = {
