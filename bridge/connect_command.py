@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from typing import Any
 
 from cryptography import x509
@@ -104,29 +103,30 @@ def _print(arguments: argparse.Namespace, facts: dict[str, Any]) -> None:
 
 
 def _converse(session: bridge.Session, linger: float) -> int:
-    said_all: Future[None] = Future()
-    threading.Thread(target=_speak, args=(session, said_all), name="stdin", daemon=True).start()
+    failures: list[OSError] = []
+    speaker = threading.Thread(target=_speak, args=(session, failures), name="stdin", daemon=True)
+    speaker.start()
     silence = 0.0
     while True:
-        if said_all.done():
-            said_all.result()  # or why it could not be read
         try:
             data = session.recv(timeout=0.5)
         except bridge.ReceiveTimeout:
-            silence = silence + 0.5 if said_all.done() and session.outbox.empty() else 0.0
-            if silence < linger:
-                continue
-            session.close()
-            return 0
+            data = b""
         except bridge.EndOfStream:
-            session.close()
-            return 0
-        silence = 0.0
+            break
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
+        quiet = not (data or speaker.is_alive()) and session.outbox.empty()
+        if failures:
+            raise failures[0]
+        silence = silence + 0.5 if quiet else 0.0
+        if quiet and silence >= linger:
+            break
+    session.close()
+    return 0
 
 
-def _speak(session: bridge.Session, said_all: Future[None]) -> None:
+def _speak(session: bridge.Session, failures: list[OSError]) -> None:
     try:
         # Not sys.stdin: a thread that waits there may not be left behind.
         while data := os.read(0, PIECE_BYTES):
@@ -135,9 +135,7 @@ def _speak(session: bridge.Session, said_all: Future[None]) -> None:
     except bridge.SessionEnded:
         pass  # who receives finds out why
     except OSError as error:
-        said_all.set_exception(OSError(error.errno, f"cannot read stdin: {error.strerror}"))
-        return
-    said_all.set_result(None)
+        failures.append(OSError(error.errno, f"cannot read stdin: {error.strerror}"))
 
 
 # Who it is.
