@@ -191,6 +191,7 @@ class Bridge(forks.Handle):
             server_hostname=name,
             timeouts=self._nearest_timeouts(timeouts),
             addresses=addresses,
+            awaited=deadline if wait else None,
             resume_key=(name, addresses[0][4]),
             peer=show_address(address),
         )

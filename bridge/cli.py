@@ -45,6 +45,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # help is there, if it was asked for
+        super().exit(status, message)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line *argv*, by default the process's, and return its exit status.
@@ -60,8 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["run"] and words[1:] not in (["-h"], ["--help"]):
         return _run(words[1:])  # whose options are not ours
     _prepare_streams()
-    arguments = _parser().parse_args(words)
+    name = "tls-bridge"
     try:
+        arguments = _parser().parse_args(words)
+        name = f"{name} {arguments.command}"
         status = _COMMANDS[arguments.command](arguments)
         sys.stdout.flush()
         return status
@@ -70,14 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return UNREAD
     except bridge.ConfigurationError as error:
         reason = str(error)
-    except bridge.BridgeError as error:
-        return _complain(f"tls-bridge {arguments.command}: {type(error).__name__}: {error}", 1)
+    except (bridge.BridgeError, RuntimeError) as error:  # the latter if no more threads can be had
+        return _complain(f"{name}: {type(error).__name__}: {error}", 1)
     except OSError as error:
         _let_go()
         reason = error.strerror or str(error)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
-    return _complain(f"tls-bridge {arguments.command}: error: {reason}", 2)
+    return _complain(f"{name}: error: {reason}", 2)
 
 
 def _complain(text: str, status: int) -> int:

@@ -512,7 +512,7 @@ class TLSEngine:
 
     def _not_tls(self, reason: str) -> NotTLS:
         spoken = _PLAIN_PROTOCOLS.get(self.first_bytes[:4].upper())
-        what = f"plain {spoken}" if spoken else "no TLS"
+        what = f"plain {spoken}" if spoken else "something else"
         shown, side = self.first_bytes, "the server speaks {}, not TLS"
         if self._context.server_side:  # of a client that may have begun with a password, a record's header
             shown, side = shown[:HEADER_BYTES], "the client speaks {} to this TLS port"

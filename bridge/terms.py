@@ -114,6 +114,8 @@ class Plan:
     timeouts: Timeouts
     sock: socket.socket | None = None
     addresses: tuple[Address, ...] = ()
+    awaited: float | None = None
+    """Until when somebody waits for it to open (monotonic), so that no address takes all of that time."""
     resume_key: Hashable | None = None
     peer: str = ""
     """The peer's address, as people write it."""

@@ -59,9 +59,7 @@ class Window:
         with contextlib.suppress(OSError):  # first: once nobody listens, a successor may have the path
             if os.path.samestat(os.lstat(self.path), self._place):
                 os.unlink(self.path)
-        with contextlib.suppress(
-            OSError
-        ):  # which wakes it likewise, on Linux, also if the path is another's by now
+        with contextlib.suppress(OSError):  # likewise, on Linux, if the path is another's by now
             self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._socket.close()

@@ -574,7 +574,7 @@ def test_adopt_after_a_dialogue_in_plain_text(
         (b"GET /index.html HTTP/1.1\r\nHost: localhost\r\n\r\n", "HTTP"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "SSH"),
         (b"EHLO client.example\r\n", "SMTP"),
-        (b"\x00\x01\x02\x03\x04\x05\x06\x07 who knows", "no TLS"),
+        (b"\x00\x01\x02\x03\x04\x05\x06\x07 who knows", "something else"),
     ],
     ids=["http", "ssh", "smtp", "garbage"],
 )
