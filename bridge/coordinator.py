@@ -412,15 +412,17 @@ class Coordinator:
         held = credit.kept
         if buffered != held:
             credit.keep(buffered)
+        settled = size if failure is None else 0
         if messages:
             share = (held + size - buffered) // len(messages)
             if share < MESSAGE_BYTES:
                 share = MESSAGE_BYTES
-            channel.inbox._deliver(channel.handle, messages, credit, size, share)
-        elif size:
-            credit.settle(size)  # part of a message: the codec bounds that, and only more input can end it
+            channel.inbox._deliver(channel.handle, messages, credit, settled, share)
+        elif settled:
+            credit.settle(settled)  # part of a message: the codec bounds that, and only more input can end it
         if failure is not None:
             self._refuse(channel, failure)
+            credit.settle(size)  # last, for from then on a receiver may come to the codec
 
     def _refuse(self, channel: Channel, error: BaseException) -> None:
         """The codec failed: that ends its own session, with its error as the cause."""

@@ -667,6 +667,37 @@ def test_a_codec_that_has_failed_is_not_asked_again(rig: Lockstep, contexts: Any
     assert codec.asked == [b"?", b"!"] and server._channel.credit.held() == 0
 
 
+@pytest.mark.parametrize("who", ["worker", "receiver"])
+def test_nor_while_its_failure_is_being_told(
+    who: str, rig: Lockstep, contexts: Any, background: Background
+) -> None:
+    """When what it has failed at counts as decoded, so that the next receiver may come to it."""
+
+    class Talkative(ValueError):
+        def __repr__(self) -> str:
+            with pytest.raises(bridge.ReceiveTimeout):
+                background.run(server.recv, SOON).result(PATIENCE)
+            return "not like this"
+
+    def fail_so() -> None:
+        client.send(b"after")
+        leave(rig, client)
+        raise Talkative
+
+    codec = Moody(fail_so)
+    client, server = moody_pair(rig, contexts, codec)
+    client.send(b"!")
+    if who == "receiver":
+        leave(rig, client)
+        with pytest.raises(bridge.ReceiveTimeout):
+            server.recv(SOON)
+        server._coordinator.step()
+    rig.until(lambda: is_closed(server))
+    with pytest.raises(bridge.CodecError, match="not like this"):
+        server.recv(PATIENCE)
+    assert codec.asked == [b"?", b"!"] and server._channel.credit.held() == 0
+
+
 def test_an_interrupted_receiver_whose_codec_fails_hears_of_the_end(contexts: Any) -> None:
     for number in itertools.count():
         with Lockstep() as rig:
