@@ -24,7 +24,7 @@ from bridge import events
 from bridge.codecs import Codec
 from bridge.crossing import Gate, Latch, Mailbox, let_go, nobody
 from bridge.engine import SessionInfo
-from bridge.errors import CodecError, EndOfStream, SessionAborted, SessionClosed, SessionEnded, fresh
+from bridge.errors import CodecError, EndOfStream, SessionAborted, SessionClosed, SessionEnded, fresh, words
 from bridge.inbox import Inbox, ReadCredit, SessionInbox
 from bridge.limits import RECORD_BYTES
 from bridge.outbox import Outbox
@@ -356,8 +356,8 @@ class Coordinator:
             worker.post_all(commands)
 
     def _fail(self, channel: Channel, error: BaseException) -> None:
-        events.warning("coordinator.failed", session=channel.name, error=repr(error))
-        failure = SessionAborted(f"internal error: {error!r}")
+        events.warning("coordinator.failed", session=channel.name, error=words(error, repr))
+        failure = SessionAborted(f"internal error: {words(error, repr)}")
         failure.__cause__ = error
         self._command(channel, "conclude", failure)
 
@@ -429,7 +429,7 @@ class Coordinator:
         if isinstance(error, CodecError):
             failure = fresh(error)
         else:  # a user's codec
-            failure = CodecError(f"the codec failed: {error!r}")
+            failure = CodecError(f"the codec failed: {words(error, repr)}")
             failure.__cause__ = error.with_traceback(None)
         channel.outbox.close(failure)
         self._end(channel, failure)

@@ -44,6 +44,7 @@ import queue
 import socket
 import ssl
 import sys
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 if sys.version_info >= (3, 13):
@@ -202,10 +203,10 @@ def forget_frames(error: BaseException | None) -> None:
             chain += (error.__cause__, error.__context__)
 
 
-def words(error: BaseException) -> str:
+def words(error: BaseException, say: Callable[[object], str] = str) -> str:
     """What *error* says, also if it is of a user's class and fails to say it."""
     try:
-        return str(error)
+        return say(error)
     except Exception:
         return f"an unprintable {type(error).__name__}"
 

@@ -183,6 +183,26 @@ def test_a_codec_that_raises_ends_its_own_session_only(pair: Pair, logs: list[An
     assert not [entry for entry in logs if entry["event"] in ("worker.failed", "coordinator.failed")]
 
 
+class Nameless(Exception):
+    """An error that cannot be told, nor why."""
+
+    def __repr__(self) -> str:
+        raise Nameless
+
+
+def test_also_if_its_error_cannot_be_told(pair: Pair) -> None:
+    class Broken(codecs.Raw):
+        def decode(self, data: bytes) -> list[bytes]:
+            raise Nameless
+
+    others = pair()
+    client, server = pair(codecs.Raw, Broken)
+    client.send(b"x")
+    with pytest.raises(bridge.CodecError, match="the codec failed: an unprintable Nameless"):
+        server.recv(PATIENCE)
+    assert_alive(others)
+
+
 class Wrapper:
     """A codec by delegation: its class has no method of one."""
 
