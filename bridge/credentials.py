@@ -45,7 +45,8 @@ Password = str | bytes | Callable[[], str | bytes]
 
 _BEGIN_CERTIFICATE = re.compile(rb"-----BEGIN (X509 |TRUSTED )?CERTIFICATE-----")
 _TRUSTED = b"-----BEGIN TRUSTED CERTIFICATE-----"
-_CUT_OFF = re.compile(rb"-----BEGIN (?!.*?-----END [^-]+-----)", re.DOTALL)
+_EDGE = re.compile(rb"(?<![^-\r\n])[ \t]*-----(BEGIN |END [^\r\n]+?-----)")
+"""Where a block begins or ends: on a line of its own, or where somebody has joined two files without one."""
 _PRIVATE_KEY = re.compile(rb"-----BEGIN (([A-Z0-9]+ )*PRIVATE KEY)-----.*?-----END \1-----", re.DOTALL)
 _HASHED_NAME = re.compile(r"[0-9a-f]{8}\.\d+")
 _DEFAULT_DIRECTORIES = os.pathsep.join({ssl.get_default_verify_paths().openssl_capath, "/etc/ssl/certs"})
@@ -109,7 +110,7 @@ def _parse(pem: bytes, name: str) -> list[x509.Certificate]:
             f"{name} holds a TRUSTED CERTIFICATE, a form of OpenSSL's own, which is only read from a file whose path"
             " is given as cafile; `openssl x509 -in FILE` prints it as an ordinary one"
         )
-    if _CUT_OFF.search(pem):  # cryptography would pass over it, and so over the rest of a chain
+    if _EDGE.findall(pem)[-1:] == [b"BEGIN "]:  # cryptography would pass over the rest of a chain
         raise ConfigurationError(f"{name} is cut off: what its last '-----BEGIN' line begins does not end")
     try:
         return x509.load_pem_x509_certificates(pem)

@@ -650,10 +650,11 @@ def test_a_key_that_is_not_the_certificate_s(tmp_path: Path) -> None:
         server_context([other, certificate], key)
 
 
+@pytest.mark.parametrize("between", [b"\n", b"", b"\r\n  "])
 @pytest.mark.parametrize("last", [b"-----BEGIN C", b"CERTIFICATE-----\nMII", b"\n-----END CERTIFICATE----"])
-def test_a_file_half_written_is_refused(tmp_path: Path, last: bytes) -> None:
+def test_a_file_half_written_is_refused(tmp_path: Path, last: bytes, between: bytes) -> None:
     certificate, key = self_signed()
-    whole = to_pem(certificate) + to_pem(self_signed(name="b.example")[0])
+    whole = to_pem(certificate).strip() + between + to_pem(self_signed(name="b.example")[0])
     half = whole[: whole.rindex(last) + len(last)]
     unusable: list[Callable[[], Context]] = [
         lambda: server_context(as_file(tmp_path, half), key),
@@ -663,6 +664,21 @@ def test_a_file_half_written_is_refused(tmp_path: Path, last: bytes) -> None:
     for make in unusable:
         with pytest.raises(ConfigurationError, match="cut off"):
             make()
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        b"# more may follow, each from its -----BEGIN CERTIFICATE----- line on\n",
+        b"-----BEGIN X-Y-----\nAAAA\n-----END X-Y-----\n",
+        b"-----BEGIN EC PARAMETERS-----\r\nBggqhkjOPQMBBw==\r\n-----END EC PARAMETERS-----\r\n",
+    ],
+    ids=["a comment", "a label with a hyphen", "parameters"],
+)
+def test_what_stands_behind_a_whole_certificate_is_not_half_written(behind: bytes) -> None:
+    certificate, key = self_signed()
+    client_context(to_pem(certificate) + behind)
+    server_context(to_pem(certificate) + behind, key)
 
 
 def test_a_trusted_certificate_is_read_from_the_path_of_a_cafile_and_refused_elsewhere(
