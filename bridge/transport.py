@@ -323,36 +323,37 @@ class Transport:
         """The next record if it is there and plain data; ``b""`` if it was anything else, which has been dealt with.
 
         With ONE_RECORD for *size* (`bridge.connection`), one record of whatever kind, and the kernel still has what is
-        behind it.
+        behind it.  On the detour, which may read on, data is told as in any turn, and ``b""`` the answer.
         """
-        engine, read, data = self._engine, self._read, b""
+        engine, read = self._engine, self._read
         assert engine is not None
         try:
-            answer = engine.read(size)
-            if not answer or type(answer) is not bytes:
-                self._read_no_data(answer)
+            data = engine.read(size)
+            if not data or type(data) is not bytes:
+                self._read_no_data(data)
             else:
-                data = answer
                 size = len(data)
                 self.received += size
                 self.answerable = True
                 read.want, read.since = READ, time.monotonic()
                 self.heard = read.since
                 read.ready = size == RECORD_BYTES
+                if self._idle is not None:
+                    self.now = read.since
+                    self._touch()
                 if not engine.on_detour:
                     self.mask = NOTHING if read.ready else READ
-                    if self._idle is not None:
-                        self.now = read.since
-                        self._touch()
                     return data
                 read.ready |= engine.has_more()
+                self.credit.spend(size)
+                self._tell(Told.DATA, data)
         except SessionEnded as error:
             self.end(error)
         if engine.on_detour and self._exchanging:
             self.step(time.monotonic())  # to bring out what the read had to say
         else:
             self._settle()
-        return data
+        return b""
 
     def _read_no_data(self, answer: bytes | Want) -> None:
         """A read in a short turn answered with a want, or with the peer's close_notify."""
