@@ -14,7 +14,6 @@ import errno
 import functools
 import os
 import socket
-import ssl
 import sys
 from collections.abc import Callable, Sequence
 from typing import IO, Any, Literal
@@ -25,7 +24,7 @@ from cryptography.x509 import ocsp
 from OpenSSL import SSL, crypto
 
 from bridge import forks
-from bridge.errors import CertificateError, ConfigurationError, SessionEnded, TLSError
+from bridge.errors import CertificateError, ConfigurationError, SessionEnded, TLSError, tls_error
 from bridge.names import ADDRESS_MISMATCH, HOST_MISMATCH, PeerName, peer_certificate, refusal
 from bridge.record import Record
 
@@ -372,9 +371,7 @@ def log_key(write: Callable[[bytes], object], connection: SSL.Connection, line: 
 
 
 def _tls_error(what: str, cause: BaseException) -> TLSError:
-    error = TLSError(ssl.SSL_ERROR_SSL, f"[SSL: CALLBACK_FAILED] {what} {type(cause).__name__}: {cause}")
-    error.reason, error.library = "CALLBACK_FAILED", "SSL"
-    return error
+    return tls_error("CALLBACK_FAILED", f"{what} {type(cause).__name__}: {cause}")
 
 
 # Key log (the format of SSLKEYLOGFILE, RFC 9850).

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import os
 import socket
-import ssl
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Literal, NoReturn
@@ -43,7 +42,7 @@ from bridge.connection import (
     staple,
 )
 from bridge.credentials import Certificates, Key, Password, announce, load_identity, load_trust, reasons
-from bridge.errors import ConfigurationError, TLSError, fresh
+from bridge.errors import ConfigurationError, fresh, tls_error
 from bridge.names import PeerName, dns_name, peer_certificate, refusal
 from bridge.record import Record
 
@@ -250,7 +249,7 @@ class Context(forks.Handle):
             if record.error is not None:
                 raise fresh(record.error)
             if self._routes and self._routes.find(connection.get_servername(), self) is not record.routed:
-                raise TLSError(ssl.SSL_ERROR_SSL, "the session was not given the context of its server name")
+                raise tls_error("CALLBACK_FAILED", "the session was not given the context of its server name")
             if record.to_be_remembered:
                 record.before_tickets = connection.get_session()
         if self.server_side or not self.check_hostname or server_hostname is None:

@@ -64,7 +64,7 @@ from OpenSSL import SSL
 
 from bridge.connection import tls_unique
 from bridge.context import Context
-from bridge.errors import NotTLS, PeerReset, SessionEnded, TLSError, Truncated, fresh
+from bridge.errors import NotTLS, PeerReset, SessionEnded, TLSError, Truncated, fresh, tls_error
 from bridge.limits import RECORD_BYTES
 from bridge.names import peer_certificate, presented_chain
 from bridge.poll import Want
@@ -506,11 +506,9 @@ class TLSEngine:
         reason = (reasons and reasons[0]) or "unknown error"  # such as an alert that has no name
         if name == "handshake" and self.first_bytes and self.first_bytes[0] not in _TLS_CONTENT_TYPES:
             return self._not_tls(reason)
-        translated = TLSError(1, f"[SSL: {_constant(reason)}] {reason} ({during})")
-        translated.reason, translated.library = _constant(reason), "SSL"
-        return translated
+        return tls_error(_constant(reason), f"{reason} ({during})")
 
-    def _not_tls(self, reason: str) -> NotTLS:
+    def _not_tls(self, reason: str) -> TLSError:
         spoken = _PLAIN_PROTOCOLS.get(self.first_bytes[:4].upper())
         what = f"plain {spoken}" if spoken else "no TLS"
         side = (
@@ -518,12 +516,8 @@ class TLSEngine:
             if self._context.server_side
             else "the server speaks {}, not TLS"
         )
-        error = NotTLS(
-            1,
-            f"[SSL: {_constant(reason)}] {side.format(what)}; its first bytes are {self.first_bytes!r} ({reason})",
-        )
-        error.reason, error.library = _constant(reason), "SSL"
-        return error
+        text = f"{side.format(what)}; its first bytes are {self.first_bytes!r} ({reason})"
+        return tls_error(_constant(reason), text, NotTLS)
 
 
 @functools.lru_cache(256)

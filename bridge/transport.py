@@ -67,6 +67,7 @@ from bridge.errors import (
     Truncated,
     WriteStalled,
     forget_frames,
+    tls_error,
 )
 from bridge.limits import RECORD_BYTES
 from bridge.poll import NOTHING, READ, Want
@@ -800,8 +801,8 @@ class Transport:
         if self._sent_close:
             self._complete()
         elif self._engine is not None and self._engine.mid_handshake():
-            raise TLSError(
-                1,
+            raise tls_error(
+                "CLOSE_NOTIFY",
                 "the peer closed the session in the middle of a renegotiation: nothing can be sent any more",
             )
 

@@ -978,8 +978,9 @@ def test_a_session_that_missed_its_routing_is_refused() -> None:
     a, b = Ours(client(), "b.example"), Ours(outer)
     meet(a, b)
     b.record.routed = outer
-    with pytest.raises(TLSError, match="server name"):
+    with pytest.raises(TLSError, match="server name") as caught:
         outer.verify(b.connection, None)
+    assert caught.value.reason == "CALLBACK_FAILED"
 
 
 @pytest.mark.parametrize(
