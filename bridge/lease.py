@@ -245,8 +245,7 @@ class Lease:
 
     def give_up(self, why: SessionEnded) -> None:
         """End the session, which no worker attends to any more: whoever leaves it last buries it."""
-        for _ in range(2):  # once to end it, once more to end its lingering
-            self._caretaker.end(why)
+        self._caretaker.end(why, linger=False)
         self.attended = False
         self.leave()
 
@@ -344,9 +343,9 @@ class Caretaker:
             self._collect()
         return True
 
-    def end(self, cause: SessionEnded) -> None:
-        """The bridge is closed, or there was a bug: at once, whoever is in the middle of a call."""
-        self._transport.end(cause)
+    def end(self, cause: SessionEnded, *, linger: bool = True) -> None:
+        """The bridge is closed, or there was a bug: the end, whoever is in the middle of a call."""
+        self._transport.end(cause, linger=linger)
         self._lease.closing = True
         self._lease.ring()
 

@@ -852,7 +852,7 @@ class Transport:
             cause = SessionClosed("this side closed the session")
         self._finish(cause)
 
-    def end(self, cause: SessionEnded, linger: bool = True) -> None:
+    def end(self, cause: SessionEnded, *, linger: bool = True) -> None:
         """The bad end: *cause* becomes the session's cause, unless it has one already, or the peer has said why."""
         if isinstance(cause, PeerReset) and self._talks() and self._aim < Aim.UNWRAP:
             try:
