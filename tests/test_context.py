@@ -1772,17 +1772,6 @@ def test_threads_that_read_one_after_another_share_a_buffer(monkeypatch: pytest.
     assert len(buffers) == 1
 
 
-def test_without_pyopenssl_s_private_names_all_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_get_error", "_lib", "_read", "_write"):
-        monkeypatch.setattr(connection_module, name, None)
-    context, peer = client(), server(client_ca=CLIENT_CA.cert_pem.bytes(), client_cert="optional")
-    a, b = Ours(context, "a.example"), Ours(peer)
-    meet(a, b)
-    assert not a.resumed
-    error = refused(Ours(context, "a.example"), Ours(server_context(pem(leaf("a.example", ca=OTHER_CA)))))
-    assert "verification error 20" in str(error)
-
-
 def test_a_refusal_is_a_session_s_end() -> None:
     error, _ = pump(Ours(client(), "b.example"), Ours(server()))
     assert isinstance(error, SessionEnded)
