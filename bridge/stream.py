@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from bridge import forks
 from bridge.connection import ONE_RECORD
-from bridge.crossing import Latch, let_go
+from bridge.crossing import Latch, deadline_after, let_go
 from bridge.engine import SessionInfo
 from bridge.errors import (
     BridgeError,
@@ -328,7 +328,7 @@ class Stream(forks.Handle):
     def peek(self, size: int, timeout: float | None = None) -> bytes:
         """As `read`, and the bytes stay."""
         _check(timeout, size)
-        give_up = None if timeout is None else time.monotonic() + timeout
+        give_up = deadline_after(timeout)
         if not self._received.parts and not self._await_bytes(timeout, give_up):
             return b""
         return self._received.peek(size)
@@ -583,7 +583,7 @@ class Stream(forks.Handle):
 
     @_leased
     def _unwrap(self, timeout: float | None) -> tuple[socket.socket, bytes]:
-        give_up = None if timeout is None else time.monotonic() + timeout
+        give_up = deadline_after(timeout)
         self._open(timeout)
         received = self._received
         received.asking += 1
