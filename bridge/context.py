@@ -100,6 +100,7 @@ class Context(forks.Handle):
     """The protocols spoken over TLS, most preferred first (RFC 7301)."""
     _routes: Routes | None
     _versions: tuple[int, int] | None
+    """None if *raw* is a user's own."""
     _options: int
     _name_required: bool
     _staple_wanted: bool
@@ -116,7 +117,6 @@ class Context(forks.Handle):
         routes: Routes | None = None,
         versions: tuple[int, int] | None = None,
         options: int = 0,
-        ours: bool = False,
         staple_wanted: bool = False,
         resumption: bool = True,
     ) -> None:
@@ -130,7 +130,7 @@ class Context(forks.Handle):
         put("_routes", routes)
         put("_versions", versions)
         put("_options", options)
-        put("_name_required", ours and check_hostname)
+        put("_name_required", versions is not None and check_hostname)
         put("_staple_wanted", staple_wanted)
         put("_sessions", _Sessions(REMEMBERED_SESSIONS) if resumption and not server_side else None)
 
@@ -466,7 +466,6 @@ def server_context(
         routes=routes,
         versions=versions,
         options=options,
-        ours=True,
     )
 
 
@@ -538,7 +537,6 @@ def client_context(
         alpn=tuple(alpn),
         versions=versions,
         options=options,
-        ours=True,
         staple_wanted=ocsp_check is not None,
         resumption=resumption,
     )
