@@ -37,7 +37,6 @@ from bridge.connection import (
     ocsp_response,
     same_session,
     select_alpn,
-    session_reused,
     session_size,
     staple,
 )
@@ -263,10 +262,6 @@ class Context(forks.Handle):
         """HostnameMismatch unless *certificate* is for *server_hostname*.  Any thread."""
         PeerName.parse(server_hostname).check(certificate)
 
-    def verifies(self, connection: SSL.Connection) -> bool:
-        """Whether *connection*'s peer is verified, by the context that SNI chose.  Its owner's thread."""
-        return bool(connection.get_verify_mode() & SSL.VERIFY_PEER)
-
     def remember(self, connection: SSL.Connection, resume_key: Hashable) -> None:
         """Keep *connection*'s newest session for the next one with *resume_key*.  Its owner's thread.
 
@@ -285,13 +280,6 @@ class Context(forks.Handle):
         if session_size(session) > MOST_SESSION_BYTES:
             return
         self._sessions.put(resume_key, session, once)
-
-    def resumed(self, connection: SSL.Connection) -> bool:
-        """Whether the handshake resumed an earlier session.  The connection's owner's thread.
-
-        SSL_session_reused(3), which pyOpenSSL does not offer; False where `cryptography` lacks it too.
-        """
-        return session_reused(connection)
 
     def take_over(self, connection: SSL.Connection, record: Record) -> None:
         """Make this context's rules *connection*'s, in the SNI callback.

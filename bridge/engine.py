@@ -62,7 +62,7 @@ from typing import Any, TypeVar
 from cryptography import x509
 from OpenSSL import SSL
 
-from bridge.connection import tls_unique
+from bridge.connection import session_reused, tls_unique
 from bridge.context import Context
 from bridge.errors import NotTLS, PeerReset, SessionEnded, TLSError, Truncated, fresh, tls_error
 from bridge.limits import RECORD_BYTES
@@ -310,11 +310,8 @@ class TLSEngine:
         name = connection.get_servername()
         alpn = connection.get_alpn_proto_negotiated()
         certificate = peer_certificate(connection)
-        chain = (
-            connection.get_verified_chain(as_cryptography=True)
-            if self._context.verifies(connection)
-            else None
-        )
+        verified = connection.get_verify_mode() & SSL.VERIFY_PEER  # by the context that SNI chose
+        chain = connection.get_verified_chain(as_cryptography=True) if verified else None
         return SessionInfo(
             version=version,
             cipher=sys.intern(connection.get_cipher_name() or ""),
@@ -324,7 +321,7 @@ class TLSEngine:
             verified_chain=tuple(chain or ()),
             server_name=_as_text(name) if name else server_hostname,
             peername=peername,
-            resumed=self._context.resumed(connection),
+            resumed=session_reused(connection),
             presented_chain=presented_chain(connection, certificate),
             tls_unique=tls_unique(connection, self._context.server_side),
             cipher_version=sys.intern(connection.get_cipher_version() or ""),
