@@ -331,7 +331,9 @@ class Transport:
         try:
             data = engine.read(size)
             if not data or type(data) is not bytes:
-                self._read_no_data(data)
+                self._no_data(data)
+                if self._peer_closed:
+                    self._on_peer_closed()
             else:
                 size = len(data)
                 self.received += size
@@ -355,18 +357,6 @@ class Transport:
         else:
             self._settle()
         return b""
-
-    def _read_no_data(self, answer: bytes | Want) -> None:
-        """A read in a short turn answered with a want, or with the peer's close_notify."""
-        if isinstance(answer, Want):
-            self._read.wait_for(answer)
-            return
-        self._peer_closed = True
-        self._read.rest()
-        try:
-            self._on_peer_closed()
-        except SessionEnded as error:
-            self.end(error)
 
     def has_input(self) -> bool:
         """Whether the kernel holds anything that the peer has said, its end aside.  Raises as `write_at_once`."""
@@ -680,12 +670,8 @@ class Transport:
         assert engine is not None
         while room > 0 and self._read_left > 0:
             data = engine.read(RECORD_BYTES)
-            if isinstance(data, Want):
-                self._read.wait_for(data)
-                break
-            if not data:
-                self._peer_closed = True
-                self._read.rest()
+            if isinstance(data, Want) or not data:
+                self._no_data(data)
                 break
             received.append(data)
             size = len(data)
@@ -697,6 +683,14 @@ class Transport:
         else:
             return
         self._input_was_consumed()
+
+    def _no_data(self, answer: bytes | Want) -> None:
+        """What a read has answered with instead: a want, or the peer's close_notify."""
+        if isinstance(answer, Want):
+            self._read.wait_for(answer)
+        else:
+            self._peer_closed = True
+            self._read.rest()
 
     def _room(self) -> int:
         """How many bytes may be read in this turn; a record more does no harm."""
