@@ -32,6 +32,7 @@ from bridge.errors import (
 from bridge.lease import Lease
 from bridge.limits import RECORD_BYTES, check_timeout
 from bridge.poll import Want, hang_up_watch
+from bridge.states import State
 from bridge.terms import CloseReport, Ending, Plan, Told
 from bridge.totals import Account
 from bridge.transport import Transport
@@ -49,6 +50,8 @@ AT_ONCE = 0.001
 LEAVING_SECONDS = 1.0
 """How long a socket that is handed back may wait for the worker's next step."""
 ANYTHING = Want.READ | Want.WRITE
+_DRAINING = State.DRAINING
+"""By a name of its own, for where speed counts."""
 _TOO_LATE = "The write operation timed out"
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -413,7 +416,7 @@ class Stream(forks.Handle):
                     for piece in (
                         (data,) if type(data) is bytes and 0 < len(data) <= PIECE_BYTES else _pieces(data)
                     ):
-                        if not transport.quiet or transport.draining or lease.closing:
+                        if not transport.quiet or transport.state is _DRAINING or lease.closing:
                             self._ready_to_write(_left(give_up))
                         try:
                             self._hand_over(piece)
@@ -529,7 +532,7 @@ class Stream(forks.Handle):
     def _check_writable(self) -> None:
         if self._ending is not None:
             raise fresh(self._ending.cause)
-        if self._lease.closing or self._transport.draining:
+        if self._lease.closing or self._transport.state is _DRAINING:
             raise SessionClosed("this side has closed its half of the session")
 
     # Ends.

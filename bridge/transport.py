@@ -152,7 +152,6 @@ class Transport:
         "cause",
         "credit",
         "deadline",
-        "draining",
         "finished",
         "heard",
         "lock",
@@ -192,7 +191,6 @@ class Transport:
         self.again = False
         self.opening = True  # not open yet, and not over
         self.quiet = False  # nothing but reading is under way
-        self.draining = False  # this side has said, or is about to say, close_notify
         self.deadline: float | None = None
         self.finished = False
         self.retired: list[socket.socket] = []
@@ -434,10 +432,6 @@ class Transport:
         """The newest session that a later connection could resume."""
         return None if self._engine is None else self._engine.session()
 
-    def pending(self) -> int:
-        """Decrypted bytes that are still inside OpenSSL."""
-        return 0 if self._engine is None else self._engine.pending()
-
     def _advance(self) -> None:
         if self._exchanging:
             self._exchange()
@@ -559,7 +553,6 @@ class Transport:
 
     def _start_draining(self) -> None:
         self._move(State.DRAINING, self._aim.call)
-        self.draining = True
         self._shutdown.ready = True
 
     # Connecting and shaking hands.
@@ -1071,13 +1064,14 @@ class Transport:
 
     def stalled(self, turns: int, whose: str) -> None:
         """After so many *turns* in vain: end, and log where it stood."""
+        engine = self._engine
         seen = self.describe() | {
             "ready": [name for name, one in zip(_CALLS, self._operations, strict=True) if one.ready],
             "mask": self.mask,
             "again": self.again,
             "quiet": self.quiet,
-            "inside": self.pending(),
-            "on_detour": self._engine is not None and self._engine.on_detour,
+            "inside": 0 if engine is None else engine.pending(),
+            "on_detour": engine is not None and engine.on_detour,
             "chunk": 0 if self._chunk is None else len(self._chunk),
             "chunks": len(self._chunks),
         }
