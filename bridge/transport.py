@@ -7,10 +7,10 @@ either ready to be called, or waits for a want.  A step calls whatever is ready,
 shutdown, until nothing is.  The poll mask is the sum of the wants; an event readies the operations it was
 wanted for.
 
-The one rule that is easy to miss: an operation that made progress *after having waited* may have swallowed
-the very bytes another one waits for.  (TLS 1.2: the server renegotiates; our write wants to read; our read
-consumes the server's handshake bytes, finds no data and wants to read too.  Now the socket is silent and
-the write would succeed at once.)  So such progress readies all others, and the step goes on.
+The one rule that is easy to miss: a read may swallow the very bytes another operation waits for.  (TLS 1.2: the
+server renegotiates; our write wants to read; our read consumes the server's handshake bytes, finds no data and
+wants to read too.  Now the socket is silent and the write would succeed at once.)  So a read that has come to its
+end, with data or without, readies all others that want to read, and the step goes on.
 
 Reading stops a step early for three reasons: its budget is used up (fairness: the step asks for another
 turn), the application's credit is (the read stays ready and costs nothing until credit returns), or the
