@@ -24,7 +24,8 @@ calling thread or its worker, for the length of a turn; never two (see `bridge.l
 Owners lend what is theirs to whoever is there, for one turn and under a lock, because a hand-over to a thread that
 sleeps costs more than the work: a worker handles what it has read itself if the coordinator has nothing to do
 (`Coordinator.hand_over`), a thread that sends an answer or a large message writes it itself if its session is at rest
-(`Channel.answer`), and one that waits for a message then reads it itself (`Channel.attend`).
+(`Channel.answer`), and one that waits for a message then reads it itself (`Channel.attend`): it comes to the codec with
+its session locked and all that was read before decoded, and so alone.
 
 Three rules: everything mutable has one owner, and what crosses is frozen and goes through a queue; only
 application threads wait for room; no correctness rests on the GIL.

@@ -35,6 +35,7 @@ from bridge.errors import (
     LimitExceeded,
     OperationTimeout,
     SessionClosed,
+    words,
 )
 from bridge.inbox import Inbox, ReadCredit, SessionInbox
 from bridge.limits import Limits, Timeouts, check_timeout
@@ -104,6 +105,7 @@ class Snapshot:
     wants: dict[tuple[str, str], int]
     """How often OpenSSL answered each call with each want, over all sessions that have ended or live."""
     inbox_bytes: int
+    """Of these sessions, and, to within 4 KB each, of those that have ended and not all of which is taken yet."""
     outbox_bytes: int
     listeners: tuple[ListenerSnapshot, ...] = ()
 
@@ -189,6 +191,7 @@ class Bridge(forks.Handle):
             server_hostname=name,
             timeouts=self._nearest_timeouts(timeouts),
             addresses=addresses,
+            awaited=deadline if wait else None,
             resume_key=(name, addresses[0][4]),
             peer=show_address(address),
         )
@@ -346,7 +349,9 @@ class Bridge(forks.Handle):
         forks.check(self._born)
         now = time.monotonic()
         sessions = []
-        seen = [(c.name, c.worker.name, c.transport.describe()) for c in self._channels]
+        channels = list(self._channels)
+        left_behind = self._inbox_tally.used - sum(c.credit.reported + c.credit.kept for c in channels)
+        seen = [(c.name, c.worker.name, c.transport.describe()) for c in channels]
         seen += [(stream.name, stream.worker, stream.describe()) for stream in self._streams]
         for name, worker, doing in seen:
             seconds = max(0.0, now - doing.pop("since"))
@@ -355,7 +360,7 @@ class Bridge(forks.Handle):
             sessions=tuple(sessions),
             workers=tuple(worker.name for worker in self._workers),
             wants=self.totals().wants,
-            inbox_bytes=sum(session.inbox_bytes for session in sessions),
+            inbox_bytes=sum(session.inbox_bytes for session in sessions) + max(0, left_behind),
             outbox_bytes=sum(session.outbox_bytes for session in sessions),
             listeners=tuple(
                 ListenerSnapshot(show_address(one.address), one.handshakes.used, one.waiting())
@@ -407,10 +412,7 @@ class Bridge(forks.Handle):
             listener.close()
         channels, streams = self._channels.seal(), self._streams.seal()
         for channel in channels:
-            if politely:
-                self._coordinator.close(channel, timeout)
-            else:
-                self._coordinator.hang_up(channel, timeout)
+            self._coordinator.close(channel, timeout, politely)
         for stream in streams:
             stream.close(timeout, politely)
         if self._crew.serves():
@@ -538,7 +540,7 @@ class Bridge(forks.Handle):
                 address=show_address(listener.address),
                 peer=plan.peer,
                 cause=type(error).__name__,
-                error=str(error),
+                error=words(error),
             )
             assert plan.sock is not None
             plan.sock.close()

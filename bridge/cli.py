@@ -45,6 +45,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # help is there, if it was asked for
+        super().exit(status, message)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line *argv*, by default the process's, and return its exit status.
@@ -60,8 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["run"] and words[1:] not in (["-h"], ["--help"]):
         return _run(words[1:])  # whose options are not ours
     _prepare_streams()
-    arguments = _parser().parse_args(words)
+    name = "tls-bridge"
     try:
+        arguments = _parser().parse_args(words)
+        name = f"{name} {arguments.command}"
         status = _COMMANDS[arguments.command](arguments)
         sys.stdout.flush()
         return status
@@ -70,14 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return UNREAD
     except bridge.ConfigurationError as error:
         reason = str(error)
-    except bridge.BridgeError as error:
-        return _complain(f"tls-bridge {arguments.command}: {type(error).__name__}: {error}", 1)
+    except (bridge.BridgeError, RuntimeError) as error:  # the latter if no more threads can be had
+        return _complain(f"{name}: {type(error).__name__}: {error}", 1)
     except OSError as error:
         _let_go()
         reason = error.strerror or str(error)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
-    return _complain(f"tls-bridge {arguments.command}: error: {reason}", 2)
+    return _complain(f"{name}: error: {reason}", 2)
 
 
 def _complain(text: str, status: int) -> int:
@@ -241,7 +247,7 @@ def _run_script(path: str, program: types.ModuleType, safe: bool) -> int:
 def _top(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(window.look(arguments.path), indent=2))
-    elif sys.stdout.isatty() and _has_rich():
+    elif _is_lively():
         top.watch(arguments.path, arguments.every)
     else:
         print(top.plain(window.look(arguments.path)))
@@ -306,7 +312,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         tls=arguments.tls,
         seed=arguments.seed,
     )
-    live = sys.stdout.isatty() and _has_rich()
+    live = _is_lively()
     if not arguments.json:
         print(_headline(plan), flush=True)
     with demo.Run(plan) as run:
@@ -324,12 +330,14 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0 if result.ok else 1
 
 
-def _has_rich() -> bool:
+def _is_lively() -> bool:
+    """Whether stdout is a terminal, and one on which `rich`, if it is there, draws again where it has drawn."""
     try:
-        import rich  # noqa: F401
+        from rich.console import Console
     except ImportError:
         return False
-    return True
+    console = Console()
+    return sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
 
 
 def _watch_plainly(run: demo.Run) -> None:

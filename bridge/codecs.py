@@ -43,8 +43,8 @@ class Codec(Protocol[M]):
     """Decodes and encodes the messages, of type *M*, of one session.
 
     Threads: `decode` and `eof` are called by the coordinator, or by a worker or a receiver in its place, and never
-    by two at a time, so they need no lock.  `encode` is called by any application thread, by several at once, and while
-    `decode` runs: it must not touch what `decode` changes.  None of them may wait.
+    by two at a time, so they need no lock; what sessions share needs one.  `encode` is called by any application
+    thread, by several at once, and while `decode` runs, whose state it must not touch.  None of them may wait.
 
     An exception out of `decode` or `eof` ends this session, and only this one, with a `bridge.CodecError`.
 

@@ -25,8 +25,9 @@ QUIET_SECONDS = 2.0
 
 STATUSES = (
     "exit status: 0 connected, and ended cleanly; 1 ended badly after the handshake; 2 unusable arguments or"
-    " files; 3 no TCP connection; 4 the peer refused STARTTLS; 5 its certificate was refused; 6 the handshake"
-    " failed otherwise, or the peer refused us; 130 interrupted; 141 nobody reads stdout any more"
+    " files, or stdin or stdout failed; 3 no TCP connection; 4 the peer refused STARTTLS; 5 its certificate was"
+    " refused; 6 the handshake failed otherwise, or the peer refused us; 130 interrupted; 141 nobody reads stdout"
+    " any more"
 )
 
 
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do it; the exit status.  ConfigurationError for unusable arguments, OSError of stdout and stderr."""
+    """Do it; the exit status.  ConfigurationError for unusable arguments, OSError of the standard streams."""
     where, settled = show_address(arguments.address), False
     try:
         with bridge.Bridge(workers=1) as b, open_session(b, arguments) as session:
@@ -102,37 +103,39 @@ def _print(arguments: argparse.Namespace, facts: dict[str, Any]) -> None:
 
 
 def _converse(session: bridge.Session, linger: float) -> int:
-    said_all = threading.Event()
-    threading.Thread(target=_speak, args=(session, said_all), name="stdin", daemon=True).start()
+    failures: list[OSError] = []
+    speaker = threading.Thread(target=_speak, args=(session, failures), name="stdin", daemon=True)
+    speaker.start()
     silence = 0.0
     while True:
         try:
             data = session.recv(timeout=0.5)
         except bridge.ReceiveTimeout:
-            silence = silence + 0.5 if said_all.is_set() else 0.0
-            if silence < linger:
-                continue
-            session.close()
-            return 0
+            data = b""
         except bridge.EndOfStream:
-            session.close()
-            return 0
-        silence = 0.0
+            break
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
+        quiet = not (data or speaker.is_alive()) and session.outbox.empty()
+        if failures:
+            raise failures[0]
+        silence = silence + 0.5 if quiet else 0.0
+        if quiet and silence >= linger:
+            break
+    session.close()
+    return 0
 
 
-def _speak(session: bridge.Session, said_all: threading.Event) -> None:
+def _speak(session: bridge.Session, failures: list[OSError]) -> None:
     try:
-        while data := os.read(
-            0, PIECE_BYTES
-        ):  # not sys.stdin: a thread that waits there may not be left behind
+        # Not sys.stdin: a thread that waits there may not be left behind.
+        while data := os.read(0, PIECE_BYTES):
             session.send(data)
         session.send_eof()
-    except (bridge.SessionEnded, OSError):
+    except bridge.SessionEnded:
         pass  # who receives finds out why
-    finally:
-        said_all.set()
+    except OSError as error:
+        failures.append(OSError(error.errno, f"cannot read stdin: {error.strerror}"))
 
 
 # Who it is.

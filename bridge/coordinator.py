@@ -1,10 +1,14 @@
 """The coordinator: one thread that routes what the application sends and decodes what the workers read.
 
 The parser lives here and nowhere else: whatever woke a worker, and whichever OpenSSL call happened to
-produce plaintext, the bytes come here, in order, and meet their session's codec.  Which thread that is, the
-coordinator's or that of a worker which found it idle, or of a receiver that has read its message itself, makes no
-difference: a lock lets one in at a time.  Nothing here waits: inboxes take what they are given, because reading stops
-long before they could grow (see `crossing`).
+produce plaintext, the bytes come here, in order, and meet their session's codec.  Nothing here waits: inboxes take what
+they are given, because reading stops long before they could grow (see `crossing`).
+
+Which thread that is makes no difference.  What a worker has read meets the codec under the coordinator's lock, on its
+own thread or on that of a worker which found it idle.  A receiver that has read its message itself has its session's
+lock, and nothing else of the session is on its way here, so nobody else can come to this codec.  It delivers messages,
+and that is all: the failure of a codec it leaves to the coordinator, and until that has seen to it, something of the
+session is on its way.
 """
 
 from __future__ import annotations
@@ -33,9 +37,6 @@ from bridge.worker import Command, Worker
 MESSAGE_BYTES = 64
 """What a message costs at least, however few its bytes are, so that a million empty lines are not free."""
 
-BATCH_SECONDS = 0.005
-"""How long a receiver waits for the end of another's batch."""
-
 
 class Ask:
     """What the application asks of a session by way of the coordinator."""
@@ -48,6 +49,8 @@ class Ask:
     RENEGOTIATE: Final = "renegotiate"
     ABORT: Final = "abort"  # payload: (cause,)
     FORGET: Final = "forget"  # the application has lost the handle
+
+    FORWARDED: Final = (SEND_EOF, CLOSE, HANG_UP, UNWRAP, RENEGOTIATE, ABORT)  # methods of the transport
 
 
 class Channel:
@@ -177,9 +180,7 @@ class Channel:
             return False
         try:
             bed.asleep = True  # from here on a signal handler takes another bed
-            this_thread.serves_all = (
-                True  # while it has the lock, it must not wait for whoever waits for that
-            )
+            this_thread.serves_all = True  # who has the lock must not wait for whoever waits for that
             with lock:
                 lent = transport.quiet and self.credit.settled() and inbox.lie_down(bed)
                 if lent and not worker.lend(transport):
@@ -193,17 +194,15 @@ class Channel:
                     if inbox.get_up(bed) and transport.quiet and self.credit.settled():
                         self._receive(transport)
                     worker.take_back(transport)
-                this_thread.serves_all = False
-            bed.asleep = False
             return lent
         except BaseException:  # Ctrl-C, mostly out of the sleep
             with lock:
                 inbox.get_up(bed, in_vain=True)
                 worker.take_back(transport)
-            bed.asleep = False
             let_go(lock)
-            this_thread.serves_all = False
             raise
+        finally:
+            bed.asleep = this_thread.serves_all = False
 
     def _receive(self, transport: Transport) -> None:
         try:
@@ -220,6 +219,10 @@ class Channel:
 
 Word = tuple[Channel, str, Any]
 
+Decoded = tuple[list[Any], int, int, "BaseException | None"]
+"""What a codec has made of new bytes: messages; how many bytes these were; how many it keeps, of a message that is not
+whole; and how it failed, if it did."""
+
 
 class Coordinator:
     """Owns every channel's codec.  `post` is for all threads, the rest for its own."""
@@ -231,16 +234,12 @@ class Coordinator:
         self._outgoing: dict[Worker, list[Command]] = {}
         self._stopping = False
         self._handlers: dict[str, Callable[[Channel, Any], None]] = {
+            **{ask: self._forward(ask) for ask in Ask.FORWARDED},
             Ask.SEND: self._send,
-            Ask.SEND_EOF: self._forward("send_eof"),
-            Ask.CLOSE: self._forward("close"),
-            Ask.HANG_UP: self._forward("hang_up"),
-            Ask.UNWRAP: self._forward("unwrap"),
-            Ask.RENEGOTIATE: self._forward("renegotiate"),
-            Ask.ABORT: self._forward("abort"),
             Ask.FORGET: self._forget,
             Told.OPEN: self._opened,
             Told.DATA: self._data,
+            Told.DECODED: self._decoded,
             Told.EOF: self._peer_closed,
             Told.CLOSED: self._closed,
         }
@@ -251,22 +250,19 @@ class Coordinator:
         """Have *what* handled.  Never waits; may be called by a finalizer."""
         self._mailbox.put((channel, what, payload))
 
-    def close(self, channel: Channel, timeout: float | None) -> None:
-        """Have the session closed politely; nothing more is accepted.  Never waits; idempotent."""
+    def close(self, channel: Channel, timeout: float | None, politely: bool = True) -> None:
+        """Have the session closed; nothing more is accepted.  Never waits; idempotent.
+
+        If not *politely*, without close_notify, unless it is being closed already.
+        """
         first = channel.outbox.close(SessionClosed("this side closed the session"))
         if channel.closed.peek() is not None:
             return
-        if first and isinstance(channel.end, EndOfStream) and not channel.outbox.held():
+        if politely and first and isinstance(channel.end, EndOfStream) and not channel.outbox.held():
             # The worker may have it at once: nothing that was sent or asked for before could still be on its way here.
             channel.worker.post(channel.transport, "close", timeout)
         else:
-            self.post(channel, Ask.CLOSE, (timeout,))
-
-    def hang_up(self, channel: Channel, timeout: float | None = None) -> None:
-        """As `close`, but without close_notify, if nobody has closed it.  Never waits; idempotent."""
-        channel.outbox.close(SessionClosed("this side hung up"))
-        if channel.closed.peek() is None:
-            self.post(channel, Ask.HANG_UP, (timeout,))
+            self.post(channel, Ask.CLOSE if politely else Ask.HANG_UP, (timeout,))
 
     def forget(self, channel: Channel) -> None:
         """The application has let go of its handle.  Never waits; for a finalizer."""
@@ -300,23 +296,18 @@ class Coordinator:
         return True
 
     def hand_in(self, channel: Channel, data: bytes) -> None:
-        """What a receiver has read of its own session: handled here and now, or queued.  With the session's lock.
+        """What a receiver has read of its own session, if nothing else of that is on its way.  With the session's lock.
 
-        Waits for whoever is handling a batch, but not for a codec that takes its time: its own is up some day.
-        Handles nobody else's words: it may be interrupted in the middle.
+        Waits for this codec alone.
         """
-        lock: Any = self._lock
-        word = channel, Told.DATA, data
-        try:
-            if not lock.acquire(timeout=BATCH_SECONDS):
-                self._mailbox.put(word)
-                return
-            with lock:
-                lock.release()  # but not the one of the ``with``
-                self._handle([word])
-        except BaseException:
-            let_go(lock)
-            raise
+        if channel.end is not None:
+            channel.credit.settle(len(data))
+            return
+        decoded = _decode(channel, channel.codec.decode, data)
+        if decoded[3] is None:
+            self._deliver(channel, decoded)
+        else:
+            self.post(channel, Told.DECODED, decoded)
 
     def give_up(self, channel: Channel) -> None:
         """Nobody else will end the session any more: its worker has ended.  When `run` is over."""
@@ -386,7 +377,7 @@ class Coordinator:
             self._command(channel, method, *(() if payload is None else payload))
             if method in (Ask.CLOSE, Ask.HANG_UP):
                 self._end(channel, SessionClosed("this side closed the session"))
-            elif method == "abort":
+            elif method == Ask.ABORT:
                 self._end(channel, payload[0])
 
         return forward
@@ -400,62 +391,36 @@ class Coordinator:
     def _data(self, channel: Channel, data: bytes) -> None:
         if channel.end is not None:
             channel.credit.settle(len(data))
-            return
-        try:
-            messages = channel.codec.decode(data)
-            buffered = _buffered(channel.codec) if type(messages) is list else 0
-        except BaseException as error:
-            let_through(error)
-            self._deliver(channel, [], len(data), 0)
-            self._refuse(channel, error)
-            return
-        if type(messages) is list:
-            self._deliver(channel, messages, len(data), buffered)
         else:
-            self._deliver_all(channel, messages, len(data))
+            self._deliver(channel, _decode(channel, channel.codec.decode, data))
+
+    def _decoded(self, channel: Channel, decoded: Decoded) -> None:
+        if channel.end is not None:
+            channel.credit.settle(decoded[1])
+        else:
+            self._deliver(channel, decoded)
 
     def _peer_closed(self, channel: Channel, _: None) -> None:
         if channel.end is None:
-            try:
-                messages = channel.codec.eof()
-            except BaseException as error:
-                let_through(error)
-                self._refuse(channel, error)
-            else:
-                self._deliver_all(channel, messages, 0)
+            self._deliver(channel, _decode(channel, channel.codec.eof))
             self._end(channel, EndOfStream("the peer closed the session"))
 
-    def _deliver_all(self, channel: Channel, messages: Iterable[Any], size: int) -> None:
-        """Deliver what *size* new bytes were decoded to, also if the codec raises in the middle of it."""
-        failure: BaseException | None = None
-        whole: list[Any] = []
-        buffered = 0
-        try:
-            for message in messages:
-                whole.append(message)
-            buffered = _buffered(channel.codec)
-        except BaseException as error:
-            let_through(error)
-            failure = error
-        self._deliver(channel, whole, size, buffered)
-        if failure is not None:
-            self._refuse(channel, failure)
-
-    def _deliver(self, channel: Channel, messages: list[Any], size: int, buffered: int) -> None:
-        """Give *messages* to the inbox; the owner has paid for *size* new bytes, and the codec keeps *buffered*."""
-        credit, held = channel.credit, channel.credit.kept
+    def _deliver(self, channel: Channel, decoded: Decoded) -> None:
+        """Give the messages to the inbox; the owner has paid for new bytes.  End the session if the codec failed."""
+        messages, size, buffered, failure = decoded
+        credit = channel.credit
+        held = credit.kept
         if buffered != held:
             credit.keep(buffered)
         if messages:
             share = (held + size - buffered) // len(messages)
             if share < MESSAGE_BYTES:
                 share = MESSAGE_BYTES
-            if not channel.inbox._deliver(channel.handle, messages, credit, size, share):
-                self._refuse(
-                    channel, TypeError("it gave None, which says in a shared inbox that a session has ended")
-                )
+            channel.inbox._deliver(channel.handle, messages, credit, size, share)
         elif size:
             credit.settle(size)  # part of a message: the codec bounds that, and only more input can end it
+        if failure is not None:
+            self._refuse(channel, failure)
 
     def _refuse(self, channel: Channel, error: BaseException) -> None:
         """The codec failed: that ends its own session, with its error as the cause."""
@@ -478,15 +443,8 @@ class Coordinator:
         if channel.end is None:
             channel.end = cause
             known = channel.given or isinstance(channel.opened.peek(), SessionInfo)
-            channel.inbox._end(channel.handle, cause, known, functools.partial(self._part, channel))
+            channel.inbox._end(channel.handle, cause, known, functools.partial(self.close, channel, None))
             channel.forget_handle()
-
-    def _part(self, channel: Channel, came_back: bool) -> None:
-        """A handler has been told of the end, and is done with the session, or has died."""
-        if came_back:
-            self.close(channel, None)
-        else:
-            self.hang_up(channel)
 
     def _closed(self, channel: Channel, ending: Ending) -> None:
         self._end(channel, ending.cause)
@@ -498,11 +456,22 @@ class Coordinator:
             channel.closed.set(ending)
 
 
-def _buffered(codec: Codec[Any]) -> int:
-    """What *codec* keeps of a message that is not whole; it may be a user's, which need not say, but must not lie."""
-    buffered = getattr(codec, "buffered", 0)
-    if type(buffered) is not int:
-        buffered = operator.index(buffered)
-    if buffered < 0:
-        raise ValueError(f"{type(codec).__name__}.buffered is how many bytes it holds, not {buffered}")
-    return buffered
+def _decode(channel: Channel, decode: Callable[..., Iterable[Any]], data: bytes = b"") -> Decoded:
+    """What the codec makes of *data*, also if it fails in the middle of it.  One thread at a time."""
+    codec, shared = channel.codec, not isinstance(channel.inbox, SessionInbox)
+    messages: list[Any] = []
+    try:
+        for message in decode(data) if data else decode():
+            if message is None and shared:
+                raise TypeError("it gave None, which says in a shared inbox that a session has ended")
+            messages.append(message)
+        # A user's codec need not say what it keeps, but must not lie.
+        buffered = getattr(codec, "buffered", 0)
+        if type(buffered) is not int:
+            buffered = operator.index(buffered)
+        if buffered < 0:
+            raise ValueError(f"{type(codec).__name__}.buffered is how many bytes it holds, not {buffered}")
+    except BaseException as error:
+        let_through(error)
+        return messages, len(data), 0, error
+    return messages, len(data), buffered, None

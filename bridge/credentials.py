@@ -45,6 +45,7 @@ Password = str | bytes | Callable[[], str | bytes]
 
 _BEGIN_CERTIFICATE = re.compile(rb"-----BEGIN (X509 |TRUSTED )?CERTIFICATE-----")
 _TRUSTED = b"-----BEGIN TRUSTED CERTIFICATE-----"
+_CUT_OFF = re.compile(rb"-----BEGIN (?!.*?-----END [^-]+-----)", re.DOTALL)
 _PRIVATE_KEY = re.compile(rb"-----BEGIN (([A-Z0-9]+ )*PRIVATE KEY)-----.*?-----END \1-----", re.DOTALL)
 _HASHED_NAME = re.compile(r"[0-9a-f]{8}\.\d+")
 _DEFAULT_DIRECTORIES = os.pathsep.join({ssl.get_default_verify_paths().openssl_capath, "/etc/ssl/certs"})
@@ -108,6 +109,8 @@ def _parse(pem: bytes, name: str) -> list[x509.Certificate]:
             f"{name} holds a TRUSTED CERTIFICATE, a form of OpenSSL's own, which is only read from a file whose path"
             " is given as cafile; `openssl x509 -in FILE` prints it as an ordinary one"
         )
+    if _CUT_OFF.search(pem):  # cryptography would pass over it, and so over the rest of a chain
+        raise ConfigurationError(f"{name} is cut off: what its last '-----BEGIN' line begins does not end")
     try:
         return x509.load_pem_x509_certificates(pem)
     except (ValueError, x509.InvalidVersion) as error:
@@ -166,7 +169,7 @@ def _password(password: Password, name: str) -> bytes:
                 f"the password callable for {name} raised {type(error).__name__}: {error}"
             ) from error
     if isinstance(password, str):
-        password = password.encode()
+        password = password.encode(errors="surrogatepass")
     if not isinstance(password, bytes):
         raise ConfigurationError(
             f"the password for {name} must be str or bytes, not {type(password).__name__}"
@@ -329,7 +332,7 @@ def _pem(source: str | bytes | os.PathLike[str], what: str) -> bytes:
     if isinstance(source, bytes):
         return source
     if isinstance(source, str) and _is_pem(source):
-        return source.encode()
+        return source.encode(errors="replace")
     try:
         with open(source, "rb") as file:
             return file.read()

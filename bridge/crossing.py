@@ -87,15 +87,6 @@ def check_not_held(lock: Any) -> None:
         raise RuntimeError("a signal handler may not wait for what it has interrupted")
 
 
-def surely(call: Callable[[], None]) -> None:
-    """*call*, which may be called twice, also if Ctrl-C comes just now."""
-    try:
-        call()
-    except BaseException:
-        call()
-        raise
-
-
 def nobody(*_: object) -> None:
     """Does nothing: the one to call where there is no one, or no one any more who need be kept alive for it."""
 

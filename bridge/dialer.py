@@ -20,7 +20,7 @@ RETRY = 0.02
 
 
 class Dialer:
-    """Tries *addresses* in turn until *until* (monotonic; None: as long as the kernel does).
+    """Tries *addresses* in turn; all but the last leave time for the others until *until* (monotonic; None: no end).
 
     Sockets that came to nothing go to *retired*; the owner closes them once they have left the poll set.
     """
@@ -32,7 +32,7 @@ class Dialer:
         self._until = until
         self.sock: socket.socket | None = None
         self.deadline: float | None = None
-        """When the address being tried has used up its share."""
+        """When the address being tried has used up its share; None for the last, for which others keep the time."""
         self._retired = retired
 
     def dial(self, now: float) -> socket.socket | Want:
@@ -58,8 +58,10 @@ class Dialer:
         family, kind, protocol, _, address = self._addresses[0]
         if self.sock is not None:
             return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or self.sock.connect_ex(address)
-        if self._until is not None:
-            self.deadline = now + (self._until - now) / len(self._addresses)
+        last = len(self._addresses) == 1
+        self.deadline = (
+            None if last or self._until is None else now + (self._until - now) / len(self._addresses)
+        )
         self.sock = socket.socket(family, kind, protocol)
         self.sock.setblocking(False)
         return self.sock.connect_ex(address)
@@ -67,7 +69,7 @@ class Dialer:
     def _try_later(self, now: float) -> None:
         """The backlog is full, of a Unix socket: no attempt is under way, and no poll says when there is room."""
         self._abandon()
-        self.deadline = now + RETRY if self._until is None else min(now + RETRY, self._until)
+        self.deadline = now + RETRY
 
     def _abandon(self) -> None:
         if self.sock is not None:
@@ -87,5 +89,6 @@ def show_address(address: Any) -> str:
     if isinstance(address, tuple) and len(address) >= 2:
         host, port = address[:2]
         return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
-    text = address.decode(errors="backslashreplace") if isinstance(address, bytes) else str(address)
+    raw = address if isinstance(address, bytes) else str(address).encode(errors="backslashreplace")
+    text = raw.decode(errors="backslashreplace")
     return "@" + text[1:] if text.startswith("\0") else text

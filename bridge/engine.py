@@ -507,13 +507,11 @@ class TLSEngine:
 
     def _not_tls(self, reason: str) -> TLSError:
         spoken = _PLAIN_PROTOCOLS.get(self.first_bytes[:4].upper())
-        what = f"plain {spoken}" if spoken else "no TLS"
-        side = (
-            "the client speaks {} to this TLS port"
-            if self._context.server_side
-            else "the server speaks {}, not TLS"
-        )
-        text = f"{side.format(what)}; its first bytes are {self.first_bytes!r} ({reason})"
+        what = f"plain {spoken}" if spoken else "something else"
+        shown, side = self.first_bytes, "the server speaks {}, not TLS"
+        if self._context.server_side:  # of a client that may have begun with a password, a record's header
+            shown, side = shown[:HEADER_BYTES], "the client speaks {} to this TLS port"
+        text = f"{side.format(what)}; its first bytes are {shown!r} ({reason})"
         return tls_error(_constant(reason), text, NotTLS)
 
 

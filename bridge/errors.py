@@ -145,7 +145,7 @@ class TLSError(SessionEnded, ssl.SSLError):
 
 
 class NotTLS(TLSError):
-    """The peer's first bytes are not TLS.  The message shows them and names the protocol if known."""
+    """The peer's first bytes are not TLS.  The message shows them, five of a client's, and may name the protocol."""
 
 
 class CertificateError(TLSError, ssl.SSLCertVerificationError):
@@ -203,6 +203,14 @@ def forget_frames(error: BaseException | None) -> None:
             known.add(id(error))
             error.__traceback__ = None
             chain += (error.__cause__, error.__context__)
+
+
+def words(error: BaseException) -> str:
+    """What *error* says, also if it is of a user's class and fails to say it."""
+    try:
+        return str(error)
+    except Exception:
+        return f"an unprintable {type(error).__name__}"
 
 
 _WINSOCK: dict[int, str] = getattr(socket, "errorTab", {})

@@ -16,7 +16,6 @@ from bridge.crossing import (
     check_not_held,
     deadline_after,
     nobody,
-    surely,
     time_left,
 )
 from bridge.errors import ReceiveTimeout, SessionEnded, ShutDown, fresh
@@ -193,9 +192,9 @@ class _Turn:
 
     def end(self, came_back: bool = True) -> None:
         """Let another handler have the session; close it, if it has ended.  Or the handler has ended, and hangs up."""
-        done, self.done = self.done, None
-        if done is not None:
-            done(came_back)
+        if self.done is not None:
+            self.done(came_back)  # again, if Ctrl-C comes just now
+            self.done = None
         if self.session is not None:
             with self._inbox._lock:
                 self._inbox._release(self)
@@ -335,6 +334,9 @@ class Inbox(forks.Handle):
                         resume = credit is not None and credit._review()
                 if entry is None:
                     self._wait(timeout, deadline)
+            if resume:
+                assert credit is not None
+                credit._resume()
         except BaseException:
             self._pass_on()
             if credit is not None:
@@ -342,9 +344,6 @@ class Inbox(forks.Handle):
                     credit._review()
                 credit._resume()
             raise
-        if resume:
-            assert credit is not None
-            surely(credit._resume)
         return entry
 
     def _wait(self, timeout: float | None, deadline: float | None) -> None:
@@ -411,20 +410,13 @@ class Inbox(forks.Handle):
         size: int,
         share: int,
         done: Done | None = None,
-    ) -> bool:
-        """Put *messages* in, which *size* bytes of *credit* have become, and each of which is to cost *share*.
-
-        False if one of them is None, which is no message: it and what is behind it are not put in.
-        """
-        whole = True
+    ) -> None:
+        """Put *messages* in, which *size* bytes of *credit* have become, and each of which is to cost *share*."""
         if not self._in_turns:
             session = None
-        elif credit is not None:
-            for number, message in enumerate(messages):
-                if message is None:
-                    messages, whole = messages[:number], False
-                    break
         with self._lock:
+            if self._over is not None and credit is not None and not self._in_turns:
+                messages = []  # it is over since its receiver looked
             resume = credit is not None and credit._charge(size, share * len(messages))
             for message in messages:
                 if session not in self._behind:
@@ -442,7 +434,6 @@ class Inbox(forks.Handle):
         if resume:
             assert credit is not None
             credit._resume()
-        return whole
 
     def _release(self, turn: _Turn) -> None:
         """A handler's *turn* is over, so the session's next entry is ready."""
@@ -497,20 +488,26 @@ class SessionInbox(Inbox):
         """The next message.  Any thread.  ReceiveTimeout, or how the session ended."""
         if not block:
             timeout = 0.0
-        deadline = deadline_after(timeout) if self._entries else self._fetch(timeout)
-        return self._next(timeout, deadline, None)[1]
+        try:
+            deadline = deadline_after(timeout) if self._entries else self._fetch(timeout)
+            return self._next(timeout, deadline, None)[1]
+        except BaseException:
+            self._pass_on()
+            raise
 
     def peek(self, timeout: float | None = None) -> Any:
         """As `get`, and the message stays the next one."""
-        deadline = self._fetch(timeout)
         try:
+            deadline = self._fetch(timeout)
             while True:
                 with self._lock:
                     if self._entries:
+                        self._call()  # for this takes nothing
                         return self._entries[0][1]
                 self._wait(timeout, deadline)
-        finally:
-            self._pass_on()  # this wake-up takes nothing
+        except BaseException:
+            self._pass_on()
+            raise
 
     def _fetch(self, timeout: float | None) -> float | None:
         """Bring a message in, if that is possible within *timeout* seconds.  When these are over."""

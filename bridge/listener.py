@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -55,12 +56,9 @@ class Listener(forks.Handle):
 
     def __iter__(self) -> Iterator[Session]:
         """Sessions, until the listener is closed."""
-        while True:
-            try:
-                session = self.accept()
-            except ShutDown:
-                return
-            yield session
+        with contextlib.suppress(ShutDown):
+            while True:
+                yield self.accept()  # and keep nothing alive meanwhile
 
     def replace_context(self, context: Context | SSL.Context) -> None:
         """Serve new sessions with *context* from now on; those under way keep theirs.

@@ -98,11 +98,11 @@ def dns_name(name: str, what: str) -> str:
 
     ConfigurationError, which calls it *what*, if it is no name or some unusual spelling of an IP address.
     """
-    bare = name[:-1] if name.endswith(".") else name
     try:
-        ascii_name = bare.lower() if bare.isascii() else idna.encode(bare, uts46=True).decode("ascii")
+        ascii_name = name.lower() if name.isascii() else idna.encode(name, uts46=True).decode("ascii")
     except idna.IDNAError as error:
         raise ConfigurationError(f"{what} {name!r} is not a valid internationalised name: {error}") from error
+    ascii_name = ascii_name.removesuffix(".")
     labels = ascii_name.split(".")
     if len(ascii_name) > 253 or not all(_LABEL.fullmatch(label) for label in labels) or labels[-1].isdigit():
         raise ConfigurationError(f"{what} {name!r} is neither a DNS name nor an IP address")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import warnings
 from collections.abc import Iterator
@@ -81,12 +82,9 @@ class Session(forks.Handle):
 
     def __iter__(self) -> Iterator[Any]:
         """Messages until the clean end; any other end raises."""
-        while True:
-            try:
-                message = self.recv()
-            except EndOfStream:
-                return
-            yield message
+        with contextlib.suppress(EndOfStream):
+            while True:
+                yield self.recv()  # and keep nothing alive meanwhile
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait until the kernel has everything that was sent before this call.

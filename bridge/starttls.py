@@ -16,6 +16,8 @@ LONGEST = 64 * 1024
 """Bytes of an answer, before it is refused."""
 _FEATURES = re.compile(rb"</(\w+:)?features>|<(\w+:)?features\s*/>")
 """The tag that ends what an XMPP server offers."""
+_END = re.compile(rb"</.*>|<.*/>", re.DOTALL)
+"""That which ends an element without others in it."""
 
 
 class Refused(Exception):
@@ -89,7 +91,7 @@ class _Peer:
 
 
 def _expect(line: str, wanted: str, doing: str) -> None:
-    if not line.startswith(wanted):
+    if not line.upper().startswith(wanted):
         raise Refused(f"{doing}: the peer said {line[:200]!r}")
 
 
@@ -117,7 +119,7 @@ def _imap(peer: _Peer, _: str) -> None:
     _expect(peer.line(), "* OK", "waiting for an IMAP greeting")
     peer.say(b"a1 STARTTLS\r\n")
     answer = peer.lines(lambda lines: lines[-1].startswith("* "))
-    _expect(answer[-1].upper(), "A1 OK", "after STARTTLS")
+    _expect(answer[-1], "A1 OK", "after STARTTLS")
 
 
 def _pop3(peer: _Peer, _: str) -> None:
@@ -181,15 +183,17 @@ def _xmpp(peer: _Peer, server_name: str) -> None:
         "<stream:stream xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams'"
         f" version='1.0' to='{domain}'>".encode()
     )
-    offered = peer.until(
-        lambda data: data.endswith(b">") and _FEATURES.fullmatch(data, max(0, data.rfind(b"<")))
-    )
+    offered = peer.until(lambda data: _FEATURES.fullmatch(_last_tag(data)))
     if b"urn:ietf:params:xml:ns:xmpp-tls" not in offered:
         raise Refused("this XMPP server does not offer STARTTLS")
     peer.say(b"<starttls xmlns='urn:ietf:params:xml:ns:xmpp-tls'/>")
-    answer = peer.until(lambda data: data.endswith(b">"))
+    answer = peer.until(lambda data: _END.fullmatch(_last_tag(data)))
     if b"<proceed" not in answer:
         raise Refused(f"after <starttls/>: the peer said {answer[:200]!r}")
+
+
+def _last_tag(data: bytes) -> bytes:
+    return data[data.rfind(b"<") :] if data.endswith(b">") else b""
 
 
 _PROTOCOLS: dict[str, Callable[[_Peer, str], None]] = {

@@ -194,6 +194,7 @@ class TappedConnection(Connection):
 
     def _tell(self, what: str, asked: int | None, call: Callable[[], T]) -> T:
         started, outcome, answered = time.monotonic(), "ok", None
+        outer = getattr(_calling, "connection", None)  # if a callback of its call makes this one
         _calling.connection = self
         try:
             result = call()
@@ -203,7 +204,7 @@ class TappedConnection(Connection):
             outcome = _OUTCOMES.get(type(error)) or type(error).__name__
             raise
         finally:
-            _calling.connection = None
+            _calling.connection = outer
             self._flush_record()
             self._note(
                 "call",

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 
 class Told:
-    """What a transport tells the coordinator."""
+    """What a transport tells the coordinator, or who has read from it."""
 
     OPEN: Final = "open"  # payload: SessionInfo
     DATA: Final = "data"  # payload: bytes
+    DECODED: Final = "decoded"  # by a receiver, whose codec has failed; payload: what it has made of the data
     EOF: Final = "eof"  # the peer's close_notify; payload: None
     CLOSED: Final = "closed"  # payload: Ending
 
@@ -113,6 +114,8 @@ class Plan:
     timeouts: Timeouts
     sock: socket.socket | None = None
     addresses: tuple[Address, ...] = ()
+    awaited: float | None = None
+    """Until when somebody waits for it to open (monotonic), so that no address takes all of that time."""
     resume_key: Hashable | None = None
     peer: str = ""
     """The peer's address, as people write it."""

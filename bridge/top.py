@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 from bridge.connect_command import printable
@@ -56,18 +57,18 @@ def plain(view: dict[str, Any]) -> str:
 
 
 def watch(path: str, every: float) -> None:
-    """Show it live, each *every* seconds, until the window closes (OSError) or Ctrl-C.  Needs `rich`."""
+    """Show it live, each *every* seconds, until the window closes (OSError), the terminal or Ctrl-C.  Needs `rich`."""
     from rich.live import Live
 
-    pause, before = threading.Event(), look(path)
+    pause, view, seen, rates = threading.Event(), look(path), time.monotonic(), ""
     with Live(screen=True, auto_refresh=False) as live:
-        while True:
-            view = look(path)
-            moved = [(view[key] - before[key]) / every for key in ("bytes_received", "bytes_sent")]
-            rates = f", now {moved[0]:,.0f} and {moved[1]:,.0f} a second"
+        while live.console.is_terminal:
             live.update(shown(view, rates, live.console.height - 8), refresh=True)
-            before = view
             pause.wait(every)
+            before, since = view, seen
+            view, seen = look(path), time.monotonic()
+            moved = [(view[key] - before[key]) / (seen - since) for key in ("bytes_received", "bytes_sent")]
+            rates = f", now {moved[0]:,.0f} and {moved[1]:,.0f} a second"
 
 
 def shown(view: dict[str, Any], rates: str = "", height: int = 40) -> Any:

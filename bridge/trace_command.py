@@ -63,7 +63,7 @@ def _exchange(session: bridge.Session, arguments: argparse.Namespace) -> None:
         text = arguments.send
         for escape, meaning in ((r"\r", "\r"), (r"\n", "\n"), (r"\t", "\t")):
             text = text.replace(escape, meaning)
-        session.send(text.encode())
+        session.send(os.fsencode(text))  # the bytes of the command line
     try:
         while True:
             session.recv(timeout=arguments.wait)

@@ -215,10 +215,14 @@ def _sending(noted: Trace, send: Any) -> Any:
             send(self, message, timeout)
             outcome = "ok"
         finally:
-            size = len(message) if hasattr(message, "__len__") else None
-            noted.note("api", "session.send", asked=size, outcome=outcome, started=started)
+            noted.note("api", "session.send", asked=_size(message), outcome=outcome, started=started)
 
     return traced
+
+
+def _size(message: Any) -> int | None:
+    """Of bytes or text.  What a codec makes of anything else is its own affair."""
+    return len(message) if isinstance(message, (bytes, bytearray, memoryview, str)) else None
 
 
 def _receiving(noted: Trace, recv: Any) -> Any:
@@ -226,7 +230,7 @@ def _receiving(noted: Trace, recv: Any) -> Any:
         started, outcome, size = time.monotonic(), "raised", None
         try:
             message = recv(self, timeout)
-            size, outcome = len(message) if hasattr(message, "__len__") else None, "ok"
+            size, outcome = _size(message), "ok"
             return message
         except Exception as error:
             outcome = type(error).__name__

@@ -481,7 +481,9 @@ class Transport:
             return
         if self.sock is None:
             self._set_deadline(ConnectTimeout, self._plan.timeouts.connect)
-            self._dialer = Dialer(self._plan.addresses, self._deadlines.get(ConnectTimeout), self.retired)
+            ends = (self._deadlines.get(ConnectTimeout), self._plan.awaited)
+            until = min((end for end in ends if end is not None), default=None)
+            self._dialer = Dialer(self._plan.addresses, until, self.retired)
         else:
             self._begin_handshake()
 

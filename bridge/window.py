@@ -42,6 +42,7 @@ class Window:
         self._over = threading.Event()
         self._born = forks.generation()
         self._socket = _listen(self.path)
+        self._place = os.lstat(self.path)  # nobody else's number, while our socket is open
         self._thread = threading.Thread(target=self._serve, name="bridge-window", daemon=True)
         self._thread.start()
 
@@ -49,17 +50,19 @@ class Window:
         """Show nothing any more.  Idempotent.  In a child of fork() it is still the parent's, who shows it."""
         if forks.abandoned(self._born):
             self._socket.close()
+        if self._socket.fileno() == -1:
             return
         self._over.set()
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes `accept`, on Linux; elsewhere a visitor does
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as visitor:
-            visitor.connect(self.path)
-        self._thread.join()
-        if self._socket.fileno() != -1:
-            self._socket.close()
-            with contextlib.suppress(FileNotFoundError):
+            visitor.setblocking(False)
+            visitor.connect(self.path)  # wakes `accept`
+        with contextlib.suppress(OSError):  # first: once nobody listens, a successor may have the path
+            if os.path.samestat(os.lstat(self.path), self._place):
                 os.unlink(self.path)
+        with contextlib.suppress(OSError):  # likewise, on Linux, if the path is another's by now
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._socket.close()
 
     def __enter__(self) -> Window:
         return self
@@ -75,7 +78,7 @@ class Window:
                 if self._over.wait(PAUSE):
                     return
                 continue
-            if self._over.is_set():  # not on Linux, where the shutdown wakes it
+            if self._over.is_set():
                 looker.close()
                 return
             with looker, contextlib.suppress(OSError):
@@ -131,7 +134,7 @@ def _listen(path: str) -> socket.socket:
         sock.listen(8)
     except OSError as error:
         sock.close()
-        raise OSError(error.errno, f"cannot show anything at {path}: {error.strerror}") from error
+        raise OSError(error.errno, f"cannot show anything at {path}: {error.strerror or error}") from error
     return sock
 
 

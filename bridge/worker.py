@@ -183,18 +183,24 @@ class Worker:
         watch = self._watched.get(pollable)
         if watch is None or watch.mask != READ:
             return False
-        assert watch.sock is not None
         watch.mask = LENT  # first: if the rest is interrupted, `take_back` sees to it
-        self._poller.change(watch.sock, LENT, pollable)
-        return True
+        return self._change(watch, LENT)
 
     def take_back(self, pollable: Pollable) -> None:
         """Sleep beside it again, if it is still lent."""
         watch = self._watched.get(pollable)
-        if watch is not None and watch.mask == LENT:
-            assert watch.sock is not None
-            self._poller.change(watch.sock, READ, pollable)
+        if watch is not None and watch.mask == LENT and self._change(watch, READ):
             watch.mask = READ
+
+    def _change(self, watch: _Watch, mask: int) -> bool:
+        """False if the descriptor is not its own any more: a turn of our own will meet that, and end it."""
+        assert watch.sock is not None and watch.pollable is not None
+        try:
+            self._poller.change(watch.sock, mask, watch.pollable)
+        except (OSError, ValueError):
+            self.post(watch.pollable, "wake")
+            return False
+        return True
 
     # Its own thread.
 

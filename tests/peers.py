@@ -501,9 +501,9 @@ class Program:
         """Where it listens."""
         return int(self.wait_for(r"(?:ACCEPT .*:|port )(\d+)\n")[1])
 
-    def finish(self) -> str:
+    def finish(self, patience: float = PATIENCE) -> str:
         """All it has said, once it has ended by itself."""
-        self._process.wait(PATIENCE)
+        self._process.wait(patience)
         self._reader.join()
         return self._said()
 

@@ -408,6 +408,28 @@ def test_version_and_help() -> None:
     assert "--listen HOST:PORT" in ended.stdout
 
 
+@pytest.mark.parametrize("asked", ["--version", "--help"])
+def test_a_help_that_cannot_be_written_is_as_any_output(asked: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    outcomes = [(writer, (141, ""))]
+    if os.path.exists("/dev/full"):
+        said = "tls-bridge: error: No space left on device\n"
+        outcomes.append((os.open("/dev/full", os.O_WRONLY), (2, said)))
+    buffered = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONUNBUFFERED"}
+    for descriptor, outcome in outcomes:
+        with open(descriptor, "wb") as stdout:
+            ended = subprocess.run(
+                [sys.executable, "-m", "bridge", asked],
+                env=buffered,
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=DEADLINE,
+            )
+        assert (ended.returncode, ended.stderr) == outcome
+
+
 # ── demo ──
 
 
@@ -569,6 +591,16 @@ def test_a_demo_that_cannot_go_on_ends_with_status_1(
     err = capsys.readouterr().err
     assert err.startswith("tls-bridge demo: CertificateError: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how much memory there can be is the system's to say")
+@pytest.mark.parametrize("size", [2**40, 2**45])  # some threads can be had, or hardly one
+def test_a_demo_for_which_there_are_too_few_threads_says_so(size: int) -> None:
+    code = (
+        f"import sys, threading; threading.stack_size({size}); from bridge.cli import main; sys.exit(main())"
+    )
+    ended = run("demo", "--clients", "50", code=code)
+    assert (ended.returncode, ended.stderr) == (1, "tls-bridge demo: RuntimeError: can't start new thread\n")
 
 
 # ── the judges ──

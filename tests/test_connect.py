@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import json
 import os
+import queue
 import signal
 import socket
 import ssl
@@ -17,6 +18,7 @@ import threading
 import time
 import xml.etree.ElementTree
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +178,13 @@ def test_standard_streams_may_be_closed(greeter: list[str], closing: str) -> Non
     assert status == 0 and ("connected to" in said) is ("2>" not in closing)
 
 
-def speaks(*command: str, stdout: Any = subprocess.DEVNULL) -> tuple[int, str]:
+def speaks(
+    *command: str, stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.DEVNULL
+) -> tuple[int, str]:
     ended = subprocess.run(
         command,
         env=ENVIRONMENT,
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
@@ -494,6 +498,54 @@ def test_a_silence_after_all_was_said_is_the_end(
         server.close()
 
 
+def test_it_is_not_silence_while_stdin_goes_on(
+    server_cert: KeyPair, ca_file: str, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = socket.socketpair()
+    words: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    with bridge.Bridge(workers=1, timeouts=bridge.Timeouts(close_notify=0.1)) as b:
+        client = b.adopt(near, bridge.client_context(ca_file), server_hostname="localhost", wait=False)
+        server = b.adopt(far, bridge.server_context(server_cert.certfile, server_cert.keyfile))
+        monkeypatch.setattr(os, "read", lambda *_: words.get())
+        conversation = background.run(_converse, client, 0.0)
+        assert not wait([conversation], 1.0).done
+        for word in (b"late", b""):
+            words.put(word)
+        assert b"".join(server) == b"late"
+        assert conversation.result(DEADLINE) == 0
+        server.close()
+
+
+def test_it_is_not_silence_while_what_was_said_is_on_its_way(
+    server_cert: KeyPair, ca_file: str, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hasty = bridge.Timeouts(flush=0.1, close_notify=0.1)
+    room = bridge.Limits(outbox_bytes=2_000_000)
+    near, far = socket.socketpair()
+    with bridge.Bridge(workers=1, timeouts=hasty) as b:
+        client = b.adopt(
+            near, bridge.client_context(ca_file), server_hostname="localhost", limits=room, wait=False
+        )
+        context = bridge.server_context(server_cert.certfile, server_cert.keyfile)
+        server = b.adopt(far, context, limits=bridge.Limits(inbox_bytes=1))
+        words = [b"", *[bytes(10_000)] * 150]  # more than the kernel takes, and all of it is accepted
+        monkeypatch.setattr(os, "read", lambda *_: words.pop())
+        conversation = background.run(_converse, client, 0.1)
+        assert not wait([conversation], 1.5).done
+        assert len(b"".join(server)) == 1_500_000
+        assert conversation.result(DEADLINE) == 0
+        server.close()
+
+
+def test_a_stdin_that_cannot_be_read_is_no_end_of_it(greeter: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    with open(reader, "rb") as mute, open(writer, "wb"):
+        status, said = speaks(sys.executable, "-m", "bridge", *greeter, stdin=mute)
+    assert status == 2
+    assert said.splitlines()[-1].startswith("tls-bridge connect: error: cannot read stdin: ")
+
+
 def test_whoever_speaks_to_a_session_that_has_ended_leaves_it_to_the_receiver(
     server_cert: KeyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -503,9 +555,9 @@ def test_whoever_speaks_to_a_session_that_has_ended_leaves_it_to_the_receiver(
         session = b.adopt(near, context, wait=False)
         session.abort()
         monkeypatch.setattr(os, "read", lambda *_: b"x")
-        said_all = threading.Event()
-        _speak(session, said_all)
-        assert said_all.is_set()
+        failures: list[OSError] = []
+        _speak(session, failures)
+        assert failures == []
 
 
 def test_names_that_are_no_names_of_hosts_are_left_out(ca: trustme.CA) -> None:
@@ -555,7 +607,7 @@ DIALOGUES: dict[str, list[Turn]] = {
         "STARTTLS\r\n",
         b"220 go ahead\r\n",
     ],
-    "imap": [b"* OK ready\r\n", "a1 STARTTLS\r\n", b"* NOTE\r\na1 OK begin\r\n"],
+    "imap": [b"* ok ready\r\n", "a1 STARTTLS\r\n", b"* NOTE\r\na1 ok begin\r\n"],
     "pop3": [b"+OK ready\r\n", "STLS\r\n", b"+OK begin\r\n"],
     "ftp": [b"220-ftp\r\n hello\r\n220 ready\r\n", "AUTH TLS\r\n", b"234 begin\r\n"],
     "postgres": ["\0\0\0\x08\x04\xd2\x16\x2f", b"S"],
@@ -607,6 +659,15 @@ def test_starttls_leads_to_tls(
     status = cli.main(told(address, "--cafile", ca_file, "--starttls", protocol, "--json"))
     assert (status, json.loads(capsys.readouterr().out)["verified"]) == (0, True)
     assert results[0].result(DEADLINE) == b""
+
+
+@pytest.mark.parametrize("form", [b"<proceed xmlns='x'/>", b"<proceed xmlns='x'></proceed>"])
+def test_an_answer_in_xmpp_ends_with_its_element(form: bytes) -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        far.sendall(b"<features>urn:ietf:params:xml:ns:xmpp-tls</features>" + form + b"TLS")
+        starttls.negotiate("xmpp", near, "localhost", time.monotonic() + DEADLINE)
+        assert near.recv(10) == b"TLS"
 
 
 REFUSALS: dict[str, list[Turn]] = {
@@ -742,12 +803,28 @@ def test_trace_sends_and_shows_it_in_colour_on_a_terminal(
         thread = threading.Thread(target=answer)
         thread.start()
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-        command = ["trace", f"localhost:{listener.address[1]}", "--cafile", ca_file, "--send", r"a\tb\r\n"]
+        command = [
+            "trace",
+            f"localhost:{listener.address[1]}",
+            "--cafile",
+            ca_file,
+            "--send",
+            "a\\tb\\r\\n\udcff",
+        ]
         assert cli.main(command) == 0
         thread.join(DEADLINE)
-    assert received == [b"a\tb\r\n"]
+    assert received == [b"a\tb\r\n" + os.fsencode("\udcff")]
     shown = capsys.readouterr().out
     assert "ClientHello" in shown and "SSL_do_handshake" in shown
+
+
+def test_trace_sends_what_is_no_text(
+    server_cert: KeyPair, ca_file: str, background: Background, capsys: Any
+) -> None:
+    address, results = background.serve_tls(server_context(server_cert), lambda sock: sock.recv(100))
+    command = ["trace", f"localhost:{address[1]}", "--cafile", ca_file, "--send", "\udcff\u00e9"]
+    assert cli.main(command) in (0, 1)
+    assert results[0].result(DEADLINE) == b"\xff\xc3\xa9"
 
 
 def test_trace_need_not_send_anything(

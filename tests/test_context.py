@@ -475,6 +475,10 @@ def test_verify_false_accepts_anybody() -> None:
         ),
         ("-----BEGIN RSA PUBLIC KEY-----\n", ["no certificate", "BEGIN CERTIFICATE"]),
         (b"\x30\x82", ["PEM given as cafile", "no certificate"]),
+        (
+            "-----BEGIN CERTIFICATE-----\udcff\n-----END CERTIFICATE-----\n",
+            ["PEM given as cafile", "damaged"],
+        ),
         ([], ["empty list"]),
         ([b"x"], ["bytes"]),
         (5, ["cafile", "int"]),
@@ -605,6 +609,7 @@ def test_an_encrypted_key(old: bool) -> None:
     unusable: list[tuple[Any, str]] = [
         (None, "encrypted: pass its password"),
         ("wrong", "password .* wrong"),
+        ("secret\udcff", "password .* wrong"),
         ("", "empty"),
         (5, "str or bytes, not int"),
         (lambda: None, "str or bytes, not NoneType"),
@@ -647,6 +652,21 @@ def test_a_key_that_is_not_the_certificate_s(tmp_path: Path) -> None:
         server_context(path, other_key)
     with pytest.raises(ConfigurationError, match="number 2"):
         server_context([other, certificate], key)
+
+
+@pytest.mark.parametrize("last", [b"-----BEGIN C", b"CERTIFICATE-----\nMII", b"\n-----END CERTIFICATE----"])
+def test_a_file_half_written_is_refused(tmp_path: Path, last: bytes) -> None:
+    certificate, key = self_signed()
+    whole = to_pem(certificate) + to_pem(self_signed(name="b.example")[0])
+    half = whole[: whole.rindex(last) + len(last)]
+    unusable: list[Callable[[], Context]] = [
+        lambda: server_context(as_file(tmp_path, half), key),
+        lambda: server(client_ca=half),
+        lambda: client_context(half),
+    ]
+    for make in unusable:
+        with pytest.raises(ConfigurationError, match="cut off"):
+            make()
 
 
 def test_a_trusted_certificate_is_read_from_the_path_of_a_cafile_and_refused_elsewhere(
@@ -1020,7 +1040,8 @@ def test_unusable_sni(make: Callable[[], Any], words: list[str]) -> None:
         ("a.example", "a.example."),
         ("*.a.example", "x.a.example"),
         ("xn--bcher-kva.example", "bücher.example"),
-        ("xn--bcher-kva.example", "BÜCHER.example"),
+        ("xn--bcher-kva.example", "BÜCHER.example."),
+        ("xn--bcher-kva.example", "bücher。example。"),  # ideographic full stops (UTS 46, 2.3)
         ("xn--bcher-kva.example", "xn--bcher-kva.example"),
         ("192.0.2.1", "192.0.2.1"),
         ("2001:db8::1", "2001:db8::1"),

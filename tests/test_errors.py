@@ -332,14 +332,31 @@ def test_a_codec_that_is_no_codec(
         assert listener.handshakes.used <= 1
 
 
+class Wordless(Exception):
+    """An error whose class is at fault, too."""
+
+    def __str__(self) -> str:
+        raise LookupError
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [(KeyError("not this one"), "'not this one'"), (Wordless(), "an unprintable Wordless")],
+    ids=["an error", "one without words"],
+)
 def test_a_factory_that_fails_for_one_client_does_not_end_the_listener(
-    b: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context, logs: list[Any]
+    failure: Exception,
+    said: str,
+    b: bridge.Bridge,
+    server_ctx: bridge.Context,
+    client_ctx: bridge.Context,
+    logs: list[Any],
 ) -> None:
     calls = iter(range(100))
 
     def factory() -> codecs.Raw:
         if next(calls) == 1:  # the first call is `listen`'s, to see whether it is a factory at all
-            raise KeyError("not this one")
+            raise failure
         return codecs.Raw()
 
     with b.listen(("127.0.0.1", 0), server_ctx, codec=factory) as listener:
@@ -352,7 +369,7 @@ def test_a_factory_that_fails_for_one_client_does_not_end_the_listener(
         server.abort()
         refused = wait_for(logs, "listener.refused")
         assert refused["address"] == "{}:{}".format(*listener.address) and refused["log_level"] == "warning"
-        assert (refused["cause"], refused["error"]) == ("KeyError", "'not this one'")
+        assert (refused["cause"], refused["error"]) == (type(failure).__name__, said)
         assert "127.0.0.1:" in refused["peer"] != refused["address"]
     assert "handshake.failed" not in [entry["event"] for entry in logs]
 
@@ -644,11 +661,12 @@ def wait_for(logs: list[Any], event: str) -> Any:
 @pytest.mark.parametrize(
     ("first", "words"),
     [
-        (b"GET /path HTTP/1.1\r\nHost: x\r\n\r\n", ["plain HTTP", "GET /path", "TLS port"]),
-        (b"POST / HTTP/1.1\r\n\r\n", ["plain HTTP", "POST /"]),
-        (b"SSH-2.0-OpenSSH_9.6\r\n", ["plain SSH", "SSH-2.0"]),
+        (b"GET /path HTTP/1.1\r\nHost: x\r\n\r\n", ["plain HTTP", "are b'GET /' (", "TLS port"]),
+        (b"POST / HTTP/1.1\r\n\r\n", ["plain HTTP", "are b'POST ' ("]),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", ["plain SSH", "are b'SSH-2' ("]),
         (b"EHLO mail.example\r\n", ["SMTP", "EHLO"]),
-        (b"\xff\xfe\xfd\xfc\xfb\xfa", ["no TLS", r"\xff\xfe"]),
+        (b"AUTH hunter2\r\n", ["something else", "are b'AUTH ' ("]),
+        (b"\xff\xfe\xfd\xfc\xfb\xfa", ["something else", r"\xff\xfe"]),
     ],
 )
 def test_a_client_that_does_not_speak_tls(
@@ -673,7 +691,7 @@ def test_a_client_that_does_not_speak_tls(
         (b"220 mail.example ESMTP\r\n", ["SMTP", "220 mail.example"]),
         (b"* OK IMAP4rev1\r\n", ["IMAP", "* OK"]),
         (b"+OK POP3 ready\r\n", ["POP3", "+OK"]),
-        (b"who are you?\n", ["no TLS", "who are you"]),
+        (b"who are you?\n", ["something else", "who are you"]),
     ],
 )
 def test_a_server_that_does_not_speak_tls(

@@ -88,13 +88,13 @@ def raw_client(port: int, total: int, ca_file: str, background: Background) -> N
 
 def drop_in(port: int, total: int, ca_file: str, background: Background) -> None:
     """The same with an SSLSocket, of `bridge.ssl`."""
-    run_client("sockets", module="bridge.ssl", port=port, total=total, cafile=ca_file)
+    run_client("sockets", 2.5 * PATIENCE, module="bridge.ssl", port=port, total=total, cafile=ca_file)
 
 
-def run_client(name: str, **options: Any) -> None:
+def run_client(name: str, patience: float = PATIENCE, **options: Any) -> None:
     with program(name, **options) as client:
         try:
-            said = client.finish()
+            said = client.finish(patience)
         except subprocess.TimeoutExpired as error:
             raise Died("its threads wait for each other") from error
     if client.status != 0:

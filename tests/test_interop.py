@@ -574,7 +574,7 @@ def test_adopt_after_a_dialogue_in_plain_text(
         (b"GET /index.html HTTP/1.1\r\nHost: localhost\r\n\r\n", "HTTP"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "SSH"),
         (b"EHLO client.example\r\n", "SMTP"),
-        (b"\x00\x01\x02\x03\x04\x05\x06\x07 who knows", "no TLS"),
+        (b"\x00\x01\x02\x03\x04\x05\x06\x07 who knows", "something else"),
     ],
     ids=["http", "ssh", "smtp", "garbage"],
 )
@@ -591,7 +591,7 @@ def test_a_client_that_speaks_no_tls(
             pass
         line = events.wait_for("handshake.failed")
     assert "NotTLS" in line and named in line
-    assert re.escape(repr(said[:24])[2:-1]) in re.escape(line.replace("\\\\", "\\"))
+    assert re.escape(repr(said[:5])[2:-1]) in re.escape(line.replace("\\\\", "\\"))
 
 
 @pytest.mark.parametrize(

@@ -479,6 +479,41 @@ def test_what_an_interrupted_receiver_was_woken_for_wakes_the_next(background: B
             return
 
 
+@pytest.mark.parametrize("receive", [SessionInbox.get, SessionInbox.peek], ids=["get", "peek"])
+def test_what_an_interrupted_receiver_was_woken_for_beside_its_socket_wakes_the_next(
+    receive: Callable[..., Any], background: Background
+) -> None:
+    for number in itertools.count():
+        inbox, bed = SessionInbox(), Gate()
+        others: list[Any] = []
+
+        def attend(inbox: Any, timeout: Any, bed: Gate = bed, others: list[Any] = others) -> bool:
+            inbox.attend = None
+            try:
+                inbox.lie_down(bed)
+                others.append(background.run(inbox.get, True, PATIENCE))
+                until(lambda: len(inbox._sleepers) == 2)
+                inbox._deliver(None, [b"message"], None, 0, 0)
+                inbox.get_up(bed)
+            except Interrupt:
+                inbox.get_up(bed, in_vain=True)
+                raise
+            return True
+
+        inbox.attend = attend
+        taken = None
+        with Moment("call", number) as moment, contextlib.suppress(Interrupt):
+            taken = receive(inbox, timeout=PATIENCE)
+        assert not inbox._lock._is_owned(), moment.where
+        for other in others:
+            if inbox.empty() and not other.done():  # lost with the interrupt, or taken
+                inbox._deliver(None, [b"message"], None, 0, 0)
+            assert other.result(PATIENCE) == b"message", moment.where
+        if not moment.where:
+            assert number > 10 and taken == b"message"
+            return
+
+
 def test_a_signal_handler_may_not_wait_for_what_it_interrupts_and_may_do_what_does_not_wait() -> None:
     crossing, inbox = Crossing(10), Inbox()
     with crossing.outbox._lock:
@@ -579,8 +614,9 @@ def test_an_interrupted_receiver_gives_the_room_of_what_it_has_taken_back(
             for _ in range(4):
                 client.send(bytes(16_000))
             rig.settle()
+            take()
             with Moment("call", number) as moment, contextlib.suppress(Interrupt):
-                take()
+                take()  # after which there is room to read on
             for _ in range(20):
                 rig.settle()
                 with contextlib.suppress(bridge.ReceiveTimeout):
@@ -588,6 +624,24 @@ def test_an_interrupted_receiver_gives_the_room_of_what_it_has_taken_back(
             size = sum(len(message[1] if shared else message) for message in taken)
             assert size in (48_000, 64_000), moment.where
             assert server._channel.credit.held() == 0 and client.outbox.empty(), moment.where
+        if not moment.where:
+            assert number > 10
+            return
+
+
+def test_a_handler_that_is_interrupted_as_it_comes_back_has_ended_its_session(contexts: Any) -> None:
+    for number in itertools.count():
+        with Lockstep() as rig:
+            inbox = Inbox()
+            client, server = met(rig, contexts, inbox=inbox)
+            client.send_eof()
+            rig.until(lambda: inbox.qsize() == 1)  # noqa: B023
+            assert inbox.get_nowait() == (server, None)
+            with Moment("call", number) as moment, contextlib.suppress(Interrupt, bridge.ReceiveTimeout):
+                inbox.get_nowait()
+            with contextlib.suppress(bridge.ReceiveTimeout):
+                inbox.get_nowait()
+            rig.until(lambda: is_closed(server))  # noqa: B023
         if not moment.where:
             assert number > 10
             return

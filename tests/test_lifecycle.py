@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -336,6 +337,33 @@ def test_a_forgotten_session_hangs_up_with_a_warning_and_what_was_sent_leaves(
             gc.collect()
         assert served.result(PATIENCE) == (b"remember me", "SSLEOFError")
         until(lambda: not b.snapshot().sessions)
+
+
+def test_a_loop_over_a_listener_or_a_session_keeps_nothing_of_what_it_gave(
+    server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    class Message(str):
+        """Can be referred to weakly."""
+
+    class Messages(bridge.codecs.Lines):
+        def decode(self, data: bytes) -> list[str]:
+            return [Message(line) for line in super().decode(data)]
+
+    with bridge.Bridge(workers=1) as b:
+        listener = b.listen(("127.0.0.1", 0), server_ctx, codec=Messages)
+        session = b.connect(listener.address, client_ctx, server_hostname="localhost")
+        sessions = iter(listener)
+        peer = next(sessions)
+        session.send(b"x\n")
+        messages = iter(peer)
+        message = weakref.ref(next(messages))
+        gc.collect()
+        assert message() is None
+        with pytest.warns(ResourceWarning, match="was forgotten and is being closed"):
+            del messages, peer
+            gc.collect()
+        sessions.close()  # type: ignore[attr-defined]
+        session.abort()
 
 
 def test_a_session_that_is_forgotten_while_nobody_takes_its_last_words_ends(

@@ -578,6 +578,22 @@ def test_an_abstract_unix_socket_s_address_is_one_to_connect_to(
         far.connect(b"\0no\xff", client_ctx, server_hostname="localhost")
 
 
+@needs_unix
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="file names are text here")
+def test_a_path_that_is_no_text_is_shown_as_text(
+    b: bridge.Bridge, server_ctx: bridge.Context, tmp_path: Path
+) -> None:
+    """Whoever logs or exports it can: a client chooses its own."""
+    ours, theirs = (os.fsencode(tmp_path / name) + b"\xff" for name in ("ours", "theirs"))
+    with b.listen(ours, server_ctx), socket.socket(socket.AF_UNIX) as client:
+        client.bind(theirs)
+        client.connect(ours)
+        until(lambda: b.snapshot().sessions)
+        seen = b.snapshot()
+        assert seen.listeners[0].address == rf"{tmp_path}/ours\udcff"
+        assert seen.sessions[0].name.endswith(rf" from {tmp_path}/theirs\udcff")
+
+
 def link_local() -> tuple[str, int, int, int]:
     """An address of this machine that means nothing without its scope."""
     table = Path("/proc/net/if_inet6")

@@ -164,6 +164,30 @@ def test_a_stalled_peer_shows(server_cert: KeyPair, ca_file: str) -> None:
             assert scraped.values("queued_bytes")["outbox",] == 0
 
 
+def test_what_ended_sessions_have_left_in_an_inbox_is_queued_until_it_is_taken(
+    server_cert: KeyPair, ca_file: str
+) -> None:
+    server_ctx = bridge.server_context(server_cert.certfile, server_cert.keyfile)
+    inbox = bridge.Inbox()
+    with bridge.Bridge(workers=1) as b, bridge.Bridge(workers=1) as far:
+        scraped = Scraped(b)
+        listener = b.listen(("127.0.0.1", 0), server_ctx, inbox=inbox)
+        clients = [
+            far.connect(listener.address, bridge.client_context(ca_file), server_hostname="localhost")
+            for _ in range(2)
+        ]
+        for client in clients:
+            client.send(bytes(100_000))
+        until(lambda: scraped.values("queued_bytes")["inbox",] == 200_000)
+        for client in clients:
+            client.abort()
+        until(lambda: not b.snapshot().sessions)
+        assert 190_000 < scraped.values("queued_bytes")["inbox",] <= 200_000
+        while scraped.values("listener_waiting") != {(f"127.0.0.1:{listener.address[1]}",): 0}:
+            inbox.get(timeout=PATIENCE)
+        assert scraped.values("queued_bytes")["inbox",] == 0
+
+
 def test_counters_never_go_back_while_sessions_come_and_go(server_cert: KeyPair, ca_file: str) -> None:
     server_ctx = bridge.server_context(server_cert.certfile, server_cert.keyfile)
     client_ctx = bridge.client_context(ca_file)

@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -130,17 +130,32 @@ def test_who_gets_nothing_is_told_how_long_it_has_waited(pair: Pair) -> None:
             receive(SOON)
 
 
-def test_a_codec_that_takes_its_time_keeps_no_other_receiver(rig: Lockstep, pair: Pair) -> None:
-    """Nor lets what is received afterwards overtake what was received meanwhile."""
+def test_other_sessions_codecs_keep_no_receiver(rig: Lockstep, pair: Pair) -> None:
     client, server = pair
     client.send(b"1")
     leave(rig, client)
-    with busy(server._coordinator), pytest.raises(bridge.ReceiveTimeout):
-        server.recv(SOON)
-    client.send(b"2")
-    leave(rig, client)
-    rig.until(lambda: server.inbox.qsize() == 2)
-    assert list(received(server)) == [b"1", b"2"]
+    with busy(server._coordinator):
+        assert server.recv(PATIENCE) == b"1"
+
+
+@pytest.mark.parametrize("when", ["before", "as it sleeps"])
+def test_a_descriptor_that_somebody_else_has_closed_ends_its_session_and_nothing_else(
+    when: str, rig: Lockstep, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, server = pair
+    descriptor = server._channel.transport.sock.fileno()  # type: ignore[union-attr]
+    with open(os.devnull) as another:
+        if when == "before":
+            os.dup2(another.fileno(), descriptor)
+        else:
+            monkeypatch.setattr(
+                poll.Sleeper, "sleep", lambda *_: os.dup2(another.fileno(), descriptor, False)
+            )
+        with pytest.raises(bridge.ReceiveTimeout):
+            server.recv(SOON)
+    threads.check_may_wait()
+    assert not threads.this_thread.sleeper.asleep
+    rig.until(lambda: is_closed(server))
 
 
 def test_a_message_that_comes_in_pieces_is_waited_for(rig: Lockstep, pair: Pair) -> None:
@@ -600,9 +615,88 @@ def test_a_codec_may_not_receive_what_it_is_decoding_for(ca_file: str, server_ce
                 assert server.recv(0) == b"1"
                 rig.settle()
         leave(rig, client)
+        with pytest.raises(bridge.ReceiveTimeout):
+            server.recv(SOON)
+        rig.until(lambda: is_closed(server))
         with pytest.raises(bridge.CodecError, match="a codec may not wait"):
             server.recv(PATIENCE)
         sessions.clear()
+
+
+class Moody(codecs.Raw):
+    """A codec that notes what it is asked, and does *then* as it decodes ``b"!"``."""
+
+    def __init__(self, then: Callable[[], object]) -> None:
+        self.asked: list[bytes] = []
+        self._then = then
+
+    def decode(self, data: bytes) -> list[bytes]:
+        self.asked.append(data)
+        if data == b"!":
+            self._then()
+        return [data]
+
+
+def moody_pair(rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context], codec: Moody) -> Pair:
+    near, far = rig.tcp_pair()
+    client = rig.session(contexts[0], near)
+    server = rig.session(contexts[1], far, codec=lambda: codec)
+    client.send(b"?")
+    rig.until(lambda: not server.inbox.empty())
+    assert server.recv(0) == b"?"
+    rig.settle()
+    return client, server
+
+
+def fail() -> None:
+    raise ValueError("not like this")
+
+
+def test_a_codec_that_has_failed_is_not_asked_again(rig: Lockstep, contexts: Any) -> None:
+    """Also while the coordinator has not seen to it."""
+    codec = Moody(fail)
+    client, server = moody_pair(rig, contexts, codec)
+    for message in (b"!", b"after"):
+        client.send(message)
+        leave(rig, client)
+        with pytest.raises(bridge.ReceiveTimeout):
+            server.recv(SOON)
+    rig.until(lambda: is_closed(server))
+    with pytest.raises(bridge.CodecError, match="not like this"):
+        server.recv(PATIENCE)
+    assert codec.asked == [b"?", b"!"] and server._channel.credit.held() == 0
+
+
+def test_an_interrupted_receiver_whose_codec_fails_hears_of_the_end(contexts: Any) -> None:
+    for number in itertools.count():
+        with Lockstep() as rig:
+            client, server = moody_pair(rig, contexts, Moody(fail))
+            client.send(b"!")
+            leave(rig, client)
+            with Moment("call", number) as moment, contextlib.suppress(Interrupt, bridge.ReceiveTimeout):
+                server.recv(SOON)
+            rig.until(lambda: is_closed(server))  # noqa: B023
+            with pytest.raises(bridge.SessionEnded):
+                server.recv(0)
+        if not moment.where:
+            assert number > 50
+            return
+
+
+def test_nothing_comes_behind_the_end_that_the_coordinator_has_told(rig: Lockstep, contexts: Any) -> None:
+    """While a receiver was decoding."""
+
+    def close() -> None:
+        begin_close(server)
+        server._coordinator.step()
+        assert server.end is not None
+
+    client, server = moody_pair(rig, contexts, Moody(close))
+    client.send(b"!")
+    leave(rig, client)
+    with pytest.raises(bridge.SessionClosed):
+        server.recv(PATIENCE)
+    assert server.inbox.empty() and server._channel.credit.held() == 0
 
 
 def until_received(rig: Lockstep, session: Session, last: bytes) -> list[bytes]:

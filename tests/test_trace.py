@@ -8,7 +8,7 @@ import xml.etree.ElementTree
 import pytest
 from conftest import KeyPair
 from peers import PATIENCE, Background, until
-from rig import only, tcp_pair
+from rig import only, raw_context, tcp_pair
 
 import bridge
 from bridge import tracing
@@ -118,6 +118,59 @@ def test_a_trace_shows_the_sleeps_of_a_stream_and_what_ended_each(server_cert: K
         assert asleep.exception(PATIENCE) is not None or asleep.result() == b""
     sleeps = {event.outcome for event in seen.events if event.kind == "sleep"}
     assert {"a deadline", "socket readable", "doorbell"} <= sleeps
+
+
+def test_a_message_whose_class_has_no_length_passes_in_a_trace(server_cert: KeyPair, ca_file: str) -> None:
+    class Scalar:
+        """As an array of numpy that has no dimension."""
+
+        def __len__(self) -> int:
+            raise TypeError("len() of unsized object")
+
+    class Scalars(bridge.codecs.Raw):
+        def encode(self, message: object) -> bytes:
+            return b"x"
+
+        def decode(self, data: bytes) -> list[object]:  # type: ignore[override]
+            return [Scalar()]
+
+    server = bridge.server_context(server_cert.certfile, server_cert.keyfile)
+    client = bridge.client_context(ca_file)
+    with bridge.trace() as seen, bridge.Bridge(workers=1) as b:
+        listener = b.listen(("127.0.0.1", 0), server, codec=Scalars)
+        session = b.connect(listener.address, client, server_hostname="localhost", codec=Scalars)
+        session.send(Scalar())  # type: ignore[arg-type]
+        peer = listener.accept(PATIENCE)
+        assert isinstance(peer.recv(PATIENCE), Scalar)
+        session.abort()
+        peer.abort()
+    calls = [(e.what, e.asked, e.answered, e.outcome) for e in seen.events if e.kind == "api"]
+    assert calls == [("session.send", None, None, "ok"), ("session.recv", None, None, "ok")]
+
+
+def test_a_callback_that_makes_a_session_does_not_hide_its_own(server_cert: KeyPair, ca_file: str) -> None:
+    outer = raw_context("TLSv1.3", server_cert)
+    client = bridge.client_context(ca_file)
+    with bridge.trace() as seen, bridge.Bridge(workers=2) as b:
+
+        def ask(*_: object) -> None:
+            inner, far = tcp_pair()
+            peer = b.adopt(far, bridge.server_context(server_cert.certfile, server_cert.keyfile), wait=False)
+            stream = b.stream(inner, client, server_hostname="localhost")
+            stream.handshake(PATIENCE)
+            stream.close()
+            peer.abort()
+
+        outer.set_tlsext_servername_callback(ask)
+        near, far = tcp_pair()
+        ours = b.stream(near, outer, server_side=True)
+        visitor = b.adopt(far, client, server_hostname="localhost", wait=False)
+        ours.handshake(PATIENCE)
+        ours.close()
+        visitor.abort()
+    outermost = next(e.session for e in seen.events if (e.what, e.outcome) == ("ClientHello", "received"))
+    messages = [e.what for e in seen.events if e.kind == "message" and e.session == outermost]
+    assert messages[:3] == ["ClientHello", "ServerHello", "EncryptedExtensions"]
 
 
 def test_a_message_of_no_bytes_and_one_outside_of_any_call_are_not_noted() -> None:

@@ -13,11 +13,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import KeyPair
 from peers import Background, until
-from rig import PATIENCE
+from rig import PATIENCE, Clock
 
 import bridge
 from bridge import cli, top
@@ -119,6 +120,42 @@ def test_a_window_outlives_a_want_of_descriptors(talking: bridge.Bridge, path: P
                 assert looker.recv(1) == b"{"
 
 
+def test_a_window_that_closes_leaves_the_path_to_a_successor(
+    talking: bridge.Bridge, path: Path, background: Background
+) -> None:
+    successors: list[Window] = []
+
+    def succeed() -> bool:
+        with contextlib.suppress(OSError):
+            successors.append(Window(talking, path))
+        return bool(successors)
+
+    with Window(talking, path) as window, socket.socket(socket.AF_UNIX) as slow:
+        window._view = lambda: {"sessions": "x" * 10_000_000}  # type: ignore[method-assign]
+        slow.connect(str(path))
+        slow.recv(1)
+        closing = background.run(window.close)  # which waits for its looker
+        until(succeed)
+        with successors[0]:
+            slow.close()
+            closing.result(PATIENCE)
+            assert look(path)["sessions"]
+
+
+def test_a_window_whose_path_was_given_to_another_leaves_it_there(talking: bridge.Bridge, path: Path) -> None:
+    with Window(talking, path) as window:
+        path.unlink()
+        with Window(talking, path):
+            window.close()
+            window.close()
+            assert look(path)["sessions"]
+
+
+def test_a_path_that_is_too_long_is_said_to_be(talking: bridge.Bridge, path: Path) -> None:
+    with pytest.raises(OSError, match="cannot show anything at .*: AF_UNIX path too long"):
+        Window(talking, f"{path}{'x' * 200}")
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_child_that_closes_a_window_leaves_it_to_the_parent(talking: bridge.Bridge, path: Path) -> None:
@@ -184,22 +221,78 @@ def test_top_prints_it(talking: bridge.Bridge, path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err.startswith("tls-bridge top: error: ")
 
 
-def test_top_is_live_on_a_terminal_until_the_window_closes(talking: bridge.Bridge, path: Path) -> None:
-    pytest.importorskip("rich")
+@contextlib.contextmanager
+def top_on_a_terminal(
+    term: str, path: Path, *options: str
+) -> Iterator[tuple[subprocess.Popen[bytes], io.FileIO]]:
+    """`tls-bridge top` in another process, and the other end of its terminal."""
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
-    try:
-        with Window(talking, path) as window:
-            environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "30"}
-            environment["PYTHONPATH"] = str(Path(bridge.__file__).parents[1])
-            command = [sys.executable, "-m", "bridge", "top", str(path), "--every", "0.1"]
-            with subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, env=environment) as process:
-                os.close(theirs)
-                seen = b""
-                while b"1,000" not in seen:
-                    seen += os.read(ours, 65536)
-                window.close()
-                _, err = process.communicate(timeout=PATIENCE)
+    environment = {**os.environ, "TERM": term, "COLUMNS": "120", "LINES": "30"}
+    environment["PYTHONPATH"] = str(Path(bridge.__file__).parents[1])
+    command = [sys.executable, "-m", "bridge", "top", str(path), *options]
+    with (
+        open(ours, "rb", buffering=0) as screen,
+        subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, env=environment) as process,
+    ):
+        os.close(theirs)
+        try:
+            yield process, screen
+        finally:
+            process.kill()
+
+
+def test_top_is_live_on_a_terminal_until_the_window_closes(talking: bridge.Bridge, path: Path) -> None:
+    pytest.importorskip("rich")
+    with (
+        Window(talking, path) as window,
+        top_on_a_terminal("xterm", path, "--every", "0.1") as (process, screen),
+    ):
+        seen = b""
+        while b"1,000" not in seen:
+            seen += screen.read(65536)
+        window.close()
+        _, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 2 and err.startswith(b"tls-bridge top: error: ")
-    finally:
-        os.close(ours)
+
+
+def test_top_ends_with_its_terminal(talking: bridge.Bridge, path: Path) -> None:
+    pytest.importorskip("rich")
+    with Window(talking, path), top_on_a_terminal("xterm", path, "--every", "0.5") as (process, screen):
+        seen = b""
+        while b"1,000" not in seen.partition(b"session")[2]:  # the table is there, and top pauses
+            seen += screen.read(65536)
+        screen.close()
+        process.communicate(timeout=PATIENCE)
+
+
+def test_top_on_a_terminal_that_cannot_be_drawn_on_is_text(talking: bridge.Bridge, path: Path) -> None:
+    with Window(talking, path), top_on_a_terminal("dumb", path) as (process, screen):
+        process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0 and b"received 1,000 bytes" in screen.read(65536)
+
+
+def test_rates_are_of_the_time_that_passed_between_two_looks(
+    talking: bridge.Bridge, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+    clock, screen = Clock(), io.StringIO()
+    with Window(talking, path) as window:
+        real = window._view()
+        looks = iter(range(3))
+
+        def view() -> dict[str, Any]:
+            clock.now += 2
+            number = next(looks, None)
+            if number is None:
+                raise OSError
+            return real | {"bytes_received": 1000 * number, "bytes_sent": 0}
+
+        monkeypatch.setattr(window, "_view", view)
+        monkeypatch.setattr(top, "time", clock)
+        monkeypatch.setattr(screen, "isatty", lambda: True)
+        monkeypatch.setattr(sys, "stdout", screen)
+        monkeypatch.setenv("TERM", "xterm")
+        with pytest.raises(OSError, match="no window"):
+            top.watch(str(path), 1e-9)
+    assert "now 500 and 0 a second" in " ".join(screen.getvalue().split())
