@@ -133,7 +133,7 @@ class Bridge(forks.Handle):
             raise ConfigurationError(f"workers must be a positive whole number, not {workers!r}")
         self._timeouts = _instance("timeouts", timeouts, Timeouts) or Timeouts()
         self._limits = _instance("limits", limits, Limits) or Limits()
-        self._born = forks.generation()
+        self._born = forks.current
         self._closers: list[list[threading.Thread]] = []  # who calls `close`; the first does it
         self._inbox_tally = Tally(self._limits.total_bytes)
         self._outbox_tally = Tally(self._limits.total_bytes)

@@ -190,7 +190,7 @@ class Stream(forks.Handle):
         gone: Callable[[Stream, Ending], None],
         leaving: Callable[[Stream], object],
     ) -> None:
-        self._born = forks.generation()
+        self._born = forks.current
         self._sent, self._received = _Sent(), _Received()
         self._transport = Transport(name, plan, self._sent, self._received, self._told)
         self._transport.answerable = False  # after the handshake a server's refusal may be there already
@@ -618,7 +618,7 @@ class Stream(forks.Handle):
         child's descriptor.
         """
         how = "close" if politely else "hang_up"
-        if self._born != forks.generation():
+        if self._born != forks.current:
             self._abandon()
         elif self._lease.mine():  # a signal handler, in the middle of a call of this very session
             self._lease.post_close(how)
