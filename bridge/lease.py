@@ -178,7 +178,7 @@ class Lease:
         transport = self._transport
         if transport.deadline is not None:
             until = transport.deadline if until is None else min(until, transport.deadline)
-        timeout = time_left(until)
+        timeout = None if until is None else time_left(until)
         sock = transport.sock
         mask = NOTHING if sock is None else transport.mask
         bed = my_sleeper() or Cot()
