@@ -95,7 +95,7 @@ class Acceptor:
                 events.warning("listener.paused", address=self._name, reason=reason)
         self._paused = reason is not None
 
-    def end(self, cause: SessionEnded) -> None:
+    def end(self, cause: SessionEnded, *, linger: bool = True) -> None:
         """Close the listening socket."""
         if not self.finished:
             self.finished = True

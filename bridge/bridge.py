@@ -133,7 +133,7 @@ class Bridge(forks.Handle):
             raise ConfigurationError(f"workers must be a positive whole number, not {workers!r}")
         self._timeouts = _instance("timeouts", timeouts, Timeouts) or Timeouts()
         self._limits = _instance("limits", limits, Limits) or Limits()
-        self._born = forks.generation()
+        self._born = forks.current
         self._closers: list[list[threading.Thread]] = []  # who calls `close`; the first does it
         self._inbox_tally = Tally(self._limits.total_bytes)
         self._outbox_tally = Tally(self._limits.total_bytes)
@@ -181,7 +181,7 @@ class Bridge(forks.Handle):
         a BridgeError or an OSError.
         """
         self._check_open()
-        deadline = _deadline(timeout)
+        deadline = deadline_after(check_timeout("timeout", timeout))
         config = Context.adopt(context, server_side=False)
         host, addresses = resolve(address)
         name = host if server_hostname is None else server_hostname
@@ -221,7 +221,7 @@ class Bridge(forks.Handle):
         Raises what `connect` raises, but for OSError and ConnectFailed.  A socket that was taken over is closed then.
         """
         self._check_open()
-        deadline = _deadline(timeout)
+        deadline = deadline_after(check_timeout("timeout", timeout))
         config, server_side = _sided(context, server_side)
         if not server_side:
             config.peer_name(server_hostname)
@@ -633,15 +633,10 @@ def _sided(context: AnyContext, server_side: bool | None) -> tuple[Context, bool
     return Context.adopt(context, server_side=server_side), server_side
 
 
-def _deadline(timeout: float | None) -> float | None:
-    timeout = check_timeout("timeout", timeout)
-    return None if timeout is None else time.monotonic() + timeout
-
-
 def _opened(session: Session, deadline: float | None, timeout: float | None) -> Session:
     """*session*, its handshake done; whatever keeps it from that aborts it."""
     try:
-        session._wait_open(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        session._wait_open(time_left(deadline))
     except OperationTimeout:
         far = (
             "TCP is connected, and the handshake not done" if session.state == "handshaking" else "no TCP yet"

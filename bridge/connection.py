@@ -14,18 +14,18 @@ import errno
 import functools
 import os
 import socket
-import ssl
 import sys
 from collections.abc import Callable, Sequence
 from typing import IO, Any, Literal
 
-import OpenSSL
 from cryptography import x509
 from cryptography.x509 import ocsp
 from OpenSSL import SSL, crypto
+from OpenSSL._util import ffi as _ffi
+from OpenSSL._util import lib as _lib
 
 from bridge import forks
-from bridge.errors import CertificateError, ConfigurationError, SessionEnded, TLSError
+from bridge.errors import CertificateError, ConfigurationError, SessionEnded, TLSError, tls_error
 from bridge.names import ADDRESS_MISMATCH, HOST_MISMATCH, PeerName, peer_certificate, refusal
 from bridge.record import Record
 
@@ -38,17 +38,15 @@ OCSPCheck = Callable[[bytes, x509.Certificate], bool] | None
 KeyLog = str | os.PathLike[str] | Callable[[bytes], object] | IO[Any] | Literal[False] | None
 """Where session secrets are written: a path, a callable given each line, a file; False is nowhere."""
 
-# The private names of pyOpenSSL that are used if they are there.
-_lib: Any = getattr(getattr(OpenSSL, "_util", None), "lib", None)
-_ffi: Any = getattr(getattr(OpenSSL, "_util", None), "ffi", None)
-_get_error: Any = getattr(_lib, "SSL_get_error", None)
-_read: Any = getattr(_lib, "SSL_read", None)
-_write: Any = getattr(_lib, "SSL_write", None)
-_unpack: Any = getattr(_ffi, "unpack", None)
-_WANT_READ = getattr(_lib, "SSL_ERROR_WANT_READ", 2)
-_WANT_WRITE = getattr(_lib, "SSL_ERROR_WANT_WRITE", 3)
-_SYSCALL = getattr(_lib, "SSL_ERROR_SYSCALL", 5)
-_forget_errors: Callable[[], object] = getattr(_lib, "ERR_clear_error", lambda: None)
+# By names of their own, for where speed counts.
+_get_error: Any = _lib.SSL_get_error
+_read: Any = _lib.SSL_read
+_write: Any = _lib.SSL_write
+_unpack: Any = _ffi.unpack
+_WANT_READ = _lib.SSL_ERROR_WANT_READ
+_WANT_WRITE = _lib.SSL_ERROR_WANT_WRITE
+_SYSCALL = _lib.SSL_ERROR_SYSCALL
+_forget_errors: Callable[[], object] = _lib.ERR_clear_error
 _NOT_YET = {errno.EAGAIN, errno.EWOULDBLOCK}
 
 
@@ -85,14 +83,13 @@ class Connection(SSL.Connection):
             self._retry(False)
 
     def _retry(self, automatically: bool) -> None:
-        if _lib is not None:
-            set_or_clear = _lib.SSL_set_mode if automatically else _lib.SSL_clear_mode
-            set_or_clear(_native(self), _lib.SSL_MODE_AUTO_RETRY)
+        set_or_clear = _lib.SSL_set_mode if automatically else _lib.SSL_clear_mode
+        set_or_clear(_native(self), _lib.SSL_MODE_AUTO_RETRY)
 
     def _raise_ssl_error(self, ssl: Any, result: int) -> None:
         if result > 0:
             return
-        number = 0 if _ffi is None else _ffi.errno
+        number = _ffi.errno
         error = self._error(ssl, result)
         if error == _WANT_READ:
             raise SSL.WantReadError()
@@ -114,10 +111,8 @@ class Connection(SSL.Connection):
                 record.note(_tls_error("a callback of this OpenSSL.SSL.Context raised", parked), parked)
             raise SSL.Error([]) from parked
 
-    def _error(self, ssl: Any, result: int) -> int | None:
+    def _error(self, ssl: Any, result: int) -> int:
         """SSL_get_error(3)."""
-        if _get_error is None:
-            return None
         error: int = _get_error(ssl, result)
         if error == _SYSCALL and (_ffi.errno == 0 or _ffi.errno in _NOT_YET):
             _forget_errors()  # of somebody else, for no system call has failed
@@ -129,7 +124,7 @@ class Connection(SSL.Connection):
 
         WantReadError on a socket also behind a few records without data, whether or not more is there.
         """
-        if flags or bufsiz > SCRATCH_BYTES or _read is None:
+        if flags or bufsiz > SCRATCH_BYTES:
             return super().recv(bufsiz, flags)
         try:
             scratch = _scratches.pop()
@@ -158,8 +153,6 @@ class Connection(SSL.Connection):
 
     def send(self, buf: Any, flags: int = 0) -> int:
         """SSL_write(3) of bytes or a view, without pyOpenSSL's conversions."""
-        if _write is None:
-            return super().send(buf, flags)
         data = buf if type(buf) is bytes else _ffi.from_buffer(buf)
         result: int = _write(self._ssl, data, len(buf))
         if result <= 0:
@@ -204,11 +197,10 @@ def adopt_verification(connection: SSL.Connection, raw: SSL.Context) -> None:
     """
     mode = raw.get_verify_mode()
     callback = getattr(raw, "_verify_callback", None)
-    set_verify = getattr(_lib, "SSL_set_verify", None)
-    if callback is None or set_verify is None or not mode & SSL.VERIFY_PEER:
+    if callback is None or not mode & SSL.VERIFY_PEER:
         connection.set_verify(mode, note_verification if mode & SSL.VERIFY_PEER else None)
     else:
-        set_verify(_native(connection), mode, callback)
+        _lib.SSL_set_verify(_native(connection), mode, callback)
         vars(connection).update(_verify_helper=raw._verify_helper, _verify_callback=callback)  # kept alive
 
 
@@ -221,9 +213,8 @@ def add_options(connection: SSL.Connection, options: int) -> None:
 
 
 def session_reused(connection: SSL.Connection) -> bool:
-    """SSL_session_reused(3); False if `cryptography` lacks it.  The connection's owner's thread."""
-    reused = getattr(_lib, "SSL_session_reused", None)
-    return reused is not None and bool(reused(_native(connection)))
+    """SSL_session_reused(3), which pyOpenSSL does not offer.  The connection's owner's thread."""
+    return bool(_lib.SSL_session_reused(_native(connection)))
 
 
 def tls_unique(connection: SSL.Connection, server_side: bool) -> bytes:
@@ -234,9 +225,8 @@ def tls_unique(connection: SSL.Connection, server_side: bool) -> bytes:
 
 
 def session_size(session: SSL.Session) -> int:
-    """Bytes that `session_der` would give; 0 if `cryptography` cannot tell.  Any thread."""
-    size = getattr(_lib, "i2d_SSL_SESSION", None)
-    return 0 if size is None else int(size(getattr(session, "_session", None), _ffi.NULL))
+    """Bytes that `session_der` would give.  Any thread."""
+    return int(_lib.i2d_SSL_SESSION(getattr(session, "_session", None), _ffi.NULL))
 
 
 def session_der(session: SSL.Session) -> bytes:
@@ -284,8 +274,6 @@ def expect_name(connection: SSL.Connection, name: PeerName) -> None:
 
     X509_VERIFY_PARAM_set1_host(3).  So the wrong server is told in an alert, and not shown the client's certificate.
     """
-    if _lib is None:  # then `Context.verify` refuses it afterwards
-        return
     param = _lib.SSL_get0_param(_native(connection))
     if name.address is not None:
         _lib.X509_VERIFY_PARAM_set1_ip(param, name.address.packed, len(name.address.packed))
@@ -298,9 +286,7 @@ def expect_name(connection: SSL.Connection, name: PeerName) -> None:
 def _verification_error(
     server_side: bool, certificate: crypto.X509, code: int, depth: int
 ) -> CertificateError:
-    text = f"verification error {code}"
-    if hasattr(_lib, "X509_verify_cert_error_string"):
-        text = _ffi.string(_lib.X509_verify_cert_error_string(code)).decode("ascii", "replace")
+    text = _ffi.string(_lib.X509_verify_cert_error_string(code)).decode("ascii", "replace")
     try:
         shown = certificate.to_cryptography()
         details = f"subject {shown.subject.rfc4514_string()!r}, issuer {shown.issuer.rfc4514_string()!r}"
@@ -372,9 +358,7 @@ def log_key(write: Callable[[bytes], object], connection: SSL.Connection, line: 
 
 
 def _tls_error(what: str, cause: BaseException) -> TLSError:
-    error = TLSError(ssl.SSL_ERROR_SSL, f"[SSL: CALLBACK_FAILED] {what} {type(cause).__name__}: {cause}")
-    error.reason, error.library = "CALLBACK_FAILED", "SSL"
-    return error
+    return tls_error("CALLBACK_FAILED", f"{what} {type(cause).__name__}: {cause}")
 
 
 # Key log (the format of SSLKEYLOGFILE, RFC 9850).

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import os
 import socket
-import ssl
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Literal, NoReturn
@@ -38,12 +37,11 @@ from bridge.connection import (
     ocsp_response,
     same_session,
     select_alpn,
-    session_reused,
     session_size,
     staple,
 )
 from bridge.credentials import Certificates, Key, Password, announce, load_identity, load_trust, reasons
-from bridge.errors import ConfigurationError, TLSError, fresh
+from bridge.errors import ConfigurationError, fresh, tls_error
 from bridge.names import PeerName, dns_name, peer_certificate, refusal
 from bridge.record import Record
 
@@ -101,6 +99,7 @@ class Context(forks.Handle):
     """The protocols spoken over TLS, most preferred first (RFC 7301)."""
     _routes: Routes | None
     _versions: tuple[int, int] | None
+    """None if *raw* is a user's own."""
     _options: int
     _name_required: bool
     _staple_wanted: bool
@@ -117,7 +116,6 @@ class Context(forks.Handle):
         routes: Routes | None = None,
         versions: tuple[int, int] | None = None,
         options: int = 0,
-        ours: bool = False,
         staple_wanted: bool = False,
         resumption: bool = True,
     ) -> None:
@@ -131,7 +129,7 @@ class Context(forks.Handle):
         put("_routes", routes)
         put("_versions", versions)
         put("_options", options)
-        put("_name_required", ours and check_hostname)
+        put("_name_required", versions is not None and check_hostname)
         put("_staple_wanted", staple_wanted)
         put("_sessions", _Sessions(REMEMBERED_SESSIONS) if resumption and not server_side else None)
 
@@ -250,7 +248,7 @@ class Context(forks.Handle):
             if record.error is not None:
                 raise fresh(record.error)
             if self._routes and self._routes.find(connection.get_servername(), self) is not record.routed:
-                raise TLSError(ssl.SSL_ERROR_SSL, "the session was not given the context of its server name")
+                raise tls_error("CALLBACK_FAILED", "the session was not given the context of its server name")
             if record.to_be_remembered:
                 record.before_tickets = connection.get_session()
         if self.server_side or not self.check_hostname or server_hostname is None:
@@ -263,10 +261,6 @@ class Context(forks.Handle):
     def check_name(self, certificate: x509.Certificate, server_hostname: str) -> None:
         """HostnameMismatch unless *certificate* is for *server_hostname*.  Any thread."""
         PeerName.parse(server_hostname).check(certificate)
-
-    def verifies(self, connection: SSL.Connection) -> bool:
-        """Whether *connection*'s peer is verified, by the context that SNI chose.  Its owner's thread."""
-        return bool(connection.get_verify_mode() & SSL.VERIFY_PEER)
 
     def remember(self, connection: SSL.Connection, resume_key: Hashable) -> None:
         """Keep *connection*'s newest session for the next one with *resume_key*.  Its owner's thread.
@@ -286,13 +280,6 @@ class Context(forks.Handle):
         if session_size(session) > MOST_SESSION_BYTES:
             return
         self._sessions.put(resume_key, session, once)
-
-    def resumed(self, connection: SSL.Connection) -> bool:
-        """Whether the handshake resumed an earlier session.  The connection's owner's thread.
-
-        SSL_session_reused(3), which pyOpenSSL does not offer; False where `cryptography` lacks it too.
-        """
-        return session_reused(connection)
 
     def take_over(self, connection: SSL.Connection, record: Record) -> None:
         """Make this context's rules *connection*'s, in the SNI callback.
@@ -467,7 +454,6 @@ def server_context(
         routes=routes,
         versions=versions,
         options=options,
-        ours=True,
     )
 
 
@@ -539,7 +525,6 @@ def client_context(
         alpn=tuple(alpn),
         versions=versions,
         options=options,
-        ours=True,
         staple_wanted=ocsp_check is not None,
         resumption=resumption,
     )

@@ -313,11 +313,11 @@ class Coordinator:
         """Nobody else will end the session any more: its worker has ended.  When `run` is over."""
         why, transport = SessionAborted("the bridge was closed"), channel.transport
         with transport.lock, self._lock:
-            for _ in range(2):  # once to end it, once more to end its lingering
-                transport.end(why)
+            ending = Ending(why, CloseReport(channel.outbox.discard(why), False, False))
+            transport.end(why, linger=False)
             for sock in transport.retired:
                 sock.close()
-            self._closed(channel, Ending(why, CloseReport(channel.outbox.discard(why), False, False)))
+            self._closed(channel, ending)
 
     def stop(self) -> None:
         """Leave `run`, after what is queued."""

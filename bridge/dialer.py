@@ -57,17 +57,13 @@ class Dialer:
     def _try(self, now: float) -> int:
         family, kind, protocol, _, address = self._addresses[0]
         if self.sock is not None:
-            return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or self._still_connecting(address)
+            return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or self.sock.connect_ex(address)
         last = len(self._addresses) == 1
         self.deadline = (
             None if last or self._until is None else now + (self._until - now) / len(self._addresses)
         )
         self.sock = socket.socket(family, kind, protocol)
         self.sock.setblocking(False)
-        return self.sock.connect_ex(address)
-
-    def _still_connecting(self, address: Any) -> int:
-        assert self.sock is not None
         return self.sock.connect_ex(address)
 
     def _try_later(self, now: float) -> None:

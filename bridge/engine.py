@@ -62,9 +62,9 @@ from typing import Any, TypeVar
 from cryptography import x509
 from OpenSSL import SSL
 
-from bridge.connection import tls_unique
+from bridge.connection import session_reused, tls_unique
 from bridge.context import Context
-from bridge.errors import NotTLS, PeerReset, SessionEnded, TLSError, Truncated, fresh
+from bridge.errors import NotTLS, PeerReset, SessionEnded, TLSError, Truncated, fresh, tls_error
 from bridge.limits import RECORD_BYTES
 from bridge.names import peer_certificate, presented_chain
 from bridge.poll import Want
@@ -310,11 +310,8 @@ class TLSEngine:
         name = connection.get_servername()
         alpn = connection.get_alpn_proto_negotiated()
         certificate = peer_certificate(connection)
-        chain = (
-            connection.get_verified_chain(as_cryptography=True)
-            if self._context.verifies(connection)
-            else None
-        )
+        verified = connection.get_verify_mode() & SSL.VERIFY_PEER  # by the context that SNI chose
+        chain = connection.get_verified_chain(as_cryptography=True) if verified else None
         return SessionInfo(
             version=version,
             cipher=sys.intern(connection.get_cipher_name() or ""),
@@ -324,7 +321,7 @@ class TLSEngine:
             verified_chain=tuple(chain or ()),
             server_name=_as_text(name) if name else server_hostname,
             peername=peername,
-            resumed=self._context.resumed(connection),
+            resumed=session_reused(connection),
             presented_chain=presented_chain(connection, certificate),
             tls_unique=tls_unique(connection, self._context.server_side),
             cipher_version=sys.intern(connection.get_cipher_version() or ""),
@@ -506,22 +503,16 @@ class TLSEngine:
         reason = (reasons and reasons[0]) or "unknown error"  # such as an alert that has no name
         if name == "handshake" and self.first_bytes and self.first_bytes[0] not in _TLS_CONTENT_TYPES:
             return self._not_tls(reason)
-        translated = TLSError(1, f"[SSL: {_constant(reason)}] {reason} ({during})")
-        translated.reason, translated.library = _constant(reason), "SSL"
-        return translated
+        return tls_error(_constant(reason), f"{reason} ({during})")
 
-    def _not_tls(self, reason: str) -> NotTLS:
+    def _not_tls(self, reason: str) -> TLSError:
         spoken = _PLAIN_PROTOCOLS.get(self.first_bytes[:4].upper())
         what = f"plain {spoken}" if spoken else "something else"
         shown, side = self.first_bytes, "the server speaks {}, not TLS"
         if self._context.server_side:  # of a client that may have begun with a password, a record's header
             shown, side = shown[:HEADER_BYTES], "the client speaks {} to this TLS port"
-        error = NotTLS(
-            1,
-            f"[SSL: {_constant(reason)}] {side.format(what)}; its first bytes are {shown!r} ({reason})",
-        )
-        error.reason, error.library = _constant(reason), "SSL"
-        return error
+        text = f"{side.format(what)}; its first bytes are {shown!r} ({reason})"
+        return tls_error(_constant(reason), text, NotTLS)
 
 
 @functools.lru_cache(256)

@@ -139,7 +139,10 @@ class ConnectFailed(SessionEnded, ConnectionError):
 
 
 class TLSError(SessionEnded, ssl.SSLError):
-    """The peer broke the TLS protocol, or refused us with an alert.  `reason` is OpenSSL's."""
+    """The peer broke the TLS protocol, or refused us with an alert.  `reason` is OpenSSL's, or has its form."""
+
+    reason = ""
+    library = "SSL"
 
 
 class NotTLS(TLSError):
@@ -218,6 +221,13 @@ _WINSOCK: dict[int, str] = getattr(socket, "errorTab", {})
 def system_error(number: int) -> OSError:
     """What a call of the operating system raises that fails with *number*.  Any thread."""
     return OSError(number, _WINSOCK[number].rstrip(".") if number in _WINSOCK else os.strerror(number))
+
+
+def tls_error(reason: str, text: str, kind: type[TLSError] = TLSError) -> TLSError:
+    """One of *kind*, worded as OpenSSL's are, whose *reason* need not be its own.  Any thread."""
+    error = kind(1, f"[SSL: {reason}] {text}")
+    error.reason = reason
+    return error
 
 
 _E = TypeVar("_E", bound=BaseException)

@@ -85,7 +85,7 @@ def explain(error: BaseException, where: str, settled: bool = False) -> tuple[in
 
 
 def _by_reason(error: bridge.TLSError) -> str | None:
-    reason = f"{error.reason or ''} {error}".upper().replace(" ", "_")
+    reason = f"{error.reason} {error}".upper().replace(" ", "_")
     for pattern, sentence in _REASONS:
         if re.search(pattern, reason):
             return f"{sentence} ({error})"

@@ -30,11 +30,6 @@ class Handle:
         )
 
 
-def generation() -> int:
-    """`current`; handles note it when they are made."""
-    return current
-
-
 def check(born: int) -> None:
     """ForkedError if the process has forked since *born* was noted.  Takes no lock; any thread."""
     if born != current:

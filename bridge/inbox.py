@@ -238,7 +238,7 @@ class Inbox(forks.Handle):
         self._shut = False  # by the application, and so for good
         self._feeders: set[object] = set()
         self._handler = threading.local()
-        self._born = forks.generation()
+        self._born = forks.current
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """The next ``(session, message)``.  Any thread.

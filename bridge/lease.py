@@ -41,7 +41,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from bridge import forks
-from bridge.crossing import Gate, let_go
+from bridge.crossing import Gate, deadline_after, let_go, time_left
 from bridge.errors import SessionEnded
 from bridge.poll import NOTHING, Sleeper, Want, look, my_sleeper
 from bridge.terms import interrupted
@@ -161,7 +161,7 @@ class Lease:
     def until(self, done: Callable[[], object], timeout: float | None) -> bool:
         """Take turns until *done*, at most *timeout* seconds (None: for ever); false if that was too short."""
         transport = self._transport
-        give_up = None if timeout is None else time.monotonic() + timeout
+        give_up = deadline_after(timeout)
         if transport.runnable():
             self.turn()
         while not done():
@@ -178,7 +178,7 @@ class Lease:
         transport = self._transport
         if transport.deadline is not None:
             until = transport.deadline if until is None else min(until, transport.deadline)
-        timeout = None if until is None else max(0.0, until - time.monotonic())
+        timeout = None if until is None else time_left(until)
         sock = transport.sock
         mask = NOTHING if sock is None else transport.mask
         bed = my_sleeper() or Cot()
@@ -245,8 +245,7 @@ class Lease:
 
     def give_up(self, why: SessionEnded) -> None:
         """End the session, which no worker attends to any more: whoever leaves it last buries it."""
-        for _ in range(2):  # once to end it, once more to end its lingering
-            self._caretaker.end(why)
+        self._caretaker.end(why, linger=False)
         self.attended = False
         self.leave()
 
@@ -344,9 +343,9 @@ class Caretaker:
             self._collect()
         return True
 
-    def end(self, cause: SessionEnded) -> None:
-        """The bridge is closed, or there was a bug: at once, whoever is in the middle of a call."""
-        self._transport.end(cause)
+    def end(self, cause: SessionEnded, *, linger: bool = True) -> None:
+        """The bridge is closed, or there was a bug: the end, whoever is in the middle of a call."""
+        self._transport.end(cause, linger=linger)
         self._lease.closing = True
         self._lease.ring()
 

@@ -38,7 +38,7 @@ class Listener(forks.Handle):
         self._stop = stop
         self.gone: Latch[bool] = Latch()
         self._accepted = SessionInbox()
-        self._born = forks.generation()
+        self._born = forks.current
         self._closed = False
         self._over = False
 

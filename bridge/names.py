@@ -156,7 +156,7 @@ def refusal(
     *code* and *text* are of X509_verify_cert_error_string(3); 1 is X509_V_ERR_UNSPECIFIED.  Any thread.
     """
     error = cls(ssl.SSL_ERROR_SSL, f"[SSL: CERTIFICATE_VERIFY_FAILED] {message}")
-    error.reason, error.library = "CERTIFICATE_VERIFY_FAILED", "SSL"
+    error.reason = "CERTIFICATE_VERIFY_FAILED"
     error.verify_code, error.verify_message = code, text or message
     error.depth = depth
     return error

@@ -111,6 +111,7 @@ if it is asked.  NOTHING on Windows, where a write can lose what a peer said bef
 look for that would be to read it, and then no `select` of the application's would see that there is something."""
 _TO_POLL = {int(Want.READ): READABLE, int(Want.WRITE): WRITABLE, Want.READ | Want.WRITE: READABLE | WRITABLE}
 _FROM_POLL = {bits: mask for mask, bits in _TO_POLL.items()}
+"""Of anything else, an error or a hang-up, a mask gets all that it waits for."""
 _TO_EPOLL = _TO_POLL | {LENT: getattr(select, "EPOLLET", NOTHING)}
 """While it is lent a hang-up is told once, and not for ever."""
 _RING = (1).to_bytes(8, sys.byteorder)
@@ -197,7 +198,7 @@ class EpollPoller(Generic[T]):
                 return []
             entry = told, mask = self._told[fd]
             if event != mask:  # as is READABLE, and readable is what most are waited for
-                entry = told, mask & _FROM_POLL.get(event, mask)  # an error or a hang-up readies all
+                entry = told, mask & _FROM_POLL.get(event, mask)
             ready.append(entry)
         return ready
 
@@ -321,7 +322,7 @@ class Sleeper:
             if number != fd:
                 self._doorbell.silence()
             else:
-                ready = mask & READ if event == READABLE else _readied(event, mask)
+                ready = mask & _FROM_POLL.get(event, mask)
         return ready
 
     def _watch(self, fd: int, mask: int) -> Any:
@@ -338,17 +339,13 @@ class Sleeper:
             self._doorbell.close()
 
 
-def _readied(event: int, mask: int) -> int:
-    return mask if event & ~(READABLE | WRITABLE) else mask & _FROM_POLL[event]
-
-
 def look(sock: socket.socket | None, mask: int) -> int:
     """For what of *mask* the socket is ready now.  Any thread; never waits."""
     if sock is None or mask == NOTHING:
         return NOTHING
     poll = _Poll()
     poll.register(sock.fileno(), _TO_POLL[mask])
-    return sum(_readied(event, mask) for _, event in poll.poll(0))
+    return sum(mask & _FROM_POLL.get(event, mask) for _, event in poll.poll(0))
 
 
 def hang_up_watch(sock: socket.socket) -> Callable[[int], object]:

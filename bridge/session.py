@@ -38,7 +38,7 @@ class Session(forks.Handle):
         self._coordinator = coordinator
         self._timeouts = timeouts
         self._limits = limits
-        self._born = forks.generation()
+        self._born = forks.current
 
     # Messages.
 

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from OpenSSL import SSL
+from OpenSSL._util import ffi as _ffi
+from OpenSSL._util import lib as _lib
 
 from bridge import forks
-from bridge.connection import Connection, _ffi, _lib
+from bridge.connection import Connection
 
 T = TypeVar("T")
 

@@ -7,10 +7,10 @@ either ready to be called, or waits for a want.  A step calls whatever is ready,
 shutdown, until nothing is.  The poll mask is the sum of the wants; an event readies the operations it was
 wanted for.
 
-The one rule that is easy to miss: an operation that made progress *after having waited* may have swallowed
-the very bytes another one waits for.  (TLS 1.2: the server renegotiates; our write wants to read; our read
-consumes the server's handshake bytes, finds no data and wants to read too.  Now the socket is silent and
-the write would succeed at once.)  So such progress readies all others, and the step goes on.
+The one rule that is easy to miss: a read may swallow the very bytes another operation waits for.  (TLS 1.2: the
+server renegotiates; our write wants to read; our read consumes the server's handshake bytes, finds no data and
+wants to read too.  Now the socket is silent and the write would succeed at once.)  So a read that has come to its
+end, with data or without, readies all others that want to read, and the step goes on.
 
 Reading stops a step early for three reasons: its budget is used up (fairness: the step asks for another
 turn), the application's credit is (the read stays ready and costs nothing until credit returns), or the
@@ -67,6 +67,7 @@ from bridge.errors import (
     Truncated,
     WriteStalled,
     forget_frames,
+    tls_error,
 )
 from bridge.limits import RECORD_BYTES
 from bridge.poll import NOTHING, READ, Want
@@ -151,7 +152,6 @@ class Transport:
         "cause",
         "credit",
         "deadline",
-        "draining",
         "finished",
         "heard",
         "lock",
@@ -191,7 +191,6 @@ class Transport:
         self.again = False
         self.opening = True  # not open yet, and not over
         self.quiet = False  # nothing but reading is under way
-        self.draining = False  # this side has said, or is about to say, close_notify
         self.deadline: float | None = None
         self.finished = False
         self.retired: list[socket.socket] = []
@@ -323,48 +322,39 @@ class Transport:
         """The next record if it is there and plain data; ``b""`` if it was anything else, which has been dealt with.
 
         With ONE_RECORD for *size* (`bridge.connection`), one record of whatever kind, and the kernel still has what is
-        behind it.
+        behind it.  On the detour, which may read on, data is told as in any turn, and ``b""`` the answer.
         """
-        engine, read, data = self._engine, self._read, b""
+        engine, read = self._engine, self._read
         assert engine is not None
         try:
-            answer = engine.read(size)
-            if not answer or type(answer) is not bytes:
-                self._read_no_data(answer)
+            data = engine.read(size)
+            if not data or type(data) is not bytes:
+                self._no_data(data)
+                if self._peer_closed:
+                    self._on_peer_closed()
             else:
-                data = answer
                 size = len(data)
                 self.received += size
                 self.answerable = True
                 read.want, read.since = READ, time.monotonic()
                 self.heard = read.since
                 read.ready = size == RECORD_BYTES
+                if self._idle is not None:
+                    self.now = read.since
+                    self._touch()
                 if not engine.on_detour:
                     self.mask = NOTHING if read.ready else READ
-                    if self._idle is not None:
-                        self.now = read.since
-                        self._touch()
                     return data
                 read.ready |= engine.has_more()
+                self.credit.spend(size)
+                self._tell(Told.DATA, data)
         except SessionEnded as error:
             self.end(error)
         if engine.on_detour and self._exchanging:
             self.step(time.monotonic())  # to bring out what the read had to say
         else:
             self._settle()
-        return data
-
-    def _read_no_data(self, answer: bytes | Want) -> None:
-        """A read in a short turn answered with a want, or with the peer's close_notify."""
-        if isinstance(answer, Want):
-            self._read.wait_for(answer)
-            return
-        self._peer_closed = True
-        self._read.rest()
-        try:
-            self._on_peer_closed()
-        except SessionEnded as error:
-            self.end(error)
+        return b""
 
     def has_input(self) -> bool:
         """Whether the kernel holds anything that the peer has said, its end aside.  Raises as `write_at_once`."""
@@ -441,10 +431,6 @@ class Transport:
     def session(self) -> SSL.Session | None:
         """The newest session that a later connection could resume."""
         return None if self._engine is None else self._engine.session()
-
-    def pending(self) -> int:
-        """Decrypted bytes that are still inside OpenSSL."""
-        return 0 if self._engine is None else self._engine.pending()
 
     def _advance(self) -> None:
         if self._exchanging:
@@ -569,7 +555,6 @@ class Transport:
 
     def _start_draining(self) -> None:
         self._move(State.DRAINING, self._aim.call)
-        self.draining = True
         self._shutdown.ready = True
 
     # Connecting and shaking hands.
@@ -680,12 +665,8 @@ class Transport:
         assert engine is not None
         while room > 0 and self._read_left > 0:
             data = engine.read(RECORD_BYTES)
-            if isinstance(data, Want):
-                self._read.wait_for(data)
-                break
-            if not data:
-                self._peer_closed = True
-                self._read.rest()
+            if isinstance(data, Want) or not data:
+                self._no_data(data)
                 break
             received.append(data)
             size = len(data)
@@ -697,6 +678,14 @@ class Transport:
         else:
             return
         self._input_was_consumed()
+
+    def _no_data(self, answer: bytes | Want) -> None:
+        """What a read has answered with instead: a want, or the peer's close_notify."""
+        if isinstance(answer, Want):
+            self._read.wait_for(answer)
+        else:
+            self._peer_closed = True
+            self._read.rest()
 
     def _room(self) -> int:
         """How many bytes may be read in this turn; a record more does no harm."""
@@ -801,8 +790,8 @@ class Transport:
         if self._sent_close:
             self._complete()
         elif self._engine is not None and self._engine.mid_handshake():
-            raise TLSError(
-                1,
+            raise tls_error(
+                "CLOSE_NOTIFY",
                 "the peer closed the session in the middle of a renegotiation: nothing can be sent any more",
             )
 
@@ -852,7 +841,7 @@ class Transport:
             cause = SessionClosed("this side closed the session")
         self._finish(cause)
 
-    def end(self, cause: SessionEnded, linger: bool = True) -> None:
+    def end(self, cause: SessionEnded, *, linger: bool = True) -> None:
         """The bad end: *cause* becomes the session's cause, unless it has one already, or the peer has said why."""
         if isinstance(cause, PeerReset) and self._talks() and self._aim < Aim.UNWRAP:
             try:
@@ -1077,13 +1066,14 @@ class Transport:
 
     def stalled(self, turns: int, whose: str) -> None:
         """After so many *turns* in vain: end, and log where it stood."""
+        engine = self._engine
         seen = self.describe() | {
             "ready": [name for name, one in zip(_CALLS, self._operations, strict=True) if one.ready],
             "mask": self.mask,
             "again": self.again,
             "quiet": self.quiet,
-            "inside": self.pending(),
-            "on_detour": self._engine is not None and self._engine.on_detour,
+            "inside": 0 if engine is None else engine.pending(),
+            "on_detour": engine is not None and engine.on_detour,
             "chunk": 0 if self._chunk is None else len(self._chunk),
             "chunks": len(self._chunks),
         }

@@ -40,7 +40,7 @@ class Window:
         self.path = os.fspath(path)
         self._bridge = bridge
         self._over = threading.Event()
-        self._born = forks.generation()
+        self._born = forks.current
         self._socket = _listen(self.path)
         self._place = os.lstat(self.path)  # nobody else's number, while our socket is open
         self._thread = threading.Thread(target=self._serve, name="bridge-window", daemon=True)

@@ -72,8 +72,8 @@ class Pollable(Protocol):
         False if the worker need not look at what is above: nothing of it has changed.
         """
 
-    def end(self, cause: SessionEnded) -> None:
-        """Come to an end; a second time: at once."""
+    def end(self, cause: SessionEnded, *, linger: bool = True) -> None:
+        """Come to an end; if it may not *linger*, nor go on to, it has finished then."""
 
     def gone(self) -> None:
         """It has finished, and its sockets are closed."""
@@ -368,8 +368,7 @@ class Worker:
     def _shut_down(self) -> None:
         for pollable, watch in list(self._watched.items()):
             with pollable.lock:
-                for _ in range(2):  # once to end it, once more to end its lingering
-                    pollable.end(SessionAborted("the bridge was closed"))
+                pollable.end(SessionAborted("the bridge was closed"), linger=False)
                 pollable.turn(NOTHING, time.monotonic())
                 self._attend(pollable, watch)
         self._flush()

@@ -92,8 +92,8 @@ OPENSSL_TYPES_ONLY = {
     "bridge": {"Context", "Session"},
 }
 """Of these: for the type of an argument, and nothing else."""
-OPENSSL_PRIVATE = {"connection", "credentials", "ssl.contexts"}
-"""Who may use private names of pyOpenSSL, if they are there."""
+OPENSSL_PRIVATE = {"connection", "credentials", "tap", "ssl.contexts"}
+"""Who may use private names of pyOpenSSL."""
 OPENSSL_ERRORS = {"engine", "connection", "context", "credentials", "ssl.contexts"}
 """Who may catch OpenSSL's exceptions: where sessions' errors are translated, and where contexts are built."""
 

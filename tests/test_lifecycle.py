@@ -1423,9 +1423,9 @@ def test_a_stream_ends_with_the_threads_of_its_bridge_however_they_end(
     stream.close()
 
 
-def test_a_session_that_comes_too_late_for_its_worker_ends(
-    client_ctx: bridge.Context, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def too_late(monkeypatch: pytest.MonkeyPatch) -> Iterator[bridge.Bridge]:
+    """A bridge whose worker ends just before it is given a session."""
     b = bridge.Bridge(workers=1)
     launch = b._launch
 
@@ -1435,10 +1435,26 @@ def test_a_session_that_comes_too_late_for_its_worker_ends(
         launch(channel)
 
     monkeypatch.setattr(b, "_launch", late)
+    yield b
+    b.close()
+
+
+def test_a_session_that_comes_too_late_for_its_worker_ends(
+    too_late: bridge.Bridge, client_ctx: bridge.Context
+) -> None:
     near, far = tcp_pair()
     with far, pytest.raises(bridge.SessionAborted, match="the bridge was closed"):
-        b.adopt(near, client_ctx, server_hostname="localhost")
-    b.close()
+        too_late.adopt(near, client_ctx, server_hostname="localhost")
+
+
+def test_what_such_a_session_was_given_is_reported_as_lost(
+    too_late: bridge.Bridge, client_ctx: bridge.Context
+) -> None:
+    near, far = tcp_pair()
+    with far, too_late._coordinator._lock:
+        session = too_late.adopt(near, client_ctx, server_hostname="localhost", wait=False)
+        session.send(b"lost")
+    assert session.close(PATIENCE).unsent == 4
 
 
 def test_closing_a_bridge_in_the_middle_of_closing_it_is_nothing(

@@ -37,6 +37,7 @@ from structlog.testing import capture_logs
 
 import bridge
 from bridge.lease import Cot, Lease
+from bridge.limits import RECORD_BYTES
 from bridge.poll import Want
 from bridge.stream import Stream
 from bridge.transport import Transport
@@ -238,6 +239,27 @@ def test_data_that_comes_with_a_request_for_a_handshake_is_read_and_the_request_
     while server.connection.renegotiate_pending():
         assert server.read() is now(client.read, 1) is Want.READ
     assert client.write(b"more") == 4 and server.read() == b"more"
+    server.sock.close()
+
+
+@needs_hang_ups
+def test_records_behind_a_request_for_a_handshake_stay_in_order_though_a_writer_reads_them(
+    asking: tuple[Stream, Raw], background: Background
+) -> None:
+    client, server = asking
+    while server.connection.renegotiate_pending():
+        assert server.read() is now(client.read, 1) is Want.READ
+    reading = background.run(client.read, 2 * RECORD_BYTES, PATIENCE)
+    sleeping(client)
+    with client._lease.lock:  # so the writer comes first
+        assert server.connection.renegotiate() and server.handshake() is None
+        assert server.write(b"a" * RECORD_BYTES) == RECORD_BYTES and server.write(b"b") == 1
+        server.sock.shutdown(socket.SHUT_WR)
+        client._hand_over(b"x")
+    assert reading.result(PATIENCE) == b"a" * RECORD_BYTES
+    assert client.read(10, PATIENCE) == b"b"
+    with pytest.raises(bridge.Truncated):
+        client.read(10, PATIENCE)
     server.sock.close()
 
 

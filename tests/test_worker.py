@@ -33,6 +33,7 @@ class Thing:
         self.lock = threading.RLock()
         self.turns: list[int] = []
         self.ends: list[SessionEnded] = []
+        self.lingers = False
         self.left = 0
         self.moved = 0
         self.stalls: list[int] = []
@@ -47,8 +48,9 @@ class Thing:
         """A command that does nothing."""
         assert self.lock._is_owned()  # type: ignore[attr-defined]
 
-    def end(self, cause: SessionEnded) -> None:
+    def end(self, cause: SessionEnded, *, linger: bool = True) -> None:
         self.ends.append(cause)
+        self.lingers = linger
 
     def gone(self) -> None:
         self.left += 1
@@ -503,8 +505,8 @@ def test_stop_ends_what_is_left_twice_and_closes_everything(
     worker.post(thing, "poke")
     worker.run()
     check_may_wait()  # as any thread again
-    assert len(thing.ends) == 2 and thing.turns == [NOTHING, NOTHING]
-    assert all(str(cause) == "the bridge was closed" for cause in thing.ends)
+    assert thing.turns == [NOTHING, NOTHING] and not thing.lingers
+    assert [str(cause) for cause in thing.ends] == ["the bridge was closed"]
     assert pair[0].fileno() == -1
     assert handed_over == [["the last word"], ["the last word"]]
     assert closed == [None, None]
@@ -517,7 +519,12 @@ def test_a_command_that_raises_ends_its_own_session_only(worker: Worker) -> None
     with capture_logs() as logs:
         assert worker.step()
     structlog.reset_defaults()
-    assert len(ill.ends) == 1 and not well.ends and [entry["event"] for entry in logs] == ["worker.failed"]
+    assert (
+        len(ill.ends) == 1
+        and ill.lingers
+        and not well.ends
+        and [entry["event"] for entry in logs] == ["worker.failed"]
+    )
 
 
 def test_a_descriptor_that_another_session_has_ends_its_own_session_only(
@@ -542,5 +549,5 @@ def test_a_bug_of_the_worker_ends_what_is_left_too(worker: Worker, monkeypatch: 
     worker.post(thing, "poke")
     with pytest.raises(TypeError):
         worker.run()
-    assert len(thing.ends) == 2
+    assert len(thing.ends) == 1 and not thing.lingers
     worker._stopping = True

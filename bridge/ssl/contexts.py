@@ -221,7 +221,6 @@ class SSLContext(ssl.SSLContext, metaclass=_StandIn):
             alpn=tuple(name.decode() for name in settings.alpn),
             versions=settings.versions,
             options=options,
-            ours=True,
             resumption=False,
         )
 

@@ -28,7 +28,7 @@ import pytest
 from conftest import KeyPair
 from dropin_rig import Arrangement, make_client_context, make_server_context, our_ssl
 from peers import PATIENCE, Background, dial, in_a_child, receive_exactly, until
-from rig import needs_hang_ups, tcp_pair
+from rig import Raw, needs_hang_ups, raw_context, tcp_pair
 
 import bridge
 from bridge.ssl import process, sockets
@@ -1536,6 +1536,25 @@ def test_what_a_peer_says_instead_of_a_handshake(whose: str, ca_file: str) -> No
             with pytest.raises(ssl.SSLError, match=words) as caught:
                 client.do_handshake()
             assert type(caught.value) is kind and type(caught.value.args[0]) is int
+
+
+def test_a_write_to_a_peer_that_asked_for_a_handshake_and_closed_is_an_error_with_a_reason(
+    background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    """The standard library's waits for an answer that cannot come."""
+    near, far = tcp_pair()
+    context = make_client_context("ours", ca_file)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    wrapping = background.run(lambda: context.wrap_socket(near, server_hostname="localhost"))
+    server = Raw(raw_context("TLSv1.2", server_cert), far, server_side=True)
+    assert server.handshake() is None
+    with far, wrapping.result(PATIENCE) as client:
+        assert server.connection.renegotiate() and server.handshake() is None
+        server.connection.shutdown()
+        assert client.recv(10) == b""
+        with pytest.raises(ssl.SSLError, match="in the middle of a renegotiation") as caught:
+            client.send(b"more")
+        assert (caught.value.errno, caught.value.reason, caught.value.library) == (1, "CLOSE_NOTIFY", "SSL")
 
 
 def test_errors_have_the_attributes_that_the_stdlibs_have() -> None:
