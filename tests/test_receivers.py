@@ -714,20 +714,27 @@ def test_an_interrupted_receiver_whose_codec_fails_hears_of_the_end(contexts: An
             return
 
 
-def test_nothing_comes_behind_the_end_that_the_coordinator_has_told(rig: Lockstep, contexts: Any) -> None:
+@pytest.mark.parametrize("then", [None, fail], ids=["messages", "failure"])
+def test_nothing_comes_behind_the_end_that_the_coordinator_has_told(
+    then: Callable[[], object] | None, rig: Lockstep, contexts: Any
+) -> None:
     """While a receiver was decoding."""
 
     def close() -> None:
         begin_close(server)
         server._coordinator.step()
         assert server.end is not None
+        if then is not None:
+            then()
 
     client, server = moody_pair(rig, contexts, Moody(close))
     client.send(b"!")
     leave(rig, client)
     with pytest.raises(bridge.SessionClosed):
         server.recv(PATIENCE)
+    server._coordinator.step()
     assert server.inbox.empty() and server._channel.credit.held() == 0
+    assert server.state == "open", "its worker has not heard of it"
 
 
 def until_received(rig: Lockstep, session: Session, last: bytes) -> list[bytes]:
