@@ -241,6 +241,31 @@ def test_whoever_waited_for_a_record_to_be_decoded_reads_on_while_there_is_room(
     assert session._channel.credit.held() == held + 32 * len(line) and not session.inbox.full()
 
 
+def test_no_record_is_decoded_before_the_session_is_known_to_be_open(
+    server_ctx: bridge.Context, tls_version: str
+) -> None:
+    """Though it come in the same turn as the end of the handshake."""
+    known: list[bool] = []
+
+    class Looking(codecs.Lines):
+        def decode(self, data: bytes) -> list[str]:
+            known.append(is_open(session))
+            return super().decode(data)
+
+    with Lockstep() as lockstep:
+        near, far = lockstep.large_pair()
+        session = lockstep.session(server_ctx, near, codec=Looking)
+        peer = Raw(raw_context(tls_version), far, False)
+        worker = session._channel.worker
+        while peer.handshake() is not None:
+            worker.step()
+        peer.write(b"y" * (RECORD_BYTES - 1) + b"\n")
+        lockstep.until(lambda: session.inbox.qsize() == 1)
+        assert known == [True]
+        session.abort()
+        lockstep.settle()
+
+
 def test_a_codec_is_not_run_with_another_session_s_lock(
     talk: tuple[Lockstep, bridge.Session, Raw], server_ctx: bridge.Context, tls_version: str
 ) -> None:
