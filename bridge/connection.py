@@ -25,7 +25,7 @@ from OpenSSL._util import ffi as _ffi
 from OpenSSL._util import lib as _lib
 
 from bridge import forks
-from bridge.errors import CertificateError, ConfigurationError, SessionEnded, TLSError, tls_error
+from bridge.errors import CertificateError, ConfigurationError, SessionEnded, TLSError, tls_error, words
 from bridge.names import ADDRESS_MISMATCH, HOST_MISMATCH, PeerName, peer_certificate, refusal
 from bridge.record import Record
 
@@ -345,7 +345,7 @@ def check_staple(
         what = f"the stapled response ({len(response)} bytes)" if response else "a server that stapled none"
         record.note(refusal(f"ocsp_check refused {what}"))
     except Exception as error:
-        record.note(refusal(f"ocsp_check raised {type(error).__name__}: {error}"), error)
+        record.note(refusal(f"ocsp_check raised {type(error).__name__}: {words(error)}"), error)
     return False
 
 
@@ -358,7 +358,7 @@ def log_key(write: Callable[[bytes], object], connection: SSL.Connection, line: 
 
 
 def _tls_error(what: str, cause: BaseException) -> TLSError:
-    return tls_error("CALLBACK_FAILED", f"{what} {type(cause).__name__}: {cause}")
+    return tls_error("CALLBACK_FAILED", f"{what} {type(cause).__name__}: {words(cause)}")
 
 
 # Key log (the format of SSLKEYLOGFILE, RFC 9850).

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from bridge import events
+from bridge import events, forks
 from bridge.codecs import Codec
 from bridge.crossing import Gate, Latch, Mailbox, let_go, nobody
 from bridge.engine import SessionInfo
@@ -196,9 +196,10 @@ class Channel:
                     worker.take_back(transport)
             return lent
         except BaseException:  # Ctrl-C, mostly out of the sleep
-            with lock:
-                inbox.get_up(bed, in_vain=True)
-                worker.take_back(transport)
+            if bed.born == forks.current:  # or whoever has the lock may not live in this process
+                with lock:
+                    inbox.get_up(bed, in_vain=True)
+                    worker.take_back(transport)
             let_go(lock)
             raise
         finally:

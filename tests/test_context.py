@@ -29,6 +29,7 @@ from cryptography.x509 import ocsp
 from cryptography.x509.oid import ExtensionOID, NameOID
 from OpenSSL import SSL
 from peers import PATIENCE
+from test_errors import Wordless
 
 from bridge import Bridge, credentials
 from bridge import connection as connection_module
@@ -1537,6 +1538,21 @@ def test_a_check_that_raises_refuses(version: str) -> None:
     error = refused(Ours(client(ocsp_check=check), "a.example"), Ours(server(**only(version))))
     assert "LookupError: no responder" in str(error)
     assert isinstance(error.__cause__, LookupError)
+
+
+@pytest.mark.parametrize("what", ["ocsp_check", "keylog", "ocsp_staple"])
+def test_also_if_its_error_cannot_be_told(what: str) -> None:
+    """What a callback raises into OpenSSL may come out of another session."""
+
+    def fail(*_: object) -> Any:
+        raise Wordless
+
+    theirs = {"ocsp_staple": fail} if what == "ocsp_staple" else {}
+    ours = {"ocsp_check": lambda *_: True} if theirs else {what: fail}
+    a, b = Ours(client(**ours), "a.example"), Ours(server(**theirs))
+    pump(a, b)
+    error = (b if theirs else a).record.error
+    assert "an unprintable Wordless" in str(error) and isinstance(error.__cause__, Wordless)
 
 
 @both_versions

@@ -183,22 +183,24 @@ def test_a_codec_that_raises_ends_its_own_session_only(pair: Pair, logs: list[An
     assert not [entry for entry in logs if entry["event"] in ("worker.failed", "coordinator.failed")]
 
 
-class Nameless(Exception):
-    """An error that cannot be told, nor why."""
+class Wordless(Exception):
+    """An error whose class is at fault, too: it cannot be told, nor why."""
 
-    def __repr__(self) -> str:
-        raise Nameless
+    def __str__(self) -> str:
+        raise Wordless
+
+    __repr__ = __str__
 
 
 def test_also_if_its_error_cannot_be_told(pair: Pair) -> None:
     class Broken(codecs.Raw):
         def decode(self, data: bytes) -> list[bytes]:
-            raise Nameless
+            raise Wordless
 
     others = pair()
     client, server = pair(codecs.Raw, Broken)
     client.send(b"x")
-    with pytest.raises(bridge.CodecError, match="the codec failed: an unprintable Nameless"):
+    with pytest.raises(bridge.CodecError, match="the codec failed: an unprintable Wordless"):
         server.recv(PATIENCE)
     assert_alive(others)
 
@@ -350,13 +352,6 @@ def test_a_codec_that_is_no_codec(
                 use(lambda: {}["no"])
         assert sock.fileno() != -1
         assert listener.handshakes.used <= 1
-
-
-class Wordless(Exception):
-    """An error whose class is at fault, too."""
-
-    def __str__(self) -> str:
-        raise LookupError
 
 
 @pytest.mark.parametrize(

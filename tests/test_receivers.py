@@ -12,6 +12,7 @@ import itertools
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -517,12 +518,31 @@ def test_a_signal_handler_may_not_wait_while_the_session_is_in_its_thread_s_hand
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_signal_handler_that_forks_leaves_the_session_to_the_parent(pair: Pair) -> None:
+def test_a_signal_handler_that_forks_leaves_the_session_to_the_parent(
+    pair: Pair, background: Background
+) -> None:
+    """Also if that was in the middle of a turn."""
     _, server = pair
-    children = []
-    before = signal.signal(signal.SIGALRM, lambda *_: children.append(os.fork()))
+    children: list[int] = []
+    forked = threading.Event()
+
+    def take_a_turn() -> None:
+        while mask_of(server) != LENT:
+            pass
+        with server._channel.transport.lock:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+            assert forked.wait(PATIENCE)
+
+    def fork(*_: object) -> None:
+        children.append(os.fork())
+        if children == [0]:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(5)  # or it would wait for ever for who is not there
+        forked.set()
+
+    before = signal.signal(signal.SIGALRM, fork)
     try:
-        signal.setitimer(signal.ITIMER_REAL, SOON)
+        turn = background.run(take_a_turn)
         with pytest.raises(bridge.ReceiveTimeout):
             server.recv(4 * SOON)
     except BaseException as error:
@@ -533,6 +553,7 @@ def test_a_signal_handler_that_forks_leaves_the_session_to_the_parent(pair: Pair
         if children == [0]:
             os._exit(2)
         signal.signal(signal.SIGALRM, before)
+    turn.result(PATIENCE)
     assert os.waitpid(children[0], 0)[1] == 0
 
 
