@@ -248,17 +248,16 @@ class Inbox(forks.Handle):
         """
         if self._born != forks.current:
             forks.check(self._born)
-        if timeout is not None:
-            timeout = check_timeout("timeout", timeout)
+        if not block:
+            timeout = 0.0
+        deadline = None if timeout is None else deadline_after(check_timeout("timeout", timeout))
         try:
             turn: _Turn = self._handler.turn
         except AttributeError:
             turn = self._handler.turn = _Turn(self)
         if turn.done is not None:
             turn.end()
-        if not block:
-            timeout = 0.0
-        entry = self._next(timeout, deadline_after(timeout), turn)
+        entry = self._next(timeout, deadline, turn)
         return entry[0], entry[1]
 
     def task_done(self) -> None:
