@@ -29,7 +29,7 @@ from bridge.inbox import Inbox, ReadCredit, SessionInbox
 from bridge.limits import RECORD_BYTES
 from bridge.outbox import Outbox
 from bridge.poll import READ, my_sleeper
-from bridge.terms import CloseReport, Ending, Told, interrupted
+from bridge.terms import CloseReport, Ending, Told, internal, interrupted
 from bridge.threads import check_may_wait, let_through, serving_all, this_thread
 from bridge.transport import Transport
 from bridge.worker import Command, Worker
@@ -358,9 +358,7 @@ class Coordinator:
 
     def _fail(self, channel: Channel, error: BaseException) -> None:
         events.warning("coordinator.failed", session=channel.name, error=words(error, repr))
-        failure = SessionAborted(f"internal error: {words(error, repr)}")
-        failure.__cause__ = error
-        self._command(channel, "conclude", failure)
+        self._command(channel, "conclude", internal(error))
 
     # From the application to the worker.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from bridge.context import Context
 from bridge.crossing import nobody
 from bridge.dialer import Address
-from bridge.errors import SessionAborted, SessionEnded, fresh
+from bridge.errors import SessionAborted, SessionEnded, fresh, words
 from bridge.limits import Timeouts
 
 if TYPE_CHECKING:
@@ -103,6 +103,13 @@ class Ending:
 def interrupted() -> SessionAborted:
     """How a session ends in which Ctrl-C has cut a call short: nobody knows what is half done."""
     return SessionAborted("interrupted in the middle of a call of OpenSSL")
+
+
+def internal(error: BaseException) -> SessionAborted:
+    """How a session ends in which *error* came up: a bug of ours, or of a user's class."""
+    failure = SessionAborted(f"internal error: {words(error, repr)}")
+    failure.__cause__ = error
+    return failure
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from bridge import events
 from bridge.crossing import Mailbox
 from bridge.errors import SessionAborted, SessionEnded, words
 from bridge.poll import LENT, NOTHING, READ, Doorbell, Poller, Want
+from bridge.terms import internal
 from bridge.threads import let_through, serving_all
 
 HAND_OVER = 64
@@ -95,9 +96,7 @@ def fail(pollable: Pollable, error: BaseException, whose: str) -> None:
     In the thread called *whose*, which owned it for that turn.
     """
     events.warning("worker.failed", worker=whose, error=words(error, repr))
-    failure = SessionAborted(f"internal error: {words(error, repr)}")
-    failure.__cause__ = error
-    pollable.end(failure)
+    pollable.end(internal(error))
     pollable.again = True  # for a turn that finds out what to wait for now, and until when
 
 
