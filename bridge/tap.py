@@ -146,12 +146,9 @@ def _on_message(write: int, _: int, kind: int, data: Any, size: int, *__: object
         tapped.passed("sent" if write else "received", kind, bytes(_ffi.buffer(data, min(size, 5))), size)
 
 
-_set_callback: Any = getattr(_lib, "SSL_CTX_set_msg_callback", None)
-_callback: Any = None
-if _set_callback is not None:
-    _callback = _ffi.callback(
-        "void (*)(int, int, int, const void *, size_t, SSL *, void *)", _on_message, onerror=lambda *_: None
-    )
+_callback: Any = _ffi.callback(
+    "void (*)(int, int, int, const void *, size_t, SSL *, void *)", _on_message, onerror=lambda *_: None
+)
 
 
 class TappedConnection(Connection):
@@ -163,13 +160,11 @@ class TappedConnection(Connection):
         self._header: tuple[str, str, int] | None = None
         with _making:  # SSL_new(3) copies it, and there is none to set for a connection alone
             native = getattr(raw, "_context", None)
-            if _set_callback is not None:
-                _set_callback(native, _callback)
+            _lib.SSL_CTX_set_msg_callback(native, _callback)
             try:
                 super().__init__(raw, sock)
             finally:
-                if _set_callback is not None:
-                    _set_callback(native, _ffi.NULL)
+                _lib.SSL_CTX_set_msg_callback(native, _ffi.NULL)
 
     def do_handshake(self) -> None:
         """As `Connection.do_handshake`."""
