@@ -332,12 +332,14 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _is_lively() -> bool:
     """Whether stdout is a terminal, and one on which `rich`, if it is there, draws again where it has drawn."""
+    if not sys.stdout.isatty():
+        return False
     try:
         from rich.console import Console
     except ImportError:
         return False
     console = Console()
-    return sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def _watch_plainly(run: demo.Run) -> None:
