@@ -611,39 +611,6 @@ def test_a_signal_handler_may_not_wait_while_it_holds_up_the_worker(
     assert told
 
 
-def test_a_codec_may_not_receive_what_it_is_decoding_for(ca_file: str, server_cert: KeyPair) -> None:
-    """Which is as wrong on the thread of a receiver as on that of a worker."""
-    sessions: list[Session] = []
-
-    class Curious(codecs.Raw):
-        def decode(self, data: bytes) -> list[bytes]:
-            if data == b"2":
-                sessions[0].recv(PATIENCE)
-            return [data]
-
-    near, far = socket.socketpair()
-    with Lockstep() as rig:
-        client = rig.session(bridge.client_context(ca_file), near)
-        server = rig.session(
-            bridge.server_context(server_cert.certfile, server_cert.keyfile), far, codec=Curious
-        )
-        sessions.append(server)
-        for message in (b"1", b"2"):
-            client.send(message)
-            rig.until(lambda: is_open(server) and client.outbox.empty())
-            if message == b"1":
-                rig.until(lambda: server.inbox.qsize() == 1)
-                assert server.recv(0) == b"1"
-                rig.settle()
-        leave(rig, client)
-        with pytest.raises(bridge.ReceiveTimeout):
-            server.recv(SOON)
-        rig.until(lambda: is_closed(server))
-        with pytest.raises(bridge.CodecError, match="a codec may not wait"):
-            server.recv(PATIENCE)
-        sessions.clear()
-
-
 class Moody(codecs.Raw):
     """A codec that notes what it is asked, and does *then* as it decodes ``b"!"``."""
 
@@ -671,6 +638,18 @@ def moody_pair(rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context], c
 
 def fail() -> None:
     raise ValueError("not like this")
+
+
+def test_a_codec_may_not_receive_what_it_is_decoding_for(rig: Lockstep, contexts: Any) -> None:
+    """Which is as wrong on the thread of a receiver as on that of a worker."""
+    client, server = moody_pair(rig, contexts, Moody(lambda: server.recv(PATIENCE)))
+    client.send(b"!")
+    leave(rig, client)
+    with pytest.raises(bridge.ReceiveTimeout):
+        server.recv(SOON)
+    rig.until(lambda: is_closed(server))
+    with pytest.raises(bridge.CodecError, match="a codec may not wait"):
+        server.recv(PATIENCE)
 
 
 def test_a_codec_that_has_failed_is_not_asked_again(rig: Lockstep, contexts: Any) -> None:
