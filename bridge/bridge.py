@@ -137,9 +137,8 @@ class Bridge(forks.Handle):
         self._closers: list[list[threading.Thread]] = []  # who calls `close`; the first does it
         self._inbox_tally = Tally(self._limits.total_bytes)
         self._outbox_tally = Tally(self._limits.total_bytes)
-        self._lingering = Tally(
-            2**63
-        )  # clients' sessions that are over, and whose sockets are not closed yet
+        # Clients' sessions that are over, and whose sockets are not closed yet.
+        self._lingering = Tally(2**63)
         self._listeners: Registry[Listener] = Registry()
         self._streams: Registry[Stream] = Registry()
         self._crew = Crew(workers, self._streams)
