@@ -42,7 +42,7 @@ KeyLog = str | os.PathLike[str] | Callable[[bytes], object] | IO[Any] | Literal[
 _get_error: Any = _lib.SSL_get_error
 _read: Any = _lib.SSL_read
 _write: Any = _lib.SSL_write
-_unpack: Any = _ffi.unpack
+_unpack: Callable[[Any, int], bytes] = _ffi.unpack
 _WANT_READ = _lib.SSL_ERROR_WANT_READ
 _WANT_WRITE = _lib.SSL_ERROR_WANT_WRITE
 _SYSCALL = _lib.SSL_ERROR_SYSCALL
@@ -134,8 +134,7 @@ class Connection(SSL.Connection):
             result = _read(self._ssl, scratch, bufsiz)
             if result <= 0:
                 result = self._read_on(result, scratch, bufsiz)
-            data: bytes = _unpack(scratch, result)
-            return data
+            return _unpack(scratch, result)
         finally:
             _scratches.append(scratch)
 
@@ -153,8 +152,7 @@ class Connection(SSL.Connection):
 
     def send(self, buf: Any, flags: int = 0) -> int:
         """SSL_write(3) of bytes or a view, without pyOpenSSL's conversions."""
-        data = buf if type(buf) is bytes else _ffi.from_buffer(buf)
-        result: int = _write(self._ssl, data, len(buf))
+        result: int = _write(self._ssl, buf if type(buf) is bytes else _ffi.from_buffer(buf), len(buf))
         if result <= 0:
             self._raise_ssl_error(self._ssl, result)
         return result

@@ -240,7 +240,7 @@ class TLSEngine:
 
     def write(self, chunk: bytes | memoryview) -> int | Want:
         """SSL_write(3): how many bytes of *chunk* are on their way.  After a Want, only *chunk* itself may follow."""
-        assert len(chunk) > 0
+        assert chunk
         assert self._frozen is None or self._frozen is chunk, (
             "a pending write must be repeated with the same chunk"
         )

@@ -181,23 +181,25 @@ class Lease:
         timeout = None if until is None else time_left(until)
         sock = transport.sock
         mask = NOTHING if sock is None else transport.mask
-        bed = my_sleeper() or Cot()
-        if type(bed) is Cot and (ready := look(sock, mask)):
-            return ready
+        bed: Sleeper | Cot | None = my_sleeper()
+        if bed is None:
+            if ready := look(sock, mask):
+                return ready
+            bed = Cot()
+            self._send_for_worker("wake")
+        lock = self.lock
+        self._sleepers[bed] = mask
+        bed.asleep = True  # from here on a signal handler takes another bed
         try:
-            bed.asleep = True  # from here on a signal handler takes another bed
-            self._sleepers[bed] = mask
-            if type(bed) is Cot:
-                self._send_for_worker("wake")
-            self.lock.release()
+            lock.release()
             ready = bed.sleep(sock, mask, timeout)
-            self.lock.acquire()
+            lock.acquire()
         except BaseException:
             self._regain()  # the caller's ``with`` is going to release it
             raise
         finally:
             bed.asleep = False
-            self._sleepers.pop(bed, None)
+            del self._sleepers[bed]
         return ready
 
     def _regain(self) -> None:

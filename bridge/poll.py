@@ -285,6 +285,10 @@ class Doorbell:
         self._button.close()
 
 
+_Watched = tuple[int, int, Callable[[float | None], list[tuple[int, int]]], list[tuple[int, int]] | None]
+"""A descriptor, for what, what polls it, and what that says if the descriptor is ready for all of that, and no more."""
+
+
 class Sleeper:
     """A thread's bed beside one socket at a time.  `ring` from any thread; the rest belongs to the sleeper.
 
@@ -302,21 +306,22 @@ class Sleeper:
             self._doorbell.close()
             raise system_error(errno.EMFILE)
         self.ring = self._doorbell.ring
-        self._watched: tuple[int, int, Any] = (-1, NOTHING, None)
-        self._watch(-1, NOTHING)  # a thread mostly sleeps beside one socket, for one thing
+        self._watched = self._watch(-1, NOTHING)  # a thread mostly sleeps beside one socket, for one thing
 
     def sleep(self, sock: socket.socket | None, mask: int, timeout: float | None) -> int:
         """Sleep until *sock* is ready for something in *mask*, or a ring, or *timeout* seconds (None: for ever).
 
         For what it is ready; nothing if that was not why the sleep ended.
         """
-        fd = -1 if sock is None or mask == NOTHING else sock.fileno()
-        watched, mask_watched, poll = self._watched
+        fd = sock.fileno() if mask and sock is not None else -1
+        watched, mask_watched, poll, hoped_for = self._watched
         if watched != fd or mask_watched != mask:
-            poll = self._watch(fd, mask)
-        found = poll.poll(None if timeout is None else min(timeout, LONGEST_SLEEP) * 1000)
+            self._watched = _, _, poll, hoped_for = self._watch(fd, mask)
+        found = poll(None if timeout is None else min(timeout, LONGEST_SLEEP) * 1000)
         if self.born != forks.current:  # a signal handler has forked, and this is the child
             forks.check(self.born)
+        if found == hoped_for:
+            return mask
         ready = NOTHING
         for number, event in found:
             if number != fd:
@@ -325,14 +330,14 @@ class Sleeper:
                 ready = mask & _FROM_POLL.get(event, mask)
         return ready
 
-    def _watch(self, fd: int, mask: int) -> Any:
-        """A poll object of its own: one that Ctrl-C interrupts is not left half changed."""
+    def _watch(self, fd: int, mask: int) -> _Watched:
+        """With a poll object of its own: one that Ctrl-C interrupts is not left half changed."""
         poll = _Poll()
         poll.register(self._doorbell.fileno(), READABLE)
-        if fd != -1:
-            poll.register(fd, _TO_POLL[mask])
-        self._watched = (fd, mask, poll)
-        return poll
+        if fd == -1:
+            return fd, mask, poll.poll, None
+        poll.register(fd, _TO_POLL[mask])
+        return fd, mask, poll.poll, [(fd, _TO_POLL[mask])]
 
     def __del__(self) -> None:
         if hasattr(self, "_doorbell"):  # there was a descriptor for it

@@ -31,11 +31,11 @@ from bridge.errors import (
 )
 from bridge.lease import Lease
 from bridge.limits import RECORD_BYTES, check_timeout
-from bridge.poll import Want, hang_up_watch
+from bridge.poll import READ, Want, hang_up_watch
 from bridge.states import State
 from bridge.terms import CloseReport, Ending, Plan, Told
 from bridge.totals import Account
-from bridge.transport import Transport
+from bridge.transport import LONG_AGO, Transport
 from bridge.worker import Worker
 
 if TYPE_CHECKING:
@@ -121,6 +121,11 @@ class _Received:
         self.used -= len(part)
         return part
 
+    def keep(self, data: bytes) -> None:
+        if data:
+            self.parts.append(data)
+            self.used += len(data)
+
     def peek(self, size: int) -> bytes:
         return self.parts[0][:size]
 
@@ -193,7 +198,6 @@ class Stream(forks.Handle):
         self._born = forks.current
         self._sent, self._received = _Sent(), _Received()
         self._transport = Transport(name, plan, self._sent, self._received, self._told)
-        self._transport.answerable = False  # after the handshake a server's refusal may be there already
         self.worker = worker.name
         self.gone: Latch[Ending] = Latch()
         self._lease = self._sent._lease = Lease(
@@ -292,40 +296,57 @@ class Stream(forks.Handle):
         *timeout* as for `handshake`.  Any other end raises the cause, after all that came before it; also that this
         side has closed it, or aborted.
         """
-        if self._born != forks.current:
-            forks.check(self._born)
         lease, received, transport = self._lease, self._received, self._transport
-        if lease.lock._is_owned():  # type: ignore[attr-defined]
-            lease.refuse()
-        if size <= 0 or (timeout is not None and not timeout >= 0):
-            _check(timeout, size)
+        if self._born != forks.current or lease.lock._is_owned():  # type: ignore[attr-defined]
+            self._refuse()
+        give_up = None if timeout is None and size > 0 else _deadline(timeout, size)
         try:
             with lease.lock:
                 try:
-                    if not received.parts:
-                        give_up = None if timeout is None else time.monotonic() + timeout
-                        quiet = transport.quiet and not self._deaf and timeout != 0
-                        data = self._read_quietly(give_up) if quiet else b""
-                        if data and len(data) <= size:
-                            return data
-                        if data:
-                            received.parts.append(data)
-                            received.used += len(data)
-                            lease.ring()
-                        elif not self._await_bytes(timeout, give_up):
-                            return b""
-                    data = received.take(size)
-                    if transport.runnable():
-                        lease.ring()  # there is room again, for somebody who wants input
-                    return data
+                    if received.parts:
+                        return self._take(size)
+                    if not transport.quiet or self._deaf or timeout == 0:
+                        return self._await_and_take(size, timeout, give_up)
+                    if transport.mask:  # there is nothing to read that the poll would not speak of
+                        received.asking += 1
+                        try:
+                            ready = lease.sleep(give_up)
+                        finally:
+                            received.asking -= 1
+                        if ready != READ or not transport.quiet or received.parts:
+                            return self._await_and_take(size, timeout, give_up)
+                    try:
+                        data = transport.read_at_once()
+                    except BaseException:
+                        lease.cut_short()
+                        raise
+                    if data and len(data) <= size:
+                        return data
+                    lease.ring()
+                    received.keep(data)
+                    return self._take(size) if data else self._await_and_take(size, timeout, give_up)
                 finally:
-                    if not transport.quiet or lease.closing:
+                    if not transport.quiet:
                         lease.leave()
         except BridgeError:
             raise
         except BaseException:
             lease.mend(received.settle)
             raise
+
+    def _refuse(self) -> None:
+        """Raise why: the process has forked, or this very thread is in the middle of a call."""
+        forks.check(self._born)
+        self._lease.refuse()
+
+    def _take(self, size: int) -> bytes:
+        data = self._received.take(size)
+        if self._transport.runnable():
+            self._lease.ring()  # there is room again, for somebody who wants input
+        return data
+
+    def _await_and_take(self, size: int, timeout: float | None, give_up: float | None) -> bytes:
+        return self._take(size) if self._await_bytes(timeout, give_up) else b""
 
     @_leased
     def peek(self, size: int, timeout: float | None = None) -> bytes:
@@ -335,26 +356,6 @@ class Stream(forks.Handle):
         if not self._received.parts and not self._await_bytes(timeout, give_up):
             return b""
         return self._received.peek(size)
-
-    def _read_quietly(self, give_up: float | None) -> bytes:
-        """The next record, if it comes before anything else happens."""
-        lease, transport, received = self._lease, self._transport, self._received
-        if transport.mask:  # there is nothing to read that the poll would not speak of
-            received.asking += 1
-            try:
-                ready = lease.sleep(give_up)
-            finally:
-                received.asking -= 1
-            if ready != Want.READ or not transport.quiet or received.parts:
-                return b""
-        try:
-            data = transport.read_at_once()
-        except BaseException:
-            lease.cut_short()
-            raise
-        if not data:
-            lease.ring()
-        return data
 
     def _await_bytes(self, timeout: float | None, give_up: float | None) -> bool:
         """Whether there are any; false at the clean end, and other ends raise."""
@@ -388,56 +389,57 @@ class Stream(forks.Handle):
         0: at least one byte is taken, or WouldBlock raised.  What was taken leaves in any case.  Raises the cause
         once the session has ended or this side has closed it.
         """
-        if self._born != forks.current:
-            forks.check(self._born)
-        lease, writers = self._lease, self._writers
-        if lease.lock._is_owned() or writers._is_owned():  # type: ignore[attr-defined]
-            lease.refuse()
+        lease, writers, transport = self._lease, self._writers, self._transport
+        if (
+            self._born != forks.current
+            or lease.lock._is_owned()  # type: ignore[attr-defined]
+            or writers._is_owned()  # type: ignore[attr-defined]
+        ):
+            self._refuse()
+        size, give_up = 0, None if timeout is None else _deadline(timeout)
         try:
-            if timeout is None:
-                with writers:
-                    return self._write(data, None)
-            _check(timeout)
-            give_up = time.monotonic() + timeout
-            if not writers.acquire(timeout=min(timeout, threading.TIMEOUT_MAX)):
-                raise WouldBlock(Want.WRITE) if timeout == 0 else OperationTimeout(_TOO_LATE)
+            if timeout is not None:
+                self._await_writers(timeout)
             with writers:
-                writers.release()  # but not the one of the ``with``
-                return self._write_now(data) if timeout == 0 else self._write(data, give_up)
-        except BaseException:
-            let_go(writers)
+                if timeout is not None:
+                    writers.release()  # but not the one of the ``with``
+                    if timeout == 0:
+                        return self._write_now(data)
+                with lease.lock:
+                    try:
+                        for piece in (
+                            (data,)
+                            if type(data) is bytes and data and len(data) <= PIECE_BYTES
+                            else _pieces(data)
+                        ):
+                            if not transport.quiet or transport.state is _DRAINING or lease.closing:
+                                self._ready_to_write(_left(give_up))
+                            self._hand_over(piece)
+                            if not transport.quiet:
+                                self._see_off(give_up)
+                            size += len(piece)
+                        return size
+                    finally:
+                        if not transport.quiet:
+                            lease.leave()
+        except BaseException as error:
+            try:
+                if not isinstance(error, BridgeError):
+                    lease.mend(self._received.settle)
+            finally:
+                let_go(writers)
             raise
 
-    def _write(self, data: bytes | bytearray | memoryview, give_up: float | None) -> int:
-        lease, transport, size = self._lease, self._transport, 0
-        try:
-            with lease.lock:
-                try:
-                    for piece in (
-                        (data,) if type(data) is bytes and 0 < len(data) <= PIECE_BYTES else _pieces(data)
-                    ):
-                        if not transport.quiet or transport.state is _DRAINING or lease.closing:
-                            self._ready_to_write(_left(give_up))
-                        try:
-                            self._hand_over(piece)
-                        except BaseException:
-                            lease.cut_short()
-                            raise
-                        if not transport.quiet:
-                            if self._sent.held():
-                                self._wait(self._all_gone, _left(give_up), "write", Want.WRITE)
-                            if self._ending is not None or self._sent.held():
-                                self._check_writable()
-                        size += len(piece)
-                    return size
-                finally:
-                    if not transport.quiet or lease.closing:
-                        lease.leave()
-        except BridgeError:
-            raise
-        except BaseException:
-            lease.mend(self._received.settle)
-            raise
+    def _await_writers(self, timeout: float) -> None:
+        if not self._writers.acquire(timeout=min(timeout, threading.TIMEOUT_MAX)):
+            raise WouldBlock(Want.WRITE) if timeout == 0 else OperationTimeout(_TOO_LATE)
+
+    def _see_off(self, give_up: float | None) -> None:
+        """What could not leave at once."""
+        if self._sent.held():
+            self._wait(self._all_gone, _left(give_up), "write", Want.WRITE)
+        if self._ending is not None or self._sent.held():
+            self._check_writable()
 
     @_leased
     def _write_now(self, data: bytes | bytearray | memoryview) -> int:
@@ -456,7 +458,7 @@ class Stream(forks.Handle):
                     break
                 self._ready_to_write(0)
                 piece = bytes(view[done : done + RECORD_BYTES])
-                self._lease.at_once(self._hand_over, piece)
+                self._hand_over(piece)
                 if self._sent.held():
                     self._lease.turn()
                 self._check_writable()
@@ -469,37 +471,40 @@ class Stream(forks.Handle):
         self._check_writable()
 
     def _hand_over(self, piece: bytes | memoryview) -> None:
-        transport, sent = self._transport, self._sent
-        left, hung_up = len(piece), None
+        """Write *piece*, or leave what is left of it to the transport.  Cut short, it ends the session."""
+        transport, left, hung_up = self._transport, len(piece), None
         try:
-            if transport.quiet and (
-                left > RECORD_BYTES
-                or not transport.answerable
-                or time.monotonic() - transport.heard > AT_ONCE
-            ):
-                hung_up = self._hung_up
-                if hung_up is None or hung_up(0):
-                    hung_up = self._hear_out()
-            transport.answerable = False
-            while left and transport.quiet:
-                left -= transport.write_at_once(piece, hung_up)
-                if not left:
-                    return
-                if transport.quiet:
+            try:
+                if left > RECORD_BYTES or time.monotonic() - transport.heard > AT_ONCE:  # it is no answer
+                    hung_up = self._look_for_an_end()
+                transport.heard = LONG_AGO
+                while transport.quiet:
+                    left -= transport.write_at_once(piece, hung_up)
+                    if not left:
+                        return
+                    if not transport.quiet:
+                        self._sent.take(left)
+                        self._lease.ring()
+                        return
                     piece = memoryview(piece)[-left:]
                     hung_up = self._hear_out()
-                else:
-                    sent.take(left)
-                    self._lease.ring()
-                    return
-        except SessionEnded as error:
-            sent.take(left)
-            transport.end(error)
-            self._lease.ring()
-            return
-        if self._ending is None:
-            sent.take(left)
-            transport.send([piece])
+            except SessionEnded as error:
+                self._sent.take(left)
+                transport.end(error)
+                self._lease.ring()
+                return
+            if self._ending is None:
+                self._sent.take(left)
+                transport.send([piece])
+        except BaseException:
+            self._lease.cut_short()
+            raise
+
+    def _look_for_an_end(self) -> Callable[[int], object] | None:
+        if not self._transport.quiet:
+            return None
+        hung_up = self._hung_up
+        return self._hear_out() if hung_up is None or hung_up(0) else hung_up
 
     def _hear_out(self) -> Callable[[int], object] | None:
         """Before a write to a peer that has hung up: it may fail, and what the peer has said would be lost with it.
@@ -518,10 +523,7 @@ class Stream(forks.Handle):
             if not transport.has_input():
                 self._hung_up = _never
                 break
-            data = transport.read_at_once(ONE_RECORD)
-            if data:
-                received.parts.append(data)
-                received.used += len(data)
+            received.keep(transport.read_at_once(ONE_RECORD))
         self._lease.changes += 1
         self._lease.ring()
         return None
@@ -704,6 +706,12 @@ def _check(timeout: float | None, size: int = 1) -> None:
         raise ValueError(f"size must be positive, not {size!r}")
     if timeout is not None and not timeout >= 0:
         check_timeout("timeout", timeout)
+
+
+def _deadline(timeout: float | None, size: int = 1) -> float | None:
+    """The monotonic time after *timeout* seconds; ValueError as `_check`."""
+    _check(timeout, size)
+    return deadline_after(timeout)
 
 
 def _never(_: int) -> bool:

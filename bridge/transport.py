@@ -91,6 +91,7 @@ ANSWER_BYTES = 64 * 1024
 """How much OpenSSL may have to say, on its own account, to a peer that does not read, before we stop reading."""
 EVIDENCE_BYTES = 1024
 """How much of what the kernel holds the watchdog looks at; ciphertext that has moved on looks different."""
+LONG_AGO = -math.inf
 _CALLS = ("read", "write", "shutdown", "handshake")
 LINGER_BYTES = 16 * 1024 * 1024
 """How much late input a session that has failed swallows before its socket is closed anyway."""
@@ -209,8 +210,8 @@ class Transport:
         """Something was read since the last `write_at_once`, which might be an answer to it; or nothing was written.
 
         Whoever calls that takes it back."""
-        self.heard = 0.0
-        """When `read_at_once` has read something last."""
+        self.heard = LONG_AGO
+        """When `read_at_once` has read something last, unless something was written since: whoever writes says so."""
         self.brief = False
         """What was read last was one short record, so `take_at_once` may be worth while."""
         # What is to be done.
@@ -335,15 +336,14 @@ class Transport:
             else:
                 size = len(data)
                 self.received += size
-                self.answerable = True
-                read.want, read.since = READ, time.monotonic()
-                self.heard = read.since
-                read.ready = size == RECORD_BYTES
+                self.heard = read.since = time.monotonic()
+                if size == RECORD_BYTES or self.mask != READ:
+                    read.want, read.ready = READ, size == RECORD_BYTES
+                    self.mask = NOTHING if read.ready else READ
                 if self._idle is not None:
-                    self.now = read.since
+                    self.now = self.heard
                     self._touch()
                 if not engine.on_detour:
-                    self.mask = NOTHING if read.ready else READ
                     return data
                 read.ready |= engine.has_more()
                 self.credit.spend(size)
@@ -370,9 +370,8 @@ class Transport:
         The caller does the accounting of the rest, and `end`s the session for the SessionEnded it raises.
         Between two records it stops, and the rest is the caller's, if the peer has *hung_up*: it stays `quiet` then.
         """
-        engine, size, done = self._engine, len(data), 0
+        engine, done, chunk = self._engine, 0, data
         assert engine is not None and self._chunk is None
-        chunk: bytes | memoryview = data
         while True:
             count = engine.write(chunk)
             if type(count) is not int:
@@ -387,13 +386,13 @@ class Transport:
                 self._chunk = chunk[count:] or None
                 self._write.ready = True
                 break
-            done += count
             self.sent += count
-            if done == size:
+            done += count
+            if count == len(chunk):
                 if self._idle is not None:
                     self.now = time.monotonic()
                     self._touch()
-                return size
+                return done
             if hung_up is not None and hung_up(0):
                 return done
             chunk = memoryview(data)[done:]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import math
 import os
 import random
 import select
@@ -454,7 +453,7 @@ def test_no_more_is_read_for_a_write_than_is_bounded(pair: Pair, monkeypatch: py
 def test_only_the_first_write_after_a_read_is_an_answer_that_need_not_look(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bridge.stream, "AT_ONCE", math.inf)
+    monkeypatch.setattr(bridge.stream, "AT_ONCE", 2 * PATIENCE)
     client, server = pair
     server.write(b"question")
     assert client.read(100, PATIENCE) == b"question"
