@@ -241,15 +241,14 @@ class TLSEngine:
     def write(self, chunk: bytes | memoryview) -> int | Want:
         """SSL_write(3): how many bytes of *chunk* are on their way.  After a Want, only *chunk* itself may follow."""
         assert chunk
-        assert self._frozen is None or self._frozen is chunk, (
-            "a pending write must be repeated with the same chunk"
-        )
         if self._error is not None:
             raise fresh(self._error)
         if self._steps_back and self.mid_handshake():
             return self._wanted("write", Want.READ)
-        try:
+        if self._frozen is not None:
+            assert self._frozen is chunk, "a pending write must be repeated with the same chunk"
             self._frozen = None
+        try:
             return self._connection.send(chunk)
         except SSL.Error as error:
             result: int | Want = self._outcome("write", error, self._connection.send, chunk)

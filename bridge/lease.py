@@ -187,13 +187,12 @@ class Lease:
                 return ready
             bed = Cot()
             self._send_for_worker("wake")
-        lock = self.lock
         self._sleepers[bed] = mask
         bed.asleep = True  # from here on a signal handler takes another bed
         try:
-            lock.release()
+            self.lock.release()
             ready = bed.sleep(sock, mask, timeout)
-            lock.acquire()
+            self.lock.acquire()
         except BaseException:
             self._regain()  # the caller's ``with`` is going to release it
             raise

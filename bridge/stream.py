@@ -396,7 +396,7 @@ class Stream(forks.Handle):
             or writers._is_owned()  # type: ignore[attr-defined]
         ):
             self._refuse()
-        size, give_up = 0, None if timeout is None else _deadline(timeout)
+        give_up = None if timeout is None else _deadline(timeout)
         try:
             if timeout is not None:
                 self._await_writers(timeout)
@@ -407,18 +407,12 @@ class Stream(forks.Handle):
                         return self._write_now(data)
                 with lease.lock:
                     try:
-                        for piece in (
-                            (data,)
-                            if type(data) is bytes and data and len(data) <= PIECE_BYTES
-                            else _pieces(data)
-                        ):
-                            if not transport.quiet or transport.state is _DRAINING or lease.closing:
-                                self._ready_to_write(_left(give_up))
-                            self._hand_over(piece)
-                            if not transport.quiet:
-                                self._see_off(give_up)
-                            size += len(piece)
-                        return size
+                        if type(data) is not bytes or not data or len(data) > PIECE_BYTES:
+                            return self._write_pieces(data, give_up)
+                        self._hand_over(data, give_up)
+                        if not transport.quiet:
+                            self._see_off(give_up)
+                        return len(data)
                     finally:
                         if not transport.quiet:
                             lease.leave()
@@ -433,6 +427,15 @@ class Stream(forks.Handle):
     def _await_writers(self, timeout: float) -> None:
         if not self._writers.acquire(timeout=min(timeout, threading.TIMEOUT_MAX)):
             raise WouldBlock(Want.WRITE) if timeout == 0 else OperationTimeout(_TOO_LATE)
+
+    def _write_pieces(self, data: bytes | bytearray | memoryview, give_up: float | None) -> int:
+        size = 0
+        for piece in _pieces(data):
+            self._hand_over(piece, give_up)
+            if not self._transport.quiet:
+                self._see_off(give_up)
+            size += len(piece)
+        return size
 
     def _see_off(self, give_up: float | None) -> None:
         """What could not leave at once."""
@@ -470,9 +473,14 @@ class Stream(forks.Handle):
             self._open(timeout)
         self._check_writable()
 
-    def _hand_over(self, piece: bytes | memoryview) -> None:
-        """Write *piece*, or leave what is left of it to the transport.  Cut short, it ends the session."""
+    def _hand_over(self, piece: bytes | memoryview, give_up: float | None = None) -> None:
+        """Write *piece*, and leave to the transport what the kernel does not take; cut short, it ends the session.
+
+        By *give_up* the session is to be open.
+        """
         transport, left, hung_up = self._transport, len(piece), None
+        if not transport.quiet or transport.state is _DRAINING or self._lease.closing:
+            self._ready_to_write(_left(give_up))
         try:
             try:
                 if left > RECORD_BYTES or time.monotonic() - transport.heard > AT_ONCE:  # it is no answer

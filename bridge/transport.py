@@ -387,12 +387,12 @@ class Transport:
                 self._write.ready = True
                 break
             self.sent += count
-            done += count
             if count == len(chunk):
                 if self._idle is not None:
                     self.now = time.monotonic()
                     self._touch()
-                return done
+                return done + count
+            done += count
             if hung_up is not None and hung_up(0):
                 return done
             chunk = memoryview(data)[done:]
