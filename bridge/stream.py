@@ -140,7 +140,8 @@ def _leased(method: Callable[Concatenate[Stream, P], T]) -> Callable[Concatenate
     """*method*, with the lease.
 
     `read` and `write` do the same by hand: each frame of Python on these two ways is felt among many threads, and a
-    ``with`` of a lock takes CPython twice as long as the two calls.
+    ``with`` of a lock takes CPython twice as long as its two calls.  Between those and the ``try`` a signal handler may
+    raise, also one of our own errors: so whatever comes out, they let go once more.
     """
 
     @functools.wraps(method)

@@ -18,7 +18,6 @@ from typing import Any
 import peers
 import pytest
 from conftest import KeyPair
-from OpenSSL import SSL
 from peers import until
 from rig import (
     ALLOW_CLIENT_RENEGOTIATION,
@@ -41,6 +40,7 @@ from rig import (
 import bridge
 from bridge import codecs
 from bridge.crossing import Tally
+from bridge.engine import TLSEngine
 from bridge.inbox import Inbox, ReadCredit, SessionInbox
 from bridge.outbox import Outbox
 from bridge.poll import Want
@@ -148,14 +148,14 @@ def test_an_answer_does_not_overtake_what_this_side_has_sent_before_it(rig: Lock
 
 def in_the_middle_of_a_write(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
     """The next call of SSL_write is interrupted by *act*, and then made."""
-    original = bridge.connection.Connection.send
+    original = TLSEngine.write
 
-    def interrupted(connection: SSL.Connection, data: bytes) -> int:
+    def interrupted(engine: TLSEngine, chunk: bytes) -> int | Want:
         monkeypatch.undo()
         act()
-        return original(connection, data)  # type: ignore[no-any-return]
+        return original(engine, chunk)
 
-    monkeypatch.setattr(bridge.connection.Connection, "send", interrupted)
+    monkeypatch.setattr(TLSEngine, "write", interrupted)
 
 
 def test_what_is_sent_in_the_middle_of_an_answer_comes_after_it(
@@ -288,22 +288,22 @@ def test_after_ctrl_c_in_the_middle_of_an_answer_nothing_is_read_or_written_any_
     client, server = pair
     asked(rig, client, server)
     calls: list[str] = []
-    original = bridge.connection.Connection.send
+    original = TLSEngine.write
 
-    def interrupted(connection: SSL.Connection, data: bytes) -> int:
-        original(connection, data)
+    def interrupted(engine: TLSEngine, chunk: bytes) -> int:
+        original(engine, chunk)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(bridge.connection.Connection, "send", interrupted)
+        patched.setattr(TLSEngine, "write", interrupted)
         with pytest.raises(KeyboardInterrupt):
             client.send(b"cut")
     server.send(b"?")
     rig.bridges[1]._coordinator.step()
     rig.bridges[1]._workers[0].step()
     with monkeypatch.context() as patched:
-        for name in ("send", "recv"):
-            patched.setattr(bridge.connection.Connection, name, lambda *_: calls.append("called"))
+        for name in ("write", "read"):
+            patched.setattr(TLSEngine, name, lambda *_: calls.append("called"))
         transport = client._channel.transport
         transport.turn(Want.READ, time.monotonic())  # of a worker that was in the middle of its step
         client.send(b"by another thread")

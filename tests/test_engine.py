@@ -23,7 +23,6 @@ from records import records
 from rig import BLOCK, Lockstep, Raw, only, raw_context, shake, shrink
 
 import bridge
-from bridge.connection import Connection
 from bridge.engine import TLSEngine, _as_text, _record_size
 from bridge.limits import RECORD_BYTES
 from bridge.poll import Want
@@ -348,8 +347,8 @@ def test_on_the_detour_openssl_is_called_once_for_a_record(
     client, server = engines(rig, contexts[version], *rig.small_pair())
     assert client.write(b"B" * BLOCK) == BLOCK and client.on_detour
     calls = []
-    recv = Connection.recv
-    monkeypatch.setattr(Connection, "recv", lambda *given: calls.append(given) or recv(*given))
+    recv = client._recv
+    monkeypatch.setattr(client, "_recv", lambda *given: calls.append(given) or recv(*given))
     for number in range(4):
         assert server.write(b"%d" % number) == 1
         assert client.read(BLOCK) == b"%d" % number

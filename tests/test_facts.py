@@ -1187,13 +1187,13 @@ def test_fact_17_what_is_queued_behind_a_first_message_leaves_as_one_record_and_
 ) -> None:
     client, server = both_opened(rig, tls, *rig.large_pair(), codec=codecs.Lines)
     records: list[int] = []
-    send = SSL.Connection.send
+    write = TLSEngine.write
 
-    def spy(self: SSL.Connection, data: bytes) -> int:
-        records.append(len(data))
-        return send(self, data)
+    def spy(self: TLSEngine, chunk: bytes) -> int | Want:
+        records.append(len(chunk))
+        return write(self, chunk)
 
-    monkeypatch.setattr(bridge.connection.Connection, "send", spy)
+    monkeypatch.setattr(TLSEngine, "write", spy)
     batches: list[int] = []
     hand_over = rig.bridges[1]._coordinator.hand_over
     rig.bridges[1]._workers[0]._hand_over = lambda words: (batches.append(len(words)), hand_over(words))[1]

@@ -26,6 +26,7 @@ from test_interrupts import KINDS, Interrupt, Moment
 
 import bridge
 from bridge import codecs, coordinator, poll, threads, worker
+from bridge.engine import TLSEngine
 from bridge.poll import LENT, Want
 from bridge.session import Session
 
@@ -332,7 +333,7 @@ def test_nobody_reads_on_after_an_answer_that_was_interrupted(
     client, server = pair
     receiver = asleep_beside(server, background)
     with monkeypatch.context() as patch, pytest.raises(Interrupt):
-        patch.setattr(bridge.connection.Connection, "send", interrupted)
+        patch.setattr(TLSEngine, "write", interrupted)
         server.send(b"answer")
     threads.check_may_wait()
     client.send(b"1")
@@ -354,9 +355,9 @@ def test_nor_answers_after_a_receiver_was_interrupted(
     client.send(b"1")
     leave(rig, client)
     with monkeypatch.context() as patch, pytest.raises(Interrupt):
-        patch.setattr(bridge.connection.Connection, "recv", interrupted)
+        patch.setattr(TLSEngine, "read", interrupted)
         server.recv(PATIENCE)
-    monkeypatch.setattr(bridge.connection.Connection, "send", None)
+    monkeypatch.setattr(TLSEngine, "write", None)
     server.send(b"answer")
     rig.until(lambda: is_closed(server))
     assert isinstance(server.end, bridge.SessionAborted) and "interrupted" in str(server.end)
