@@ -125,6 +125,16 @@ class Handled(Moment):
             self._handle()
 
 
+class Reported(Moment):
+    """While it is entered: that moment, at which a signal handler raises what some other session has told it."""
+
+    def _pass(self, frame: FrameType, event: str) -> None:
+        try:
+            super()._pass(frame, event)
+        except Interrupt:
+            raise bridge.SessionAborted("another one") from None
+
+
 def _is_ours(frame: FrameType) -> bool:
     return frame.f_code.co_filename.startswith(PACKAGE)
 
@@ -320,6 +330,26 @@ def test_an_interrupt_leaves_nothing_locked_and_nobody_waiting(
             raise AssertionError(f"after an interrupt at {moment.where}") from error
         if not moment.where:
             assert number or kind != "call"
+            return
+
+
+@pytest.mark.parametrize("case", ["read", "write", "write in time"])
+def test_a_signal_handler_that_raises_an_error_of_ours_leaves_nothing_locked(
+    b: bridge.Bridge, contexts: Any, background: Background, case: str
+) -> None:
+    preparations, call = CASES[case]
+    for number in itertools.count():
+        pair = Pair(b, contexts, background, small=False)
+        for prepare in preparations:
+            prepare(pair)
+        with Reported("call", number) as moment, contextlib.suppress(bridge.SessionAborted):
+            call(pair.near)
+        assert not pair.near._lease.mine(), moment.where
+        assert not pair.near._writers._is_owned(), moment.where  # type: ignore[attr-defined]
+        for end in (pair.near, pair.far):
+            end.close()
+        if not moment.where:
+            assert number > 10
             return
 
 
