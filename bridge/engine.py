@@ -165,10 +165,8 @@ class TLSEngine:
     ) -> None:
         self._context = context
         self._connection = context.connection(sock, server_hostname, resume_key, resume, owner)
-        self._recv = (
-            self._connection.recv
-        )  # looked up once: pyOpenSSL's class has a `__getattr__`, and is slow
-        self._send = self._connection.send
+        # Looked up once, and unbound: pyOpenSSL's class has a `__getattr__` and is slow, a bound method takes memory.
+        self._recv, self._send = type(self._connection).recv, type(self._connection).send
         self._resume_key = resume_key
         self._sock: socket.socket | None = None  # what a detour leads round; a server's after the handshake
         self._output = b""  # taken from memory, not yet on the socket
@@ -211,9 +209,11 @@ class TLSEngine:
         elif self._follows:
             self._look_out()
         try:
-            return self._recv(size)
+            return self._recv(self._connection, size)
         except SSL.Error as error:
-            return self._received("read", self._outcome("read", error, self._recv, size), size)
+            return self._received(
+                "read", self._outcome("read", error, self._recv, self._connection, size), size
+            )
 
     def last_words(self, size: int) -> bytes | Want:
         """As `read`, after a write has failed: what the peer had said before that, for as long as OpenSSL will read."""
@@ -224,12 +224,15 @@ class TLSEngine:
         """SSL_peek(3): as `read`, and the bytes stay."""
         assert size > 0
         return self._received(
-            "peek", self._call("peek", self._recv, size, socket.MSG_PEEK), size, socket.MSG_PEEK
+            "peek",
+            self._call("peek", self._recv, self._connection, size, socket.MSG_PEEK),
+            size,
+            socket.MSG_PEEK,
         )
 
     def _received(self, name: str, data: bytes | Want, *arguments: int) -> bytes | Want:
         if self.on_detour:
-            data = self._fed_on(name, data, self._recv, *arguments)
+            data = self._fed_on(name, data, self._recv, self._connection, *arguments)
             if data is Want.READ and not self.unflushed():
                 self._end_detour()
         if not data:
@@ -255,9 +258,9 @@ class TLSEngine:
             assert self._frozen is chunk, "a pending write must be repeated with the same chunk"
             self._frozen = None
         try:
-            return self._send(chunk)
+            return self._send(self._connection, chunk)
         except SSL.Error as error:
-            result: int | Want = self._outcome("write", error, self._send, chunk)
+            result: int | Want = self._outcome("write", error, self._send, self._connection, chunk)
             self._frozen = chunk if isinstance(result, Want) else None
             return result
 
