@@ -14,7 +14,7 @@ Who may touch what, and under which lock::
     worker's mailbox + doorbell      put, ring            put, ring       take, clear               Mailbox._lock
     a Stream's lease                 take, for a turn     ·               take, for a turn          Lease.lock
     SSL.Connection, socket           a record, if quiet   ·               OWN (create … close)      Transport.lock
-    poll set                         lend, take back      ·               OWN                       Transport.lock
+    poll set                         lend, leave          ·               OWN                       Transport.lock
     state, deadlines                 look; those of I/O   ·               OWN                       Transport.lock
     SessionInfo (peer, ALPN, …)      read (frozen)        pass on         make once                 ·
 
@@ -25,7 +25,8 @@ Owners lend what is theirs to whoever is there, for one turn and under a lock, b
 sleeps costs more than the work: a worker handles what it has read itself if the coordinator has nothing to do
 (`Coordinator.hand_over`), a thread that sends an answer or a large message writes it itself if its session is at rest
 (`Channel.answer`), and one that waits for a message then reads it itself (`Channel.attend`): it comes to the codec with
-its session locked and all that was read before decoded, and so alone.
+its session locked and all that was read before decoded, and so alone.  A socket may stay lent while its receiver is
+away for a moment; the worker makes rounds, and takes back what it finds alone (`Worker.leave`).
 
 Three rules: everything mutable has one owner, and what crosses is frozen and goes through a queue; only
 application threads wait for room; no correctness rests on the GIL.

@@ -8,8 +8,8 @@ that is logged once, not once an attempt.
 
 from __future__ import annotations
 
-import contextlib
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +37,7 @@ class Acceptor:
         refuses: Callable[[], str | None],
         closed: Callable[[], None],
     ) -> None:
-        self.lock = contextlib.nullcontext()  # no other thread has any business here
+        self.lock = threading.RLock()  # no other thread has any business here
         self.sock: socket.socket | None = sock
         self.mask: int = Want.READ
         self.again = False

@@ -73,6 +73,7 @@ class Channel:
         "on_open",
         "opened",
         "outbox",
+        "shared",
         "transport",
         "worker",
     )
@@ -95,6 +96,8 @@ class Channel:
         self.on_closed: Callable[[Channel, Ending], None] = nobody
         self.opened: Latch[SessionInfo | SessionEnded] = Latch()
         self.closed: Latch[Ending] = Latch()
+        self.shared = not isinstance(inbox, SessionInbox)
+        """Its inbox is not its own."""
         if isinstance(inbox, SessionInbox):
             inbox.attend = self.attend
         self.end: SessionEnded | None = None
@@ -127,89 +130,98 @@ class Channel:
         than a record only one for each that was read goes this way: a stream of them is better merged.
         """
         transport, size = self.transport, len(data)
-        lock: Any = transport.lock
-        if not (size >= RECORD_BYTES or (size and transport.answerable)) or lock._is_owned():
+        if not transport.quiet or not ((transport.answerable and size) or size >= RECORD_BYTES):
             return False
-        interruptible = not this_thread.serves_all
+        lock: Any = transport.lock
+        if lock._is_owned():
+            return False
+        notes = this_thread.notes
+        serves_all = notes.serves_all
         try:
-            if interruptible:
-                # A signal handler that waits would hold up the worker, which waits for the lock.
-                this_thread.serves_all = True
+            notes.serves_all = (
+                True  # a signal handler that waits would hold up the worker, which waits for the lock
+            )
             if not lock.acquire(False):
                 return False
-            with lock:
-                lock.release()  # but not the one of the ``with``
-                if not (transport.quiet and self.outbox.idle()):
-                    return False
-                transport.answerable = False
-                left = size
-                try:
-                    left -= transport.write_at_once(data)
-                    if left:
-                        self.outbox.hold(left)
-                        self.worker.post(transport, "wake")
-                except SessionEnded as error:
-                    self.outbox.hold(left)
-                    self.worker.post(transport, "conclude", error)
-                except BaseException:  # Ctrl-C
-                    transport.freeze()
-                    self.worker.post(transport, "conclude", interrupted())
-                    raise
-                return True
+            quiet = transport.quiet and self.outbox.idle()
+            if quiet:
+                self._write(transport, data, size)
+            lock.release()
+            return quiet
         except BaseException:
             let_go(lock)
             raise
         finally:
-            if interruptible:
-                this_thread.serves_all = False
+            notes.serves_all = serves_all
 
-    def attend(self, inbox: SessionInbox, timeout: float | None) -> bool:
+    def _write(self, transport: Transport, data: bytes, left: int) -> None:
+        transport.answerable = False
+        try:
+            left -= transport.write_at_once(data)
+            if left:
+                self.outbox.hold(left)
+                self.worker.post(transport, "wake")
+        except SessionEnded as error:
+            self.outbox.hold(left)
+            self.worker.post(transport, "conclude", error)
+        except BaseException:  # Ctrl-C
+            transport.freeze()
+            self.worker.post(transport, "conclude", interrupted())
+            raise
+
+    def attend(self, inbox: SessionInbox, timeout: float | None, taken: list[Any] | None) -> bool:
         """Sleep beside the socket itself, at most *timeout* seconds, and read what comes; False if that may not be.
 
         It may be if the session is quiet, gets short messages, and nobody else waits for them.  Any thread that is
-        about to wait for a message; the message, if there is one, is in the inbox then.  Whatever else there is to be
-        seen to is left to the worker.
+        about to wait for a message: if there is one, and no more, it is in *taken* then, or else in the inbox.
+        Whatever else there is to be seen to is left to the worker.
         """
-        check_may_wait()
+        notes = this_thread.notes
+        if notes.serves_all:
+            check_may_wait()
         transport, worker = self.transport, self.worker
-        lock: Any = transport.lock
         if not transport.brief or not worker.lends():  # before a bed is made, which is a descriptor
             return False
-        bed = my_sleeper()
+        interrupted, bed = notes.sleeper, my_sleeper()
         if bed is None:
             return False
+        lock: Any = transport.lock
         try:
             bed.asleep = True  # from here on a signal handler takes another bed
-            this_thread.serves_all = True  # who has the lock must not wait for whoever waits for that
-            with lock:
-                lent = transport.quiet and self.credit.settled() and inbox.lie_down(bed)
-                if lent and not worker.lend(transport):
-                    inbox.get_up(bed)
-                    lent = False
-            this_thread.serves_all = False
+            notes.serves_all = True  # who has the lock must not wait for whoever waits for that
+            lock.acquire()  # a ``with`` takes CPython twice as long
+            received, at_rest = transport.received, transport.quiet and self.credit.settled()
+            lent = at_rest and worker.lend(transport) and inbox.lie_down(bed)
+            if not lent and inbox.attendant in (None, interrupted):  # and so nobody is there
+                worker.take_back(transport)
+            lock.release()
+            notes.serves_all = False
             if lent:
                 bed.sleep(transport.sock, READ, timeout)
-                this_thread.serves_all = True
-                with lock:
-                    if inbox.get_up(bed) and transport.quiet and self.credit.settled():
-                        self._receive(transport)
-                    worker.take_back(transport)
+                notes.serves_all = True
+                lock.acquire()
+                now = time.monotonic()
+                if inbox.get_up() and transport.quiet and transport.received == received:
+                    self._read(transport, now, taken)
+                worker.leave(transport, now, inbox.awaited())
+                lock.release()
             return lent
         except BaseException:  # Ctrl-C, mostly out of the sleep
             if bed.born == forks.current:  # or whoever has the lock may not live in this process
                 with lock:
-                    inbox.get_up(bed, in_vain=True)
-                    worker.take_back(transport)
+                    if inbox.attendant in (bed, None):
+                        inbox.get_up()
+                        worker.take_back(transport)
             let_go(lock)
             raise
         finally:
-            bed.asleep = this_thread.serves_all = False
+            bed.asleep = notes.serves_all = False
 
-    def _receive(self, transport: Transport) -> None:
+    def _read(self, transport: Transport, now: float, taken: list[Any] | None) -> None:
         try:
-            data = transport.take_at_once(time.monotonic())
+            data = transport.take_at_once(now)
             if data:
-                self.coordinator.hand_in(self, data)
+                self.coordinator.hand_in(self, data, taken)
         except BaseException:  # Ctrl-C, and what was read may be lost
             transport.freeze()
             self.worker.post(transport, "conclude", interrupted())
@@ -296,16 +308,23 @@ class Coordinator:
             self._lock.release()
         return True
 
-    def hand_in(self, channel: Channel, data: bytes) -> None:
+    def hand_in(self, channel: Channel, data: bytes, taken: list[Any] | None) -> None:
         """What a receiver has read of its own session, if nothing else of that is on its way.  With the session's lock.
 
+        If it is one message, and *taken* is a list, that is where it goes: no room is taken by what is not kept.
         Waits for this codec alone.
         """
         if channel.end is not None:
-            channel.credit.settle(len(data))
             return
-        decoded = _decode(channel, channel.codec.decode, data)
-        if decoded[3] is None:
+        decoded = messages, size, buffered, failure = _decode(channel, channel.codec.decode, data)
+        credit = channel.credit
+        if taken is not None and failure is None and len(messages) == 1 and channel.end is None:
+            if buffered or credit.kept:
+                credit.keep(buffered)
+            taken.append(messages[0])
+            return
+        credit.spend(size)
+        if failure is None:
             self._deliver(channel, decoded)
         else:
             self.post(channel, Told.DECODED, decoded)
@@ -407,16 +426,16 @@ class Coordinator:
     def _deliver(self, channel: Channel, decoded: Decoded) -> None:
         """Give the messages to the inbox; the owner has paid for new bytes.  End the session if the codec failed."""
         messages, size, buffered, failure = decoded
-        credit = channel.credit
-        held = credit.kept
-        if buffered != held:
+        credit, became = channel.credit, size
+        if buffered or credit.kept:
+            became += credit.kept - buffered
             credit.keep(buffered)
         settled = size if failure is None else 0
         if messages:
-            share = (held + size - buffered) // len(messages)
-            if share < MESSAGE_BYTES:
-                share = MESSAGE_BYTES
-            channel.inbox._deliver(channel.handle, messages, credit, settled, share)
+            share = became // len(messages)
+            channel.inbox._deliver(
+                channel.handle, messages, credit, settled, share if share > MESSAGE_BYTES else MESSAGE_BYTES
+            )
         elif settled:
             credit.settle(settled)  # part of a message: the codec bounds that, and only more input can end it
         if failure is not None:
@@ -459,11 +478,11 @@ class Coordinator:
 
 def _decode(channel: Channel, decode: Callable[..., Iterable[Any]], data: bytes = b"") -> Decoded:
     """What the codec makes of *data*, also if it fails in the middle of it.  One thread at a time."""
-    codec, shared = channel.codec, not isinstance(channel.inbox, SessionInbox)
+    codec = channel.codec
     messages: list[Any] = []
     try:
         for message in decode(data) if data else decode():
-            if message is None and shared:
+            if message is None and channel.shared:
                 raise TypeError("it gave None, which says in a shared inbox that a session has ended")
             messages.append(message)
         # A user's codec need not say what it keeps, but must not lie.

@@ -84,7 +84,12 @@ def let_go(lock: Any) -> None:
 def check_not_held(lock: Any) -> None:
     """RuntimeError if this thread has *lock*, a reentrant one, and is about to wait for who needs it."""
     if lock._is_owned():
-        raise RuntimeError("a signal handler may not wait for what it has interrupted")
+        refuse_to_wait()
+
+
+def refuse_to_wait() -> None:
+    """Raise that RuntimeError."""
+    raise RuntimeError("a signal handler may not wait for what it has interrupted")
 
 
 def nobody(*_: object) -> None:

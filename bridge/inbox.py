@@ -13,9 +13,10 @@ from bridge.crossing import (
     Bed,
     Gate,
     Tally,
-    check_not_held,
     deadline_after,
+    let_go,
     nobody,
+    refuse_to_wait,
     time_left,
 )
 from bridge.errors import ReceiveTimeout, SessionEnded, ShutDown, fresh
@@ -149,6 +150,13 @@ class ReadCredit:
         """By how much more was read than may be."""
         return self.held() - self._limit
 
+    def review(self) -> None:
+        """Something of it was taken: who has stopped for want of room reads on, if this makes enough."""
+        with self._lock:
+            resume = self._review()
+        if resume:
+            self._resume()
+
     # Called with the lock.
 
     def _charge(self, count: int, cost: int) -> bool:
@@ -156,7 +164,9 @@ class ReadCredit:
         if not self._forfeit:
             self._used += cost
         self._decoded += count  # last: see `_room`
-        return self._review(count)
+        if self._paused or self.reported or self._used >= TALLY_STEP:
+            return self._review(count)
+        return False
 
     def _review(self, decoded: int = 0) -> bool:
         """What is held has changed, *decoded* bytes of it by decoding: tell the tally.  Whether to resume reading."""
@@ -221,9 +231,6 @@ class Inbox(forks.Handle):
     half).  When it comes back for the next message it is done, and the session is closed for it.  If its thread ends
     instead, the session ends as one that is forgotten.
     """
-
-    _in_turns = True
-    """Whether each session has one handler at a time."""
 
     def __init__(self) -> None:
         # Of each session at most one entry is ready or in a handler's hands; the others wait behind it.
@@ -307,71 +314,79 @@ class Inbox(forks.Handle):
         self._shut = True
         self._finish(ShutDown("the inbox was shut down"))
 
-    def _next(self, timeout: float | None, deadline: float | None, turn: _Turn | None) -> Entry:
-        """The next entry, which has left; with *turn*, in place of the one that its thread was given last."""
+    def _next(
+        self, timeout: float | None, deadline: float | None, turn: _Turn | None, keep: bool = False
+    ) -> Entry:
+        """The next entry, which has left; with *turn*, in place of the one that its thread was given last.
+
+        If it is to *keep* its place, it has been called for nothing.  ReceiveTimeout after the *deadline*, *timeout*
+        seconds after it was set.  An entry leaves, with all that hangs on it, in a row without calls, or not at all.
+        The lock is taken by two calls, for a ``with`` takes CPython twice as long; `_give_way` sees to interrupts.
+        """
         entry: Entry | None = None
         credit: ReadCredit | None = None
-        resume = False
+        gate: Gate | None = None
+        entries, lock, nested = self._entries, self._lock, self._lock._is_owned()  # type: ignore[attr-defined]
         try:
-            while entry is None:
-                with self._lock:
+            while True:
+                lock.acquire()
+                try:
+                    if gate is not None:
+                        self._rise(gate)
                     if turn is not None and turn.session is not None:
                         self._release(turn)
-                    if self._entries:
-                        session, _, credit, cost, done = self._entries[0]
-                        # What follows is a row without calls: an entry leaves with all that hangs on it, or not at all.
-                        entry = self._entries[0]
+                    if entries:
+                        entry = entries[0]
+                        if keep:
+                            self._call()
+                            return entry
+                        session, _, credit, cost, done = entry
                         if turn is not None:
                             turn.session, turn.done = session, done
                         if done is not None:
                             self._ends -= 1
-                        if credit is not None and not credit._forfeit:
+                        elif credit is not None and not credit._forfeit:
                             credit._used -= cost
-                        del self._entries[0]
+                        del entries[0]
                         if self._sleepers:
                             self._call()
-                        resume = credit is not None and credit._review()
-                if entry is None:
-                    self._wait(timeout, deadline)
-            if resume:
-                assert credit is not None
-                credit._resume()
+                        break
+                    left = self._time_to_sleep(timeout, deadline, nested)
+                    self._sleepers.append(gate := Gate())
+                finally:
+                    lock.release()
+                gate.sleep(left)
+            if credit is not None and (credit._paused or credit.reported):
+                credit.review()
         except BaseException:
-            self._pass_on()
-            if credit is not None:
-                with self._lock:
-                    credit._review()
-                credit._resume()
+            self._give_way(gate, credit, nested)
             raise
         return entry
 
-    def _wait(self, timeout: float | None, deadline: float | None) -> None:
-        """Until there may be a message.  ReceiveTimeout after the *deadline*, *timeout* seconds after it was set."""
-        gate = Gate()
-        try:
-            with self._lock:
-                if self._entries:
-                    return
-                if self._over is not None and not self._waiting:
-                    raise fresh(self._over)
-                left = time_left(deadline)
-                if left == 0.0:
-                    raise ReceiveTimeout(f"no message within {timeout or 0:g} seconds")
-                check_may_wait()
-                self._sleepers.append(gate)
-            check_not_held(self._lock)
-            gate.sleep(left)
-            with self._lock:
-                self._rise(gate)
-        except BaseException:  # Ctrl-C, and nobody knows where
-            with self._lock:
-                self._rise(gate)
-            raise
-
-    def _pass_on(self) -> None:
-        """Who was woken takes nothing, be it for Ctrl-C: somebody else shall have what is here."""
+    def _give_way(self, gate: Gate | None, credit: ReadCredit | None, nested: bool) -> None:
+        """Nothing was taken in time, or Ctrl-C came, and nobody knows where."""
+        if not nested:
+            let_go(self._lock)
         with self._lock:
+            if gate is not None:
+                self._rise(gate)
             self._call()
+            if credit is not None:
+                credit._review()
+        if credit is not None:
+            credit._resume()
+
+    def _time_to_sleep(self, timeout: float | None, deadline: float | None, nested: bool) -> float | None:
+        """With the lock, and nothing here: how long there may be something yet.  Raises what there will be instead."""
+        if self._over is not None and not self._waiting:
+            raise fresh(self._over)
+        left = time_left(deadline)
+        if left == 0.0:
+            raise ReceiveTimeout(f"no message within {timeout or 0:g} seconds")
+        check_may_wait()
+        if nested:
+            refuse_to_wait()
+        return left
 
     def _call(self) -> None:
         """With the lock: wake the next sleeper for what is here, if none is on its way.
@@ -385,14 +400,12 @@ class Inbox(forks.Handle):
             self._called = bed
             del self._sleepers[0]
 
-    def _rise(self, bed: Bed) -> bool:
-        """With the lock: nobody sleeps in *bed* any more.  Whether nobody has woken it."""
+    def _rise(self, bed: Bed) -> None:
+        """With the lock: nobody sleeps in *bed* any more."""
         if self._called is bed:
             self._called = None
-        if bed not in self._sleepers:
-            return False
-        self._sleepers.remove(bed)
-        return True
+        if bed in self._sleepers:
+            self._sleepers.remove(bed)
 
     def _wake_all(self) -> None:
         while self._sleepers:
@@ -411,25 +424,33 @@ class Inbox(forks.Handle):
         done: Done | None = None,
     ) -> None:
         """Put *messages* in, which *size* bytes of *credit* have become, and each of which is to cost *share*."""
-        if not self._in_turns:
-            session = None
-        with self._lock:
-            if self._over is not None and credit is not None and not self._in_turns:
-                messages = []  # it is over since its receiver looked
-            resume = credit is not None and credit._charge(size, share * len(messages))
-            for message in messages:
-                if session not in self._behind:
-                    self._entries.append((session, message, credit, share, done))
-                    if session is not None:
-                        self._behind[session] = None
-                else:
-                    behind = self._behind[session]
+        resume, ahead, lock = False, self._behind, self._lock
+        nested = lock._is_owned()  # type: ignore[attr-defined]
+        try:
+            lock.acquire()
+            try:
+                if credit is not None:
+                    resume = credit._charge(size, share * len(messages))
+                for message in messages:
+                    entry = (session, message, credit, share, done)
+                    if session not in ahead:
+                        self._entries.append(entry)
+                        if session is not None:
+                            ahead[session] = None
+                        continue
+                    behind = ahead[session]
                     if behind is None:
-                        behind = self._behind[session] = collections.deque()
-                    behind.append((session, message, credit, share, done))
+                        behind = ahead[session] = collections.deque()
+                    behind.append(entry)
                     self._waiting += 1
-            if self._sleepers:
-                self._call()
+                if self._sleepers:
+                    self._call()
+            finally:
+                lock.release()
+        except BaseException:  # Ctrl-C, maybe just as it was taken
+            if not nested:
+                let_go(lock)
+            raise
         if resume:
             assert credit is not None
             credit._resume()
@@ -476,60 +497,108 @@ class Inbox(forks.Handle):
 class SessionInbox(Inbox):
     """One session's own inbox: `get` returns just the message, and raises the cause after the end."""
 
-    _in_turns = False  # its receivers take whatever is next
-
     def __init__(self) -> None:
         super().__init__()
-        self.attend: Callable[[SessionInbox, float | None], bool] | None = None
-        """What brings messages in on the thread of a receiver that would wait for them; false if it may not."""
+        self.attend: Callable[[SessionInbox, float | None, list[Any] | None], bool] | None = None
+        """What brings messages in on the thread of a receiver that would wait for them; false if it may not.
+
+        What is the receiver's own comes into the list that it gives, and else into the inbox."""
+        self.attendant: Bed | None = None
+        """Of whom that lets sleep beside the socket."""
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """The next message.  Any thread.  ReceiveTimeout, or how the session ended."""
         if not block:
             timeout = 0.0
+        taken: list[Any] = []
         try:
-            deadline = deadline_after(timeout) if self._entries else self._fetch(timeout)
+            deadline, left = deadline_after(timeout), timeout
+            while not self._entries and left != 0.0 and self.attend and self.attend(self, left, taken):
+                if taken:
+                    return taken[0]
+                left = time_left(deadline)
             return self._next(timeout, deadline, None)[1]
         except BaseException:
-            self._pass_on()
+            self._put_back(taken)
             raise
 
     def peek(self, timeout: float | None = None) -> Any:
         """As `get`, and the message stays the next one."""
         try:
-            deadline = self._fetch(timeout)
-            while True:
-                with self._lock:
-                    if self._entries:
-                        self._call()  # for this takes nothing
-                        return self._entries[0][1]
-                self._wait(timeout, deadline)
+            deadline, left = deadline_after(timeout), timeout
+            while not self._entries and left != 0.0 and self.attend and self.attend(self, left, None):
+                left = time_left(deadline)
+            return self._next(timeout, deadline, None, keep=True)[1]
         except BaseException:
-            self._pass_on()
+            self._put_back([])
             raise
 
-    def _fetch(self, timeout: float | None) -> float | None:
-        """Bring a message in, if that is possible within *timeout* seconds.  When these are over."""
-        deadline = deadline_after(timeout)
-        while not self._entries and timeout != 0.0 and (attend := self.attend) and attend(self, timeout):
-            timeout = time_left(deadline)
-        return deadline
+    def _put_back(self, taken: list[Any]) -> None:
+        """A receiver gives up, be it for Ctrl-C: what it has *taken*, or was woken for, is for the next one."""
+        with self._lock:
+            self._entries.extendleft((None, message, None, 0, None) for message in taken)
+            self._call()
+        self._ring()
 
     def lie_down(self, bed: Bed) -> bool:
         """From now on whatever comes rings *bed*; False if something is here, or somebody else waits for it."""
-        with self._lock:
-            if self._entries or self._sleepers or self._over is not None:
-                return False
-            self._sleepers.append(bed)
-            return True
+        lock = self._lock
+        nested = lock._is_owned()  # type: ignore[attr-defined]
+        try:
+            lock.acquire()
+            vacant = not (
+                self._entries or self._sleepers or self._over is not None or self.attendant is not None
+            )
+            if vacant:
+                self.attendant = bed
+            lock.release()
+            return vacant
+        except BaseException:
+            if not nested:
+                let_go(lock)
+            raise
 
-    def get_up(self, bed: Bed, in_vain: bool = False) -> bool:
-        """No longer.  Whether nothing has come; if so *in_vain*, it is for the next sleeper."""
+    def get_up(self) -> bool:
+        """No longer.  Whether nothing has come."""
+        self.attendant = None
+        return not self._entries
+
+    def awaited(self) -> bool:
+        """Whether anybody sleeps who does not attend to the socket."""
+        return bool(self._sleepers)
+
+    def _deliver(
+        self,
+        session: Any,
+        messages: list[Any],
+        credit: ReadCredit | None,
+        size: int,
+        share: int,
+        done: Done | None = None,
+    ) -> None:
+        resume = False
         with self._lock:
-            asleep = self._rise(bed)
-            if in_vain and not asleep:
+            if credit is not None:
+                if self._over is not None:
+                    messages = []  # it is over since its receiver looked
+                resume = credit._charge(size, share * len(messages))
+            for message in messages:
+                self._entries.append((None, message, credit, share, done))
+            if self._sleepers:
                 self._call()
-            return asleep
+        self._ring()
+        if resume:
+            assert credit is not None
+            credit._resume()
+
+    def _ring(self) -> None:
+        attendant = self.attendant
+        if attendant is not None:
+            attendant.ring()
+
+    def _finish(self, why: Exception) -> None:
+        super()._finish(why)
+        self._ring()
 
     def _end(self, session: Any, why: SessionEnded, known: bool, done: Done) -> None:
         self.attend = None

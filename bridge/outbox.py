@@ -81,17 +81,20 @@ class Outbox:
         size, ticket, first = len(data), None, False
         try:
             with self._lock:
-                if self._closed is not None:
-                    raise fresh(self._closed)
-                if not size:
-                    return True
-                if self._held and (self._waiting or not self._fits(size)):
+                closed = self._closed
+                if closed is not None or not size:
+                    pass
+                elif self._held and (self._waiting or not self._fits(size)):
                     if timeout != 0.0:
                         check_may_wait()
                     ticket = _Ticket(data, alone)
                     self._line_up(ticket)
                 else:
                     first = self._accept(data, size)
+            if (
+                closed is not None
+            ):  # not raised above: CPython 3.10 keeps the lock if Ctrl-C meets another exception
+                raise fresh(closed)
             if ticket is not None:
                 return self._wait_for_room(ticket, timeout)
             if first:
@@ -191,17 +194,16 @@ class Outbox:
     def _has_left(self, flusher: tuple[int, Gate], timeout: float | None, deadline: float | None) -> bool:
         """Whether that many bytes have.  If not, the gate is rung when they have, or when they never will."""
         with self._lock:
-            behind = flusher[0] - self._gone
-            if behind <= 0:
-                return True
-            if self._lost is not None:
-                raise fresh(self._lost)
-            if time_left(deadline) == 0.0:
-                raise OperationTimeout(f"flush: {behind} bytes had not left within {timeout:g} seconds")
-            check_may_wait()
-            if flusher not in self._flushing:
-                self._flushing += (flusher,)
-            return False
+            behind, lost, left = flusher[0] - self._gone, self._lost, time_left(deadline)
+            if behind > 0 and lost is None and left != 0.0:
+                check_may_wait()
+                if flusher not in self._flushing:
+                    self._flushing += (flusher,)
+        if behind > 0 and lost is not None:
+            raise fresh(lost)
+        if behind > 0 and left == 0.0:
+            raise OperationTimeout(f"flush: {behind} bytes had not left within {timeout:g} seconds")
+        return behind <= 0
 
     def _wake_flushing(self) -> None:
         if self._flushing:

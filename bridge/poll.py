@@ -370,13 +370,14 @@ def my_sleeper() -> Sleeper | None:
 
     Another one in a child of fork(), which would share the bell, and in a signal handler that interrupts its sleep.
     """
-    sleeper: Sleeper | None = this_thread.sleeper
+    notes = this_thread.notes
+    sleeper: Sleeper | None = notes.sleeper
     if sleeper is None or sleeper.asleep or sleeper.born != forks.current:
-        if this_thread.does_without:
+        if notes.does_without:
             return None
         try:
-            sleeper = this_thread.sleeper = Sleeper()
+            sleeper = notes.sleeper = Sleeper()
         except OSError:
-            this_thread.does_without = True  # not to try at each sleep
+            notes.does_without = True  # not to try at each sleep
             return None
     return sleeper

@@ -74,7 +74,9 @@ class Session(forks.Handle):
         After the last message: EndOfStream if the peer ended cleanly, Truncated if it was cut off, or
         whatever else ended the session; always the same.
         """
-        return self._own_inbox().get(timeout=check_timeout("timeout", timeout))
+        if timeout is not None:
+            timeout = check_timeout("timeout", timeout)
+        return self._own_inbox().get(True, timeout)
 
     def peek(self, timeout: float | None = None) -> Any:
         """As `recv`, but the message stays and is the next one again."""
@@ -226,7 +228,8 @@ class Session(forks.Handle):
         return outcome
 
     def _own_inbox(self) -> SessionInbox:
-        forks.check(self._born)
+        if self._born != forks.current:
+            forks.check(self._born)
         inbox = self._channel.inbox
         if not isinstance(inbox, SessionInbox):
             raise ConfigurationError(

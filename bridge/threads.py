@@ -10,15 +10,27 @@ from typing import Any
 from bridge.errors import ConfigurationError
 
 
+class Notes:
+    """Of one thread."""
+
+    __slots__ = ("does_without", "serves_all", "sleeper")
+
+    def __init__(self) -> None:
+        self.serves_all = False
+        """It serves all sessions just now, and must not wait for one of them."""
+        self.sleeper: Any = None
+        """The bed it sleeps in beside a socket, made at its first sleep."""
+        self.does_without = False
+        """There was no descriptor to spare for such a bed."""
+
+
 class _ThisThread(threading.local):
     """Each thread sees its own."""
 
-    serves_all = False
-    """It serves all sessions just now, and must not wait for one of them."""
-    sleeper: Any = None
-    """The bed it sleeps in beside a socket, made at its first sleep."""
-    does_without = False
-    """There was no descriptor to spare for such a bed."""
+    def __init__(self) -> None:
+        self.notes = (
+            Notes()
+        )  # one object, for each look into a `threading.local` costs as much as ten at that
 
 
 this_thread = _ThisThread()
@@ -26,17 +38,18 @@ this_thread = _ThisThread()
 
 @contextlib.contextmanager
 def serving_all() -> Iterator[None]:
-    """Meanwhile `this_thread.serves_all`."""
-    this_thread.serves_all = True
+    """Meanwhile `Notes.serves_all`."""
+    notes = this_thread.notes
+    notes.serves_all = True
     try:
         yield
     finally:
-        this_thread.serves_all = False
+        notes.serves_all = False
 
 
 def check_may_wait() -> None:
     """ConfigurationError on a thread that serves all sessions: it has come here through somebody's codec."""
-    if this_thread.serves_all:
+    if this_thread.notes.serves_all:
         raise ConfigurationError(
             "a codec may not wait: while it runs, its thread serves no other session, so what it waits for might"
             " never come; yield the message, and do this on a thread of your own that receives it"

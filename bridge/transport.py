@@ -134,7 +134,6 @@ class Transport:
         "_idle",
         "_linger_left",
         "_lingering",
-        "_operations",
         "_peer_closed",
         "_plan",
         "_read",
@@ -219,7 +218,6 @@ class Transport:
         self._read = _Operation()
         self._write = _Operation()
         self._shutdown = _Operation()
-        self._operations = (self._read, self._write, self._shutdown, self._handshake)
         self._chunks: list[bytes | memoryview] = []  # and not a deque, which costs half a kilobyte when empty
         self._chunk: bytes | memoryview | None = None
         self._read_left = self._write_left = 0  # of this turn's budgets
@@ -238,6 +236,10 @@ class Transport:
         self._peer_closed = False
         self._lingering = False
         self._linger_left = LINGER_BYTES
+
+    @property
+    def _operations(self) -> tuple[_Operation, ...]:
+        return self._read, self._write, self._shutdown, self._handshake
 
     @property
     def peer(self) -> str:
@@ -259,6 +261,7 @@ class Transport:
         if self.quiet and ready == self.mask == READ and self.credit.allows():
             data = self.take_at_once(now)
             if data:
+                self.credit.spend(len(data))
                 self._tell(Told.DATA, data)
                 if self.brief:
                     return False
@@ -292,27 +295,27 @@ class Transport:
     def take_at_once(self, now: float) -> bytes:
         """The next record, if it is there; whatever else there is to be said is for the owner's next step to say.
 
-        It has something to go on with unless the session is `quiet` after that, and its mask that of a read.
+        The caller spends the credit for it, if it is to wait in an inbox.  The owner has something to go on with
+        unless the session is `quiet` after that, and its mask that of a read.
         """
         engine, read = self._engine, self._read
-        assert engine is not None
         try:
-            answer = engine.read(RECORD_BYTES)
+            answer = engine.read(RECORD_BYTES)  # type: ignore[union-attr]
         except SessionEnded:  # which the engine raises again
             answer = b""
         read.since = self.now = now
-        if not isinstance(answer, bytes):
+        if type(answer) is not bytes:
+            assert isinstance(answer, Want)
             read.wait_for(answer)
             self._settle()
             return b""
-        if answer:
-            size = len(answer)
+        size = len(answer)
+        if size:
             self.received += size
-            self.credit.spend(size)
             self.answerable = True
             if self._idle is not None:
                 self._touch()
-            self.brief = size < RECORD_BYTES and not engine.on_detour
+            self.brief = size < RECORD_BYTES and not engine.on_detour  # type: ignore[union-attr]
             if self.brief:
                 return answer
         self.brief, read.ready = False, True  # or it is the peer's close_notify, which the engine says again

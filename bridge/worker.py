@@ -19,7 +19,6 @@ any order; `run` is the thread.  Whatever one session's turn raises ends that se
 from __future__ import annotations
 
 import collections
-import contextlib
 import heapq
 import itertools
 import math
@@ -42,6 +41,10 @@ HANDSHAKES = 8
 CROWD = 128
 """How many a worker may own and still lend their sockets: hundreds of threads that poll for themselves are woken in no
 order, and some starve; a worker serves them in turn."""
+ROUNDS = 0.01
+"""Seconds after which the worker looks whether somebody is with each socket that stays lent."""
+BUSY = 0.001
+"""Seconds within which receivers follow each other if it is worth while to leave sockets lent, and to make rounds."""
 AGAIN = 4
 """What stands in place of a poll's mask for a turn that was cut short by its budget."""
 STALLED_TURNS = 100
@@ -64,8 +67,8 @@ class Pollable(Protocol):
         """Whether it is not open yet, so that a turn may be costly."""
 
     @property
-    def lock(self) -> contextlib.AbstractContextManager[Any]:
-        """The worker holds it for each turn; others for a moment, where the pollable lets them."""
+    def lock(self) -> Any:
+        """A reentrant one.  The worker holds it for each turn; others for a moment, where the pollable lets them."""
 
     def turn(self, ready: int, now: float) -> bool:
         """The poll says *ready*: do all that is possible without sleeping, within a turn's budget.
@@ -106,10 +109,11 @@ class _Watch:
     Timers that are out of date stay in the heap until their time comes; they keep only this alive.
     """
 
-    __slots__ = ("evidence", "idle", "mask", "moved", "pollable", "sock", "timer", "turns")
+    __slots__ = ("attended", "evidence", "idle", "mask", "moved", "pollable", "sock", "timer", "turns")
 
-    def __init__(self, pollable: Pollable) -> None:
-        self.pollable: Pollable | None = pollable
+    def __init__(self, pollable: Pollable | None) -> None:
+        self.pollable = pollable
+        self.attended = False  # lent, and somebody sleeps beside it
         self.sock: socket.socket | None = None
         self.mask = NOTHING
         self.timer = math.inf
@@ -140,6 +144,9 @@ class Worker:
         self._runnable: dict[Any, int] = {}  # pollables, and what the poll says of each
         self._line: collections.deque[tuple[Pollable, int]] = collections.deque()  # likewise, of handshakes
         self._timers: list[tuple[float, int, _Watch]] = []
+        self._rounds = _Watch(None)  # what its timer is for
+        self._left = -math.inf  # when a receiver did so last
+        self._asked = False  # to make rounds; a word is on its way
         self._order = itertools.count()
         self.produced: list[Any] = []
         """What the turns tell the coordinator, which gets it before the step ends.  Its own thread."""
@@ -157,7 +164,7 @@ class Worker:
 
     def stop(self) -> None:
         """The last command: end what is left, close everything, leave `run`.  Never waits."""
-        self._mailbox.put((None, "stop", ()))
+        self._mailbox.put((None, "_stop", ()))
 
     def load(self) -> int:
         """How many pollables it owns."""
@@ -180,10 +187,43 @@ class Worker:
         both wait.
         """
         watch = self._watched.get(pollable)
-        if watch is None or watch.mask != READ:
+        if watch is None:
             return False
+        if watch.mask == LENT:
+            watch.attended = True
+            return True
+        if watch.mask != READ:
+            return False
+        watch.attended = True
         watch.mask = LENT  # first: if the rest is interrupted, `take_back` sees to it
         return self._change(watch, LENT)
+
+    def leave(self, pollable: Pollable, now: float, awaited: bool) -> None:
+        """Whom it is lent to goes, and may be back in a moment.
+
+        Among many that come and go it stays lent, which saves two system calls, until the worker makes its rounds; but
+        not if it is *awaited* by somebody who cannot come for it himself.
+        """
+        watch = self._watched.get(pollable)
+        if watch is None:
+            return
+        watch.attended = False
+        left, self._left = self._left, now
+        if awaited:
+            self.take_back(pollable)
+        elif self._rounds.timer == math.inf:
+            if now - left > BUSY:
+                self.take_back(pollable)
+            elif not self._asked:
+                self._ask_for_rounds()
+
+    def _ask_for_rounds(self) -> None:
+        self._asked = True  # first: the worker's answer is to come later
+        try:
+            self._mailbox.put((None, "_plan_rounds", ()))
+        except BaseException:
+            self._asked = False
+            raise
 
     def take_back(self, pollable: Pollable) -> None:
         """Sleep beside it again, if it is still lent."""
@@ -246,7 +286,9 @@ class Worker:
         for pollable, mask in runnable.items():
             watch = self._watched.get(pollable)
             if watch is not None:
-                with pollable.lock:
+                lock = pollable.lock
+                lock.acquire()  # a ``with`` takes CPython twice as long
+                try:
                     try:
                         if mask and watch.turns >= STALLED_TURNS:
                             changed = self._take_watched_turn(pollable, watch, mask, now)
@@ -262,6 +304,8 @@ class Worker:
                         except BaseException as error:  # the descriptor is not its own, or not any more
                             self._fail(pollable, error)
                             self._runnable[pollable] = AGAIN
+                finally:
+                    lock.release()
             if len(self.produced) >= HAND_OVER:
                 self._flush()
         self._flush()
@@ -285,7 +329,7 @@ class Worker:
     def _obey(self, runnable: dict[Any, int], now: float) -> None:
         for pollable, method, arguments in self._mailbox.take():
             if pollable is None:
-                self._stopping = True
+                getattr(self, method)(now)
                 continue
             if pollable not in self._watched:
                 if pollable.finished:
@@ -299,13 +343,44 @@ class Worker:
                     self._fail(pollable, error)
             runnable.setdefault(pollable, NOTHING)
 
+    def _stop(self, _: float) -> None:
+        self._stopping = True
+
+    def _plan_rounds(self, now: float) -> None:
+        if self._rounds.timer == math.inf:
+            self._set_timer(self._rounds, now + ROUNDS)
+        self._asked = False  # last: who finds it unset finds the timer set
+
+    def _make_rounds(self, now: float) -> None:
+        """Take back what nobody attends to just now: its receiver may have gone for good.
+
+        While somebody has the lock, be it for the time that a codec takes, he is not gone, and another round comes.
+        """
+        more = now - self._left <= ROUNDS
+        for pollable, watch in self._watched.items():
+            if watch.mask == LENT:
+                if pollable.lock.acquire(False):
+                    if not watch.attended:
+                        self.take_back(pollable)
+                    pollable.lock.release()
+                else:
+                    more = True
+        if more:
+            self._plan_rounds(now)
+
+    def _set_timer(self, watch: _Watch, when: float) -> None:
+        watch.timer = when
+        heapq.heappush(self._timers, (when, next(self._order), watch))
+
     def _fire_timers(self, runnable: dict[Any, int], now: float) -> None:
         while self._timers and self._timers[0][0] <= now:
             when, _, watch = heapq.heappop(self._timers)
-            if watch.timer == when and watch.pollable is not None:
+            if watch.timer == when:
                 watch.timer = math.inf
-                # For a turn that looks at the clock.  What the poll has said it will say again.
-                runnable[watch.pollable] = NOTHING
+                if watch.pollable is None:
+                    self._make_rounds(now)
+                else:  # for a turn that looks at the clock; what the poll has said it will say again
+                    runnable[watch.pollable] = NOTHING
 
     def _take_watched_turn(self, pollable: Pollable, watch: _Watch, ready: int, now: float) -> bool:
         """A turn of what has had many, to see whether they move anything: a session that spins is a bug, and ends.
@@ -348,8 +423,7 @@ class Worker:
             watch.pollable, watch.timer = None, math.inf
             pollable.gone()
         elif pollable.deadline is not None and pollable.deadline < watch.timer:
-            watch.timer = pollable.deadline
-            heapq.heappush(self._timers, (watch.timer, next(self._order), watch))
+            self._set_timer(watch, pollable.deadline)
         if pollable.again:
             self._runnable[pollable] = AGAIN
 

@@ -115,6 +115,7 @@ THREADING = {
     "bridge": {"Thread", "current_thread"},  # who closes it
     "ssl.process": {"RLock"},  # of making the one bridge
     "ssl.injection": {"Lock"},
+    "acceptor": {"RLock"},  # for its worker treats all alike
     "ssl.contexts": {"RLock"},  # of making a core context, and of the store it shares
     "ssl.sockets": {"RLock"},  # of whose a descriptor is
     "demo": {"Event", "Thread"},
@@ -420,7 +421,7 @@ OWNERSHIP = {
     ],
     "a Stream's lease": ["lease.Lease.turn", "stream.Stream._lease"],
     "SSL.Connection, socket": ["engine.TLSEngine._connection", "transport.Transport.sock"],
-    "poll set": ["worker.Worker._poller", "worker.Worker.lend", "worker.Worker.take_back"],
+    "poll set": ["worker.Worker._poller", "worker.Worker.lend", "worker.Worker.leave"],
     "state, deadlines": ["transport.Transport.state", "transport.Transport._deadlines"],
     "SessionInfo (peer, ALPN, …)": ["engine.SessionInfo.peer_certificate", "engine.SessionInfo.alpn"],
 }

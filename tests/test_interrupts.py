@@ -517,17 +517,15 @@ def test_what_an_interrupted_receiver_was_woken_for_beside_its_socket_wakes_the_
         inbox, bed = SessionInbox(), Gate()
         others: list[Any] = []
 
-        def attend(inbox: Any, timeout: Any, bed: Gate = bed, others: list[Any] = others) -> bool:
+        def attend(inbox: Any, timeout: Any, _: Any, bed: Gate = bed, others: list[Any] = others) -> bool:
             inbox.attend = None
             try:
                 inbox.lie_down(bed)
                 others.append(background.run(inbox.get, True, PATIENCE))
-                until(lambda: len(inbox._sleepers) == 2)
+                until(lambda: inbox._sleepers)
                 inbox._deliver(None, [b"message"], None, 0, 0)
-                inbox.get_up(bed)
-            except Interrupt:
-                inbox.get_up(bed, in_vain=True)
-                raise
+            finally:
+                inbox.get_up()
             return True
 
         inbox.attend = attend

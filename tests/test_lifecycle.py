@@ -1303,7 +1303,8 @@ def test_a_codec_may_not_wait_for_the_bridge_it_is_in(
         else:
             with ThreadPoolExecutor(1) as pool:
                 receiving = pool.submit(ends[1].recv, PATIENCE)
-                until(lambda: ends[1]._own_inbox()._sleepers)
+                inbox = ends[1]._own_inbox()
+                until(lambda: inbox._sleepers or inbox.attendant is not None)
                 ends[0].send(b"x")
                 with pytest.raises(bridge.SessionEnded):
                     receiving.result(PATIENCE)

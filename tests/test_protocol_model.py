@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -74,7 +75,7 @@ class Thing:
     deadline = None
     now = 0.0
     moved = 0
-    lock = contextlib.nullcontext()
+    lock = threading.RLock()
 
     def __init__(self, words: int) -> None:
         self.got: list[int] = []

@@ -214,7 +214,8 @@ def test_a_peek_that_waits_does_not_swallow_a_receiver_s_wake_up(
         waiting = [pool.submit(server.peek, PATIENCE) for _ in range(3)]
         waiting.append(pool.submit(server.recv, PATIENCE))
         waiting += [pool.submit(server.peek, PATIENCE) for _ in range(3)]
-        until(lambda: len(server._channel.inbox._sleepers) == 7)
+        inbox = server._own_inbox()
+        until(lambda inbox=inbox: len(inbox._sleepers) + (inbox.attendant is not None) == 7)  # type: ignore[misc]
         client.send(b"%d" % number)
         assert waiting[3].result(PATIENCE) == b"%d" % number
         client.send(b"more")

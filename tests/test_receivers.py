@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import math
 import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from types import FrameType
 from typing import Any
 
@@ -22,11 +25,12 @@ import pytest
 from conftest import KeyPair
 from peers import Background
 from rig import PATIENCE, Clock, Lockstep, begin_close, busy, is_closed, is_open, only, received
-from test_interrupts import KINDS, Interrupt, Moment
+from test_interrupts import KINDS, Handled, Interrupt, Moment
 
 import bridge
 from bridge import codecs, coordinator, poll, threads, worker
 from bridge.engine import TLSEngine
+from bridge.inbox import ReadCredit
 from bridge.poll import LENT, Want
 from bridge.session import Session
 
@@ -125,6 +129,99 @@ def test_also_if_nothing_came_in_time(rig: Lockstep, pair: Pair) -> None:
     rig.until(lambda: server.inbox.qsize() == 1)
 
 
+def hurrying(monkeypatch: pytest.MonkeyPatch, rounds: float = 1e-6) -> None:
+    """However long this takes, receivers count as many that come and go."""
+    monkeypatch.setattr(worker, "BUSY", PATIENCE)
+    monkeypatch.setattr(worker, "ROUNDS", rounds)
+
+
+def echoes(rig: Lockstep, client: Session, server: Session, count: int = 3) -> None:
+    for number in range(count):
+        client.send(b"%d" % number)
+        leave(rig, client)
+        assert server.recv(PATIENCE) == b"%d" % number
+
+
+def test_among_receivers_that_come_and_go_a_socket_stays_lent_until_the_worker_makes_its_rounds(
+    rig: Lockstep, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurrying(monkeypatch)
+    client, server = pair
+    echoes(rig, client, server)
+    assert mask_of(server) == LENT, "nobody has asked the system for anything"
+    client.send(b"when it has gone for good")
+    rig.until(lambda: server.inbox.qsize() == 1)
+    assert mask_of(server) == Want.READ and server.recv(0) == b"when it has gone for good"
+
+
+def test_rounds_end_when_everybody_has_come_back_or_gone(
+    rig: Lockstep, pair: Pair, monkeypatch: pytest.MonkeyPatch, background: Background
+) -> None:
+    hurrying(monkeypatch)
+    client, server = pair
+    worker_of = server._channel.worker
+    echoes(rig, client, server)
+    receiver = asleep_beside(server, background)
+    worker_of.step()
+    assert worker_of._rounds.timer < math.inf
+    rig.until(lambda: worker_of._rounds.timer == math.inf)
+    assert mask_of(server) == LENT and not receiver.done(), "who is there keeps it"
+    client.send(b"at last")
+    leave(rig, client)
+    assert receiver.result(PATIENCE) == b"at last"
+
+
+def test_rounds_wait_for_nobody_s_codec(
+    rig: Lockstep, pair: Pair, monkeypatch: pytest.MonkeyPatch, background: Background
+) -> None:
+    hurrying(monkeypatch)
+    client, server = pair
+    echoes(rig, client, server)
+    held, let_go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with server._channel.transport.lock:
+            held.set()
+            assert let_go.wait(PATIENCE)
+
+    holding = background.run(hold)
+    assert held.wait(PATIENCE)
+    worker_of = server._channel.worker
+    for _ in range(3):
+        worker_of.step()
+        assert mask_of(server) == LENT and worker_of._rounds.timer < math.inf, "another round comes"
+    let_go.set()
+    holding.result(PATIENCE)
+    rig.until(lambda: mask_of(server) == Want.READ)
+
+
+def test_a_socket_does_not_stay_lent_while_others_wait_for_its_messages(
+    rig: Lockstep, pair: Pair, monkeypatch: pytest.MonkeyPatch, background: Background
+) -> None:
+    hurrying(monkeypatch, rounds=PATIENCE)
+    client, server = pair
+    echoes(rig, client, server)
+    first = asleep_beside(server, background)
+    second = background.run(server.recv, PATIENCE)
+    while not server._own_inbox()._sleepers:
+        assert not second.done()
+    client.send(b"1")
+    leave(rig, client)
+    assert first.result(PATIENCE) == b"1" and mask_of(server) == Want.READ
+    client.send(b"2")
+    rig.until(second.done)
+    assert second.result() == b"2"
+
+
+def test_receivers_leave_one_word_to_a_worker_that_is_long_in_coming(
+    rig: Lockstep, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurrying(monkeypatch)
+    client, server = pair
+    echoes(rig, client, server, 50)
+    assert len(server._channel.worker._mailbox) <= 2
+
+
 def test_who_gets_nothing_is_told_how_long_it_has_waited(pair: Pair) -> None:
     _, server = pair
     for receive in (server.recv, server.peek, lambda timeout: server.inbox.get(timeout=timeout)):
@@ -156,7 +253,7 @@ def test_a_descriptor_that_somebody_else_has_closed_ends_its_session_and_nothing
         with pytest.raises(bridge.ReceiveTimeout):
             server.recv(SOON)
     threads.check_may_wait()
-    assert not threads.this_thread.sleeper.asleep
+    assert not threads.this_thread.notes.sleeper.asleep
     rig.until(lambda: is_closed(server))
 
 
@@ -209,11 +306,68 @@ def test_nor_what_it_reads_while_the_receiver_sleeps(
     assert server.recv(0) == b"2"
 
 
+def test_nothing_overtakes_what_is_just_being_delivered(
+    rig: Lockstep, pair: Pair, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it counts as decoded, and is not in the inbox yet."""
+    client, server = pair
+    transport, credit = server._channel.transport, server._channel.credit
+    charge, charged, receiver = ReadCredit._charge, threading.Event(), asleep_beside(server, background)
+
+    def slowly(self: ReadCredit, count: int, cost: int) -> bool:
+        resume = charge(self, count, cost)
+        if self is credit and not charged.is_set():
+            charged.set()
+            with contextlib.suppress(FutureTimeout):
+                receiver.result(SOON)  # which has its chance to be faster
+        return resume
+
+    monkeypatch.setattr(ReadCredit, "_charge", slowly)
+    with transport.lock:
+        client.send(b"1")
+        leave(rig, client)
+        assert not transport.turn(Want.READ, time.monotonic())
+        delivery = background.run(server._channel.worker._flush)
+        assert charged.wait(PATIENCE)
+        client.send(b"2")
+        leave(rig, client)
+    delivery.result(PATIENCE)
+    assert receiver.result(PATIENCE) == b"1"
+
+
+def test_a_receiver_that_waits_for_its_turn_does_not_set_the_idle_timeout_back(
+    rig: Lockstep, contexts: Any, monkeypatch: pytest.MonkeyPatch, background: Background
+) -> None:
+    clock = Clock()
+    for module in ("worker", "transport", "coordinator"):
+        monkeypatch.setattr(getattr(bridge, module), "time", clock)
+    near, far = rig.tcp_pair()
+    client = rig.session(contexts[0], near, codec=framed)
+    server = rig.session(contexts[1], far, codec=framed, timeouts=bridge.Timeouts(idle=10))
+    rig.until(lambda: is_open(client) and is_open(server))
+    client.send(b"0")
+    rig.until(lambda: not server.inbox.empty())
+    assert server.recv(0) == b"0"
+    rig.settle()
+    receiver, transport = asleep_beside(server, background), server._channel.transport
+    with transport.lock:
+        client.send(b"1")
+        leave(rig, client)
+        with contextlib.suppress(FutureTimeout):
+            receiver.result(SOON)  # it is awake by then, and waits for the lock
+        clock.now += 9
+        transport.write_at_once(framed().encode(b"answer"))
+    assert receiver.result(PATIENCE) == b"1"
+    clock.now += 2
+    rig.settle()
+    assert server.end is None
+
+
 def asleep_beside(session: Session, background: Background) -> Any:
     """A thread that waits for a message of *session*, beside its socket."""
     receiver = background.run(session.recv, PATIENCE)
     deadline = time.monotonic() + PATIENCE
-    while mask_of(session) != LENT or not session._own_inbox()._sleepers:
+    while mask_of(session) != LENT or session._own_inbox().attendant is None:
         assert time.monotonic() < deadline and not receiver.done()
     with session._channel.transport.lock:  # which the receiver lets go as it goes to sleep
         return receiver
@@ -225,7 +379,7 @@ def test_a_second_receiver_sleeps_as_ever_and_both_are_served(
     client, server = pair
     first = asleep_beside(server, background)
     second = background.run(server.recv, PATIENCE)
-    while len(server._own_inbox()._sleepers) < 2:
+    while not server._own_inbox()._sleepers:
         assert not second.done()
     client.send(b"1")
     leave(rig, client)
@@ -295,7 +449,7 @@ def test_a_hang_up_while_the_socket_is_lent_is_told_once(
     """A poll reports it for an empty mask too, and would for ever."""
     client, server = pair
     worker, transport = server._channel.worker, server._channel.transport
-    monkeypatch.setattr(coordinator.Channel, "_receive", lambda *_: None)  # the receiver is slow
+    monkeypatch.setattr(coordinator.Channel, "_read", lambda *_: None)  # the receiver is slow
     with transport.lock:
         assert worker.lend(transport)
     client.abort()
@@ -378,7 +532,7 @@ def test_large_messages_are_left_to_the_worker(rig: Lockstep, contexts: Any) -> 
     client.send(large)
     rig.until(lambda: server.inbox.qsize() == 1)
     assert server.recv(0) == large
-    assert not server._channel.attend(server._own_inbox(), PATIENCE), "nor does a receiver spin"
+    assert not server._channel.attend(server._own_inbox(), PATIENCE, []), "nor does a receiver spin"
     client.send(b"1")
     leave(rig, client)
     with pytest.raises(bridge.ReceiveTimeout):
@@ -508,7 +662,7 @@ def test_a_signal_handler_may_not_wait_while_the_session_is_in_its_thread_s_hand
     class Look(Moment):
         def _pass(self, frame: FrameType, event: str) -> None:
             if lock._is_owned():
-                held.append(threads.this_thread.serves_all or (frame.f_lineno, event))
+                held.append(threads.this_thread.notes.serves_all or (frame.f_lineno, event))
 
     for number in range(3):
         client.send(b"%d" % number)
@@ -545,7 +699,7 @@ def test_a_signal_handler_that_forks_leaves_the_session_to_the_parent(
     try:
         turn = background.run(take_a_turn)
         with pytest.raises(bridge.ReceiveTimeout):
-            server.recv(4 * SOON)
+            server.recv(40 * SOON)  # so that a busy machine forks before it is over
     except BaseException as error:
         if children == [0]:
             os._exit(not isinstance(error, bridge.ForkedError))
@@ -574,6 +728,90 @@ def test_and_what_rings_for_the_one_it_interrupts_is_heard(
         assert server.recv(PATIENCE) == b"from elsewhere"
 
 
+def test_a_signal_handler_may_receive_from_the_session_it_interrupts(
+    rig: Lockstep, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = threads._ThisThread()  # for the second bell of this thread
+    for module in (poll, coordinator):
+        monkeypatch.setattr(module, "this_thread", here)
+    client, server = pair
+    seen: list[Any] = []
+
+    def handle(*_: object) -> None:
+        client.send(b"1")
+        leave(rig, client)
+        worker_of = server._channel.worker
+        with ThreadPoolExecutor(1) as pool:
+            serving = pool.submit(lambda: [worker_of.step() for _ in iter(lambda: not seen, False)])
+            seen.append(server.recv(PATIENCE))
+            serving.result(PATIENCE)
+
+    with interrupting(handle), contextlib.suppress(bridge.ReceiveTimeout):
+        server.recv(4 * SOON)
+    assert seen == [b"1"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("over", [False, True], ids=["timeout", "end"])
+def test_an_interrupted_receiver_that_gets_nothing_leaves_nothing_locked(
+    contexts: Any, kind: str, over: bool
+) -> None:
+    """Also if the interrupt meets what it was to be told."""
+    for number in itertools.count():
+        with Lockstep() as rig:
+            _, server = opened(rig, contexts, *rig.tcp_pair())
+            if over:
+                server.abort()
+                rig.until(lambda: is_closed(server))  # noqa: B023
+            expected = (Interrupt, bridge.ReceiveTimeout, bridge.SessionEnded)
+            with Moment(kind, number) as moment, contextlib.suppress(*expected):
+                server.recv(0)
+            inbox = server._own_inbox()
+            assert not (inbox._lock._is_owned() or inbox._sleepers or inbox._called), moment.where  # type: ignore[attr-defined]
+        if not moment.where:
+            return
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("call", ["send", "flush", "flush after the end"])
+def test_nor_does_a_sender_that_is_refused(contexts: Any, kind: str, call: str) -> None:
+    for number in itertools.count():
+        with Lockstep() as rig:
+            _, server = opened(rig, contexts, *rig.tcp_pair())
+            server._channel.transport.answerable = False
+            server.send(b"on its way")
+            if call != "flush":
+                server.abort()
+                rig.until(lambda: is_closed(server))  # noqa: B023
+            expected = (Interrupt, bridge.OperationTimeout, bridge.SessionEnded)
+            with Moment(kind, number) as moment, contextlib.suppress(*expected):
+                if call == "send":
+                    server.send(b"never")
+                else:
+                    server.flush(0)
+            outbox = server._channel.outbox
+            assert not (outbox._lock._is_owned() or outbox._flushing), moment.where  # type: ignore[attr-defined]
+        if not moment.where:
+            return
+
+
+def test_a_signal_handler_may_take_what_is_being_peeked_at(contexts: Any) -> None:
+    for number in itertools.count():
+        with Lockstep() as rig:
+            client, server = opened(rig, contexts, *rig.tcp_pair())
+            client.send(b"1")
+            rig.until(lambda: server.inbox.qsize() == 1)  # noqa: B023
+
+            def take() -> None:
+                with contextlib.suppress(bridge.ReceiveTimeout):
+                    server.recv(0)  # noqa: B023
+
+            with Handled(take, number) as moment, contextlib.suppress(bridge.ReceiveTimeout):
+                server.peek(0)
+        if not moment.where:
+            return
+
+
 def test_whoever_is_interrupted_passes_on_what_it_was_woken_for(
     rig: Lockstep, pair: Pair, background: Background
 ) -> None:
@@ -582,7 +820,7 @@ def test_whoever_is_interrupted_passes_on_what_it_was_woken_for(
 
     def handle(*_: object) -> None:
         second.append(background.run(server.recv, PATIENCE))
-        while len(inbox._sleepers) < 2:
+        while not inbox._sleepers:
             assert not second[0].done()
         inbox._deliver(server, [b"1"], None, 0, 0)
         raise Interrupt
@@ -764,9 +1002,8 @@ def test_an_interrupted_receiver_loses_nothing_or_its_session(contexts: Any, kin
             transport = server._channel.transport
             assert not transport.lock._is_owned(), moment.where  # type: ignore[attr-defined]
             assert not server._coordinator._lock._is_owned(), moment.where  # type: ignore[attr-defined]
-            assert not server._own_inbox()._lock._is_owned() and not server._own_inbox()._sleepers, (
-                moment.where
-            )
+            inbox = server._own_inbox()
+            assert not (inbox._lock._is_owned() or inbox._sleepers or inbox.attendant), moment.where
             threads.check_may_wait()
             client.send(b"2")
             left = until_received(rig, server, b"2")
