@@ -64,7 +64,7 @@ class Session(forks.Handle):
                 f"a message of {len(data)} bytes is over Limits.message_bytes, which is {self._limits.message_bytes}"
             )
         if not channel.answer(data):
-            deadline = deadline_after(timeout)
+            deadline = None if timeout is None else deadline_after(timeout)
             if not channel.outbox.put(data, timeout, len(data) >= RECORD_BYTES) and not channel.answer(data):
                 channel.outbox.put(data, time_left(deadline))
 
