@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -190,6 +191,10 @@ Entry = tuple[Any, Any, "ReadCredit | None", int, "Done | None"]
 the message is taken, and what to call when the handler comes back for the next one."""
 
 
+_NOBODY: Any = types.SimpleNamespace(_used=0)
+"""Who pays for a message that costs nothing."""
+
+
 class _Turn:
     """The turn that one handler thread has with one session: until it comes back, or the thread ends."""
 
@@ -206,9 +211,14 @@ class _Turn:
             self.done(came_back)  # again, if Ctrl-C comes just now
             self.done = None
         if self.session is not None:
-            with self._inbox._lock:
-                self._inbox._release(self)
-                self._inbox._call()
+            try:
+                with self._inbox._lock:
+                    self._inbox._release(self)
+                    self._inbox._call()
+            except BaseException:
+                with self._inbox._lock:
+                    self._inbox._call()
+                raise
 
     def __del__(self) -> None:
         if hasattr(self, "done") and not forks.abandoned(self._inbox._born):  # or Ctrl-C came as it was made
@@ -320,7 +330,8 @@ class Inbox(forks.Handle):
         """The next entry, which has left; with *turn*, in place of the one that its thread was given last.
 
         If it is to *keep* its place, it has been called for nothing.  ReceiveTimeout after the *deadline*, *timeout*
-        seconds after it was set.  An entry leaves, with all that hangs on it, in a row without calls, or not at all.
+        seconds after it was set.  An entry leaves, with all that hangs on it, in a row without calls and, for the sake
+        of Python 3.10, without a jump, or not at all.
         The lock is taken by two calls, for a ``with`` takes CPython twice as long; `_give_way` sees to interrupts.
         """
         entry: Entry | None = None
@@ -341,12 +352,12 @@ class Inbox(forks.Handle):
                             self._call()
                             return entry
                         session, _, credit, cost, done = entry
+                        payer, cost = (_NOBODY, 0) if credit is None or credit._forfeit else (credit, cost)
+                        ended = done is not None
                         if turn is not None:
                             turn.session, turn.done = session, done
-                        if done is not None:
-                            self._ends -= 1
-                        elif credit is not None and not credit._forfeit:
-                            credit._used -= cost
+                        self._ends -= ended
+                        payer._used -= cost
                         del entries[0]
                         if self._sleepers:
                             self._call()
@@ -433,16 +444,17 @@ class Inbox(forks.Handle):
                     resume = credit._charge(size, share * len(messages))
                 for message in messages:
                     entry = (session, message, credit, share, done)
-                    if session not in ahead:
-                        self._entries.append(entry)
-                        if session is not None:
-                            ahead[session] = None
-                        continue
-                    behind = ahead[session]
-                    if behind is None:
-                        behind = ahead[session] = collections.deque()
-                    behind.append(entry)
-                    self._waiting += 1
+                    if session is None:
+                        self._entries += (entry,)
+                    elif session not in ahead:
+                        ahead[session] = None
+                        self._entries += (entry,)
+                    else:
+                        behind = ahead[session]
+                        if behind is None:
+                            behind = ahead[session] = collections.deque()
+                        behind += (entry,)
+                        self._waiting += 1
                 if self._sleepers:
                     self._call()
             finally:
@@ -450,6 +462,8 @@ class Inbox(forks.Handle):
         except BaseException:  # Ctrl-C, maybe just as it was taken
             if not nested:
                 let_go(lock)
+            with lock:
+                self._call()
             raise
         if resume:
             assert credit is not None
@@ -543,7 +557,8 @@ class SessionInbox(Inbox):
     def lie_down(self, bed: Bed) -> bool:
         """From now on whatever comes rings *bed*; False if something is here, or somebody else waits for it."""
         lock = self._lock
-        nested = lock._is_owned()  # type: ignore[attr-defined]
+        if lock._is_owned():  # type: ignore[attr-defined]
+            return False  # a signal handler may not wait for what it has interrupted
         try:
             lock.acquire()
             vacant = not (
@@ -554,8 +569,7 @@ class SessionInbox(Inbox):
             lock.release()
             return vacant
         except BaseException:
-            if not nested:
-                let_go(lock)
+            let_go(lock)
             raise
 
     def get_up(self) -> bool:

@@ -8,12 +8,14 @@ it raises is raised there.  Python 3.10 has one point more, the entry of an ``ex
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import dis
 import functools
 import gc
 import itertools
 import os
+import signal
 import socket
 import ssl
 import sys
@@ -507,6 +509,78 @@ def test_what_an_interrupted_receiver_was_woken_for_wakes_the_next(background: B
         if not moment.where:
             assert number > 10
             return
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_an_interrupted_put_is_whole_or_nothing_and_the_inbox_comes_to_its_end(before: int) -> None:
+    for number in itertools.count():
+        inbox, taken = Inbox(), []
+        for index in range(before):
+            inbox.put(("session", index))
+        with Moment("call", number) as moment, contextlib.suppress(Interrupt):
+            inbox.put(("session", before))
+        inbox.put(("session", "last"))
+        inbox.shutdown()
+        while inbox.qsize() > 0:
+            taken.append(inbox.get(timeout=0)[1])
+        with pytest.raises(bridge.ShutDown):
+            inbox.get(timeout=0)
+        assert taken[:before] == list(range(before)) and taken[-1] == "last", moment.where
+        if not moment.where:
+            assert number > 5
+            return
+
+
+@pytest.mark.parametrize("call", ["put", "task_done"])
+def test_whoever_sleeps_is_woken_for_what_an_interrupted_call_has_made_ready(
+    call: str, background: Background
+) -> None:
+    for number in itertools.count():
+        inbox = Inbox()
+        if call == "task_done":
+            inbox.put(("session", 1))
+            inbox.put(("session", 2))
+            inbox.get()
+        other = background.run(inbox.get, True, PATIENCE)
+        until(lambda inbox=inbox: inbox._sleepers)  # type: ignore[misc]
+        with Moment("call", number) as moment, contextlib.suppress(Interrupt):
+            if call == "task_done":
+                inbox.task_done()
+            else:
+                inbox.put(("session", 2))
+        if inbox._entries:
+            assert other.result(PATIENCE) == ("session", 2), moment.where
+        elif not other.done() and not inbox._called:
+            inbox.task_done()
+            inbox.put(("another", 2))
+        other.result(PATIENCE)
+        if not moment.where:
+            assert number > 5
+            return
+
+
+class _Interrupting(tuple):  # type: ignore[type-arg]
+    """As it is unpacked Ctrl-C comes, which Python sees to at the next moment at which it may."""
+
+    __iter__ = functools.partial(  # type: ignore[assignment]
+        itertools.chain, ("session", 1, None, 0), map(_thread.interrupt_main, [signal.SIGINT])
+    )
+
+
+def test_a_message_leaves_with_its_turn_or_not_at_all() -> None:
+    """Python 3.10 runs signal handlers also where a jump is taken."""
+    inbox = Inbox()
+    inbox.put(("session", 1))
+    inbox.put(("session", 2))
+    inbox._entries[0] = _Interrupting(("session", 1, None, 0, None))  # type: ignore[call-overload]
+    with pytest.raises(KeyboardInterrupt):
+        inbox.get(timeout=0)
+    if inbox.qsize() == 2:
+        inbox._entries[0] = ("session", 1, None, 0, None)
+        assert inbox.get(timeout=0) == ("session", 1)
+    assert inbox.get(timeout=0) == ("session", 2)
+    inbox.task_done()
+    assert not inbox._behind and not inbox.qsize()
 
 
 @pytest.mark.parametrize("receive", [SessionInbox.get, SessionInbox.peek], ids=["get", "peek"])

@@ -751,6 +751,12 @@ def test_a_signal_handler_may_receive_from_the_session_it_interrupts(
     assert seen == [b"1"]
 
 
+def test_nor_may_it_wait_beside_the_socket_for_what_it_has_interrupted(pair: Pair) -> None:
+    _, server = pair
+    with server._own_inbox()._lock, pytest.raises(RuntimeError, match="may not wait"):
+        server.recv(SOON)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("over", [False, True], ids=["timeout", "end"])
 def test_an_interrupted_receiver_that_gets_nothing_leaves_nothing_locked(
