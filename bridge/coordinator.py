@@ -138,9 +138,8 @@ class Channel:
         notes = this_thread.notes
         serves_all = notes.serves_all
         try:
-            notes.serves_all = (
-                True  # a signal handler that waits would hold up the worker, which waits for the lock
-            )
+            # A signal handler that waits would hold up the worker, which waits for the lock.
+            notes.serves_all = True
             if not lock.acquire(False):
                 return False
             quiet = transport.quiet and self.outbox.idle()
@@ -182,7 +181,7 @@ class Channel:
         transport, worker = self.transport, self.worker
         if not transport.brief or not worker.lends():  # before a bed is made, which is a descriptor
             return False
-        interrupted, bed = notes.sleeper, my_sleeper()
+        before, bed = notes.sleeper, my_sleeper()  # of what a signal handler has interrupted, and ours
         if bed is None:
             return False
         lock: Any = transport.lock
@@ -192,7 +191,7 @@ class Channel:
             lock.acquire()  # a ``with`` takes CPython twice as long
             received, at_rest = transport.received, transport.quiet and self.credit.settled()
             lent = at_rest and worker.lend(transport) and inbox.lie_down(bed)
-            if not lent and inbox.attendant in (None, interrupted):  # and so nobody is there
+            if not lent and inbox.attendant in (None, before):  # and so nobody is there
                 worker.take_back(transport)
             lock.release()
             notes.serves_all = False

@@ -105,9 +105,8 @@ class Outbox:
         except BaseException as error:
             if not nested:
                 let_go(lock)
-            if not isinstance(
-                error, BridgeError
-            ):  # Ctrl-C, and nobody knows where: a word too many does no harm
+            if not isinstance(error, BridgeError):
+                # Ctrl-C, and nobody knows where: a word too many does no harm.
                 if ticket is not None:
                     self._withdraw(ticket)
                 self._notify()

@@ -28,9 +28,8 @@ class _ThisThread(threading.local):
     """Each thread sees its own."""
 
     def __init__(self) -> None:
-        self.notes = (
-            Notes()
-        )  # one object, for each look into a `threading.local` costs as much as ten at that
+        # One object, for each look into a `threading.local` costs as much as ten at that.
+        self.notes = Notes()
 
 
 this_thread = _ThisThread()

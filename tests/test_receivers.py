@@ -67,6 +67,18 @@ def opened(rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context], *sock
     return client, server
 
 
+def timed(rig: Lockstep, contexts: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Clock, Session, Session]:
+    """A pair whose server gives up after 10 idle seconds, and the clock that counts them."""
+    clock = Clock()
+    for module in ("worker", "transport", "coordinator"):
+        monkeypatch.setattr(getattr(bridge, module), "time", clock)
+    near, far = rig.tcp_pair()
+    client = rig.session(contexts[0], near, codec=framed)
+    server = rig.session(contexts[1], far, codec=framed, timeouts=bridge.Timeouts(idle=10))
+    rig.until(lambda: is_open(client) and is_open(server))
+    return clock, client, server
+
+
 @pytest.fixture
 def pair(rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context]) -> Pair:
     return opened(rig, contexts, *rig.tcp_pair())
@@ -338,13 +350,7 @@ def test_nothing_overtakes_what_is_just_being_delivered(
 def test_a_receiver_that_waits_for_its_turn_does_not_set_the_idle_timeout_back(
     rig: Lockstep, contexts: Any, monkeypatch: pytest.MonkeyPatch, background: Background
 ) -> None:
-    clock = Clock()
-    for module in ("worker", "transport", "coordinator"):
-        monkeypatch.setattr(getattr(bridge, module), "time", clock)
-    near, far = rig.tcp_pair()
-    client = rig.session(contexts[0], near, codec=framed)
-    server = rig.session(contexts[1], far, codec=framed, timeouts=bridge.Timeouts(idle=10))
-    rig.until(lambda: is_open(client) and is_open(server))
+    clock, client, server = timed(rig, contexts, monkeypatch)
     client.send(b"0")
     rig.until(lambda: not server.inbox.empty())
     assert server.recv(0) == b"0"
@@ -590,13 +596,7 @@ def test_a_receiver_heeds_the_idle_timeout(ca_file: str, server_cert: KeyPair) -
 def test_a_timer_that_fires_together_with_a_message_is_set_again(
     rig: Lockstep, contexts: tuple[bridge.Context, bridge.Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = Clock()
-    for module in ("worker", "transport", "coordinator"):
-        monkeypatch.setattr(getattr(bridge, module), "time", clock)
-    near, far = rig.tcp_pair()
-    client = rig.session(contexts[0], near, codec=framed)
-    server = rig.session(contexts[1], far, codec=framed, timeouts=bridge.Timeouts(idle=10))
-    rig.until(lambda: is_open(client) and is_open(server))
+    clock, client, server = timed(rig, contexts, monkeypatch)
     rig.settle()
     for message in (b"1", b"2"):
         clock.now += 3
