@@ -242,6 +242,9 @@ class Inbox(forks.Handle):
     instead, the session ends as one that is forgotten.
     """
 
+    _takes_more = True
+    """Whether it takes what sessions deliver when it is over."""
+
     def __init__(self) -> None:
         # Of each session at most one entry is ready or in a handler's hands; the others wait behind it.
         self._entries: collections.deque[Entry] = collections.deque()
@@ -441,6 +444,8 @@ class Inbox(forks.Handle):
             lock.acquire()
             try:
                 if credit is not None:
+                    if self._over is not None and not self._takes_more:
+                        messages = []
                     resume = credit._charge(size, share * len(messages))
                 for message in messages:
                     entry = (session, message, credit, share, done)
@@ -510,6 +515,8 @@ class Inbox(forks.Handle):
 
 class SessionInbox(Inbox):
     """One session's own inbox: `get` returns just the message, and raises the cause after the end."""
+
+    _takes_more = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -581,29 +588,10 @@ class SessionInbox(Inbox):
         """Whether anybody sleeps who does not attend to the socket."""
         return bool(self._sleepers)
 
-    def _deliver(
-        self,
-        session: Any,
-        messages: list[Any],
-        credit: ReadCredit | None,
-        size: int,
-        share: int,
-        done: Done | None = None,
-    ) -> None:
-        resume = False
-        with self._lock:
-            if credit is not None:
-                if self._over is not None:
-                    messages = []  # it is over since its receiver looked
-                resume = credit._charge(size, share * len(messages))
-            for message in messages:
-                self._entries.append((None, message, credit, share, done))
-            if self._sleepers:
-                self._call()
+    def _deliver(self, session: Any, *what: Any) -> None:
+        """As of any inbox, but its receivers take whatever is next."""
+        super()._deliver(None, *what)
         self._ring()
-        if resume:
-            assert credit is not None
-            credit._resume()
 
     def _ring(self) -> None:
         attendant = self.attendant
