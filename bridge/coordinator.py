@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from bridge import events, forks
 from bridge.codecs import Codec
-from bridge.crossing import Gate, Latch, Mailbox, let_go, nobody
+from bridge.crossing import Gate, Latch, Mailbox, let_go, nobody, take
 from bridge.engine import SessionInfo
 from bridge.errors import CodecError, EndOfStream, SessionAborted, SessionClosed, SessionEnded, fresh, words
 from bridge.inbox import Inbox, ReadCredit, SessionInbox
@@ -188,7 +188,7 @@ class Channel:
         try:
             bed.asleep = True  # from here on a signal handler takes another bed
             notes.serves_all = True  # who has the lock must not wait for whoever waits for that
-            lock.acquire()  # a ``with`` takes CPython twice as long
+            lock.acquire(False) or take(lock, bed.born)  # a ``with`` takes CPython twice as long
             received, at_rest = transport.received, transport.quiet and self.credit.settled()
             lent = at_rest and worker.lend(transport) and inbox.lie_down(bed)
             if not lent and inbox.attendant in (None, before):  # and so nobody is there
@@ -198,7 +198,7 @@ class Channel:
             if lent:
                 bed.sleep(transport.sock, READ, timeout)
                 notes.serves_all = True
-                lock.acquire()
+                lock.acquire(False) or take(lock, bed.born)
                 now = time.monotonic()
                 if inbox.get_up() and transport.quiet and transport.received == received:
                     self._read(transport, now, taken)

@@ -33,9 +33,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
+from bridge import forks
 from bridge.errors import OperationTimeout
 from bridge.threads import check_may_wait
 
+A_WHILE = 1.0
+"""Seconds after which a thread that waits for a lock looks whether this is still the process that it began in."""
 T = TypeVar("T")
 
 
@@ -81,6 +84,17 @@ def let_go(lock: Any) -> None:
     """Release *lock*, a reentrant one, as often as this thread has it: for who was interrupted, and cannot know."""
     while lock._is_owned():
         lock.release()
+
+
+def take(lock: Any, born: int) -> bool:
+    """Acquire *lock*, which is held for a turn; true.
+
+    ForkedError if it belongs to a thread of the parent: a signal handler has forked in the middle of this, and here is
+    the child.
+    """
+    while not lock.acquire(timeout=A_WHILE):
+        forks.check(born)
+    return True
 
 
 def check_not_held(lock: Any) -> None:

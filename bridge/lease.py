@@ -41,8 +41,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from bridge import forks
-from bridge.crossing import Gate, deadline_after, let_go, time_left
-from bridge.errors import SessionEnded
+from bridge.crossing import Gate, deadline_after, let_go, take, time_left
+from bridge.errors import ForkedError, SessionEnded
 from bridge.poll import NOTHING, Sleeper, Want, look, my_sleeper
 from bridge.terms import interrupted
 from bridge.transport import Transport
@@ -77,6 +77,7 @@ class Lease:
     """
 
     __slots__ = (
+        "_born",
         "_caretaker",
         "_sleepers",
         "_transport",
@@ -91,6 +92,7 @@ class Lease:
     def __init__(
         self, transport: Transport, worker: Worker, leaving: Callable[[], None], gone: Callable[[], None]
     ) -> None:
+        self._born = forks.current
         self.lock = threading.RLock()
         self._transport = transport
         self._worker = worker
@@ -205,7 +207,9 @@ class Lease:
         """Hold the lock, whatever interrupts the wait for it: one interruption is on its way already."""
         while not self.mine():
             try:
-                self.lock.acquire()
+                take(self.lock, self._born)
+            except ForkedError:
+                self.lock._at_fork_reinit()  # type: ignore[attr-defined]
             except BaseException:
                 pass
 

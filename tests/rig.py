@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import threading
 import time
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import KeyPair
 from OpenSSL import SSL
+from peers import Background
 
 import bridge
 from bridge.coordinator import Coordinator
@@ -295,3 +298,39 @@ def engine_of(session: Session) -> TLSEngine:
     engine = session._channel.transport._engine
     assert engine is not None
     return engine
+
+
+@contextlib.contextmanager
+def forking(background: Background, interrupt: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+    """Meanwhile *interrupt* runs in another thread: what it is given has a signal handler of this thread fork.
+
+    In the child ForkedError must come out of what this is around.
+    """
+    children: list[int] = []
+    forked = threading.Event()
+
+    def fork(*_: object) -> None:
+        children.append(os.fork())
+        if children == [0]:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(int(PATIENCE))  # or it might wait for ever for who is not there
+        forked.set()
+
+    def send() -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+        assert forked.wait(PATIENCE)
+
+    before = signal.signal(signal.SIGALRM, fork)
+    try:
+        interrupting = background.run(interrupt, send)
+        yield
+    except BaseException as error:
+        if children == [0]:
+            os._exit(not isinstance(error, bridge.ForkedError))
+        raise
+    finally:
+        if children == [0]:
+            os._exit(2)
+        signal.signal(signal.SIGALRM, before)
+    interrupting.result(PATIENCE)
+    assert os.waitpid(children[0], 0)[1] == 0

@@ -23,8 +23,8 @@ from typing import Any
 
 import pytest
 from conftest import KeyPair
-from peers import Background
-from rig import PATIENCE, Clock, Lockstep, begin_close, busy, is_closed, is_open, only, received
+from peers import Background, until
+from rig import PATIENCE, Clock, Lockstep, begin_close, busy, forking, is_closed, is_open, only, received
 from test_interrupts import KINDS, Handled, Interrupt, Moment
 
 import bridge
@@ -676,40 +676,32 @@ def test_a_signal_handler_may_not_wait_while_the_session_is_in_its_thread_s_hand
 def test_a_signal_handler_that_forks_leaves_the_session_to_the_parent(
     pair: Pair, background: Background
 ) -> None:
-    """Also if that was in the middle of a turn."""
+    """Also if another thread was in the middle of a turn, and this one asleep."""
     _, server = pair
-    children: list[int] = []
-    forked = threading.Event()
 
-    def take_a_turn() -> None:
-        while mask_of(server) != LENT:
-            pass
+    def take_a_turn(fork: Callable[[], None]) -> None:
+        until(lambda: server._own_inbox().attendant)
         with server._channel.transport.lock:
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
-            assert forked.wait(PATIENCE)
+            fork()
 
-    def fork(*_: object) -> None:
-        children.append(os.fork())
-        if children == [0]:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(5)  # or it would wait for ever for who is not there
-        forked.set()
+    with forking(background, take_a_turn), pytest.raises(bridge.ReceiveTimeout):
+        server.recv(40 * SOON)  # so that a busy machine forks before it is over
 
-    before = signal.signal(signal.SIGALRM, fork)
-    try:
-        turn = background.run(take_a_turn)
-        with pytest.raises(bridge.ReceiveTimeout):
-            server.recv(40 * SOON)  # so that a busy machine forks before it is over
-    except BaseException as error:
-        if children == [0]:
-            os._exit(not isinstance(error, bridge.ForkedError))
-        raise
-    finally:
-        if children == [0]:
-            os._exit(2)
-        signal.signal(signal.SIGALRM, before)
-    turn.result(PATIENCE)
-    assert os.waitpid(children[0], 0)[1] == 0
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_likewise_if_this_thread_waited_for_that_turn(pair: Pair, background: Background) -> None:
+    _, server = pair
+    mine, begun = threads.this_thread.notes, threading.Event()
+
+    def take_a_turn(fork: Callable[[], None]) -> None:
+        with server._channel.transport.lock:
+            begun.set()
+            until(lambda: mine.serves_all)
+            fork()
+
+    with forking(background, take_a_turn), pytest.raises(bridge.ReceiveTimeout):
+        assert begun.wait(PATIENCE)
+        server.recv(SOON)
 
 
 def test_and_what_rings_for_the_one_it_interrupts_is_heard(

@@ -31,7 +31,7 @@ from peers import (
     stdlib_context,
     until,
 )
-from rig import Clock, Raw, needs_hang_ups, only, raw_context, shrink, tcp_pair
+from rig import Clock, Raw, forking, needs_hang_ups, only, raw_context, shrink, tcp_pair
 from structlog.testing import capture_logs
 
 import bridge
@@ -776,10 +776,10 @@ def test_ctrl_c_does_not_keep_a_caller_from_regaining_the_lease(pair: Pair) -> N
     class Lock:
         inner = lease.lock
 
-        def acquire(self) -> bool:
+        def acquire(self, timeout: float) -> bool:
             if presses:
                 raise presses.pop()
-            return self.inner.acquire()
+            return self.inner.acquire(timeout=timeout)
 
         def _is_owned(self) -> bool:
             return self.inner._is_owned()  # type: ignore[attr-defined, no-any-return]
@@ -789,6 +789,22 @@ def test_ctrl_c_does_not_keep_a_caller_from_regaining_the_lease(pair: Pair) -> N
     assert lease.mine() and not presses
     lease.lock = Lock.inner
     lease.lock.release()
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_child_forked_by_a_signal_handler_waits_for_nobody_who_is_in_the_parent(
+    pair: Pair, background: Background
+) -> None:
+    client, server = pair
+
+    def take_a_turn(fork: Callable[[], None]) -> None:
+        sleeping(server)
+        with server._lease.lock:
+            fork()
+        client.write(b"now")
+
+    with forking(background, take_a_turn):
+        assert server.read(3, 2.0) == b"now"
 
 
 def test_a_signal_handler_cannot_write_in_the_middle_of_a_write(pair: Pair) -> None:
