@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import random
+import selectors
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,6 +26,51 @@ pytestmark = pytest.mark.usefixtures("default_bridge")
 MESSAGES = [random.Random(seed).randbytes(size) for seed, size in enumerate((1, 0, 125, 65_536, 2_000_000))]
 LONG = 60.0
 """Seconds between pings where none shall be needed; longer than any test may take."""
+
+
+class Duplex(ssl.SSLSocket):
+    """The stdlib's, made fit for two threads at once, which are two too many for CPython's own: one call of OpenSSL at
+    a time, and none of them waits.
+
+    Else a read fails, or runs out of time, or hangs because another thread has begun to send or has set a timeout.
+    """
+
+    _turn = threading.Lock()  # one for all will do
+    _seconds: float | None = None
+
+    def settimeout(self, value: float | None) -> None:
+        super().settimeout(0)
+        self._seconds = value
+
+    def gettimeout(self) -> float | None:
+        return self._seconds
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        give_up = math.inf if self._seconds is None else time.monotonic() + self._seconds
+        while True:
+            try:
+                with self._turn:
+                    return function(*arguments)
+            except ssl.SSLWantReadError:
+                want = selectors.EVENT_READ
+            except ssl.SSLWantWriteError:
+                want = selectors.EVENT_WRITE
+            with selectors.DefaultSelector() as selector:
+                selector.register(self, want)
+                if (
+                    not selector.select(max(0.0, min(give_up - time.monotonic(), LONG)))
+                    and give_up < math.inf
+                ):
+                    raise TimeoutError
+
+    def do_handshake(self, block: bool = False) -> None:
+        self._call(super().do_handshake)
+
+    def recv(self, size: int = 1024, flags: int = 0) -> Any:
+        return self._call(super().recv, size)
+
+    def send(self, data: Any, flags: int = 0) -> Any:
+        return self._call(super().send, data)
 
 
 class Server:
@@ -84,14 +132,9 @@ def sending(send: Callable[[bytes], Any], messages: Iterable[bytes]) -> Iterator
 
 @pytest.fixture
 def server(arrangement: Arrangement, server_context: Any) -> Iterator[Server]:
-    """A running server; its connections must have been by the class that the arrangement names.
-
-    A client of the stdlib's that takes a session ticket in one thread while another sends may hang, or fail with
-    "internal error" (CPython's sockets are not made for two threads).  So it is given none: in TLS 1.2 they are
-    part of the handshake, and in TLS 1.3 a server of ours cannot help sending them.
-    """
-    if CONTROL or arrangement.client == "theirs":
-        server_context.maximum_version = ssl.TLSVersion.TLSv1_2
+    """A running server; its connections must have been by the class that the arrangement names."""
+    if CONTROL or arrangement.server == "theirs":
+        server_context.sslsocket_class = Duplex
     with Server(server_context) as made:
         yield made
         assert made.sides.get(timeout=PATIENCE) == expected(arrangement.server)
@@ -103,6 +146,8 @@ def server(arrangement: Arrangement, server_context: Any) -> Iterator[Server]:
 @pytest.fixture
 def connect(arrangement: Arrangement, client_context: Any, server: Server) -> Callable[[str], Any]:
     """Makes a context manager of a connection to a path of the server."""
+    if CONTROL or arrangement.client == "theirs":
+        client_context.sslsocket_class = Duplex
 
     @contextlib.contextmanager
     def connected(path: str = "/") -> Iterator[Any]:
