@@ -41,8 +41,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from bridge import forks
-from bridge.crossing import Gate, deadline_after, let_go, take, time_left
-from bridge.errors import ForkedError, SessionEnded
+from bridge.crossing import Gate, deadline_after, let_go, time_left
+from bridge.errors import SessionEnded
 from bridge.poll import NOTHING, Sleeper, Want, look, my_sleeper
 from bridge.terms import interrupted
 from bridge.transport import Transport
@@ -77,7 +77,6 @@ class Lease:
     """
 
     __slots__ = (
-        "_born",
         "_caretaker",
         "_sleepers",
         "_transport",
@@ -92,8 +91,7 @@ class Lease:
     def __init__(
         self, transport: Transport, worker: Worker, leaving: Callable[[], None], gone: Callable[[], None]
     ) -> None:
-        self._born = forks.current
-        self.lock = threading.RLock()
+        self.lock = forks.open_lock()  # for whoever was asleep: in the child it takes it to say ForkedError
         self._transport = transport
         self._worker = worker
         self._sleepers: dict[Sleeper | Cot, int] = {}  # and what each has its socket polled for
@@ -109,11 +107,11 @@ class Lease:
 
     def mine(self) -> bool:
         """Whether this very thread holds it: a callback or a signal handler in the middle of a call.  Any thread."""
-        return self.lock._is_owned()  # type: ignore[attr-defined,no-any-return]
+        return bool(self.lock._is_owned())
 
     def check(self) -> None:
         """RuntimeError if this thread holds it already.  To be called before it is taken."""
-        if self.lock._is_owned():  # type: ignore[attr-defined]
+        if self.lock._is_owned():
             self.refuse()
 
     def refuse(self) -> None:
@@ -207,9 +205,7 @@ class Lease:
         """Hold the lock, whatever interrupts the wait for it: one interruption is on its way already."""
         while not self.mine():
             try:
-                take(self.lock, self._born)
-            except ForkedError:
-                self.lock._at_fork_reinit()  # type: ignore[attr-defined]
+                self.lock.acquire()
             except BaseException:
                 pass
 

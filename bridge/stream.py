@@ -300,7 +300,7 @@ class Stream(forks.Handle):
         """
         lease, received, transport = self._lease, self._received, self._transport
         lock = lease.lock
-        if self._born != forks.current or lock._is_owned():  # type: ignore[attr-defined]
+        if self._born != forks.current or lock._is_owned():
             self._refuse()
         give_up = None if timeout is None and size > 0 else _deadline(timeout, size)
         try:
@@ -397,9 +397,7 @@ class Stream(forks.Handle):
         lease, writers, transport = self._lease, self._writers, self._transport
         lock = lease.lock
         if (
-            self._born != forks.current
-            or lock._is_owned()  # type: ignore[attr-defined]
-            or writers._is_owned()  # type: ignore[attr-defined]
+            self._born != forks.current or lock._is_owned() or writers._is_owned()  # type: ignore[attr-defined]
         ):
             self._refuse()
         give_up = None if timeout is None else _deadline(timeout)

@@ -776,10 +776,10 @@ def test_ctrl_c_does_not_keep_a_caller_from_regaining_the_lease(pair: Pair) -> N
     class Lock:
         inner = lease.lock
 
-        def acquire(self, timeout: float) -> bool:
+        def acquire(self) -> bool:
             if presses:
                 raise presses.pop()
-            return self.inner.acquire(timeout=timeout)
+            return self.inner.acquire()
 
         def _is_owned(self) -> bool:
             return self.inner._is_owned()  # type: ignore[attr-defined, no-any-return]
