@@ -63,12 +63,18 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def structlog_as_it_was() -> Iterator[None]:
+    """Whatever a test has configured, by `capture_logs` too, which leaves the default of printing all."""
+    yield
+    structlog.reset_defaults()
+
+
 @pytest.fixture
 def logs() -> Iterator[list[Any]]:
-    """What is logged during the test; structlog is as before afterwards."""
+    """What is logged during the test."""
     with capture_logs() as entries:
         yield entries
-    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
-import structlog
 from peers import PATIENCE
 from rig import busy
 from structlog.testing import capture_logs
@@ -455,7 +454,6 @@ def test_a_bug_costs_its_own_session_and_is_logged(rig: Rig) -> None:
     rig.channel.on_open = fall
     with capture_logs() as logs:
         rig.says(Told.OPEN, INFO)
-    structlog.reset_defaults()
     assert [entry["event"] for entry in logs] == ["coordinator.failed"]
     assert logs[0]["session"] == "s" and logs[0]["error"] == "ValueError('a bug')"
     ((method, failure),) = rig.worker.commands

@@ -1115,16 +1115,13 @@ def test_a_log_that_fails_harms_no_session(
         raise structlog.DropEvent
 
     structlog.configure(processors=[fail])
-    try:
-        with bridge.Bridge(workers=1) as b, b.listen(("127.0.0.1", 0), server_ctx) as listener:
-            client = b.connect(listener.address, client_ctx, server_hostname="localhost")
-            server = listener.accept(PATIENCE)
-            client.send(b"unharmed")
-            assert server.recv(PATIENCE) == b"unharmed"
-            client.abort()
-            server.abort()
-    finally:
-        structlog.reset_defaults()
+    with bridge.Bridge(workers=1) as b, b.listen(("127.0.0.1", 0), server_ctx) as listener:
+        client = b.connect(listener.address, client_ctx, server_hostname="localhost")
+        server = listener.accept(PATIENCE)
+        client.send(b"unharmed")
+        assert server.recv(PATIENCE) == b"unharmed"
+        client.abort()
+        server.abort()
     assert "a log processor failed on event session.state" in caplog.text
 
 
@@ -1167,11 +1164,8 @@ def test_every_logger_of_structlog_gets_the_events(
     structlog.configure(
         wrapper_class=wrapper, processors=[capture], logger_factory=structlog.stdlib.LoggerFactory()
     )
-    try:
-        with bridge.Bridge(workers=1) as b, b.listen(("127.0.0.1", 0), server_ctx):
-            pass
-    finally:
-        structlog.reset_defaults()
+    with bridge.Bridge(workers=1) as b, b.listen(("127.0.0.1", 0), server_ctx):
+        pass
     told = [(entry["event"], entry["log_level"]) for entry in capture.entries]
     assert told[:2] == [("listener.started", "info"), ("listener.closed", "info")]
     assert caplog.text == ""

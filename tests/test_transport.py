@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import records
-import structlog
 from conftest import KeyPair
 from forge import Forger
 from OpenSSL import SSL
@@ -948,6 +947,5 @@ def test_the_doctor_tells_what_is_left_inside(
     assert engine_of(server).peek(1) == b"d"
     with capture_logs() as logs:
         server._channel.transport.stalled(100, "w")
-    structlog.reset_defaults()
     (stalled,) = [entry for entry in logs if entry["event"] == "session.stalled"]
     assert stalled["inside"] == 4

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import structlog
 from peers import PATIENCE
 from structlog.testing import capture_logs
 
@@ -398,7 +397,6 @@ def test_a_turn_that_raises_ends_its_own_session_and_says_so(worker: Worker) -> 
     ill.act = fall
     with capture_logs() as logs:
         given(worker, ill, well)
-    structlog.reset_defaults()
     (cause,) = ill.ends
     assert isinstance(cause, SessionAborted) and isinstance(cause.__cause__, ValueError)
     assert str(cause) == "internal error: ValueError('a bug')"
@@ -417,7 +415,6 @@ def test_what_a_bug_has_ended_has_one_more_turn(worker: Worker) -> None:
     ill.act = fall
     with capture_logs():
         given(worker, ill)
-    structlog.reset_defaults()
     assert worker.step() and ill.turns == [AGAIN] and not worker.step()
 
 
@@ -518,7 +515,6 @@ def test_a_command_that_raises_ends_its_own_session_only(worker: Worker) -> None
     worker.post(ill, "no such command")
     with capture_logs() as logs:
         assert worker.step()
-    structlog.reset_defaults()
     assert (
         len(ill.ends) == 1
         and ill.lingers
@@ -537,7 +533,6 @@ def test_a_descriptor_that_another_session_has_ends_its_own_session_only(
     with capture_logs():
         given(worker, one, other)
         worker.step()
-    structlog.reset_defaults()
     assert other.ends and not one.ends and worker.load() == 1
     twin.detach()
 
