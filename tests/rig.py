@@ -32,6 +32,7 @@ ALLOW_CLIENT_RENEGOTIATION = 0x100
 BLOCK = 16_000
 """Bytes that fill one record, and do not fit the smallest buffers of a socket pair."""
 
+forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 needs_hang_ups = pytest.mark.skipif(
     HUNG_UP == NOTHING, reason="nobody can ask here whether a peer has hung up"
 )

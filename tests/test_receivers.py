@@ -24,7 +24,19 @@ from typing import Any
 import pytest
 from conftest import KeyPair
 from peers import Background, until
-from rig import PATIENCE, Clock, Lockstep, begin_close, busy, forking, is_closed, is_open, only, received
+from rig import (
+    PATIENCE,
+    Clock,
+    Lockstep,
+    begin_close,
+    busy,
+    forking,
+    forks,
+    is_closed,
+    is_open,
+    only,
+    received,
+)
 from test_interrupts import KINDS, Handled, Interrupt, Moment
 
 import bridge
@@ -672,7 +684,7 @@ def test_a_signal_handler_may_not_wait_while_the_session_is_in_its_thread_s_hand
     assert set(held) == {True}
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@forks
 def test_a_signal_handler_that_forks_leaves_the_session_to_the_parent(
     pair: Pair, background: Background
 ) -> None:
@@ -688,7 +700,7 @@ def test_a_signal_handler_that_forks_leaves_the_session_to_the_parent(
         server.recv(40 * SOON)  # so that a busy machine forks before it is over
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@forks
 def test_likewise_if_this_thread_waited_for_that_turn(pair: Pair, background: Background) -> None:
     _, server = pair
     mine, begun = threads.this_thread.notes, threading.Event()

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import structlog
 from conftest import KeyPair
 from OpenSSL import SSL
 from peers import (
@@ -31,7 +30,7 @@ from peers import (
     stdlib_context,
     until,
 )
-from rig import Clock, Raw, forking, needs_hang_ups, only, raw_context, shrink, tcp_pair
+from rig import Clock, Raw, forking, forks, needs_hang_ups, only, raw_context, shrink, tcp_pair
 from structlog.testing import capture_logs
 
 import bridge
@@ -743,7 +742,6 @@ def test_a_bug_in_a_turn_ends_the_session(
             stream.handshake(PATIENCE)
         assert not stream._lease.mine()
         stream.close()
-    structlog.reset_defaults()
     (failed,) = [entry for entry in logs if entry["event"] == "worker.failed"]
     assert failed["worker"] == threading.current_thread().name
 
@@ -791,7 +789,7 @@ def test_ctrl_c_does_not_keep_a_caller_from_regaining_the_lease(pair: Pair) -> N
     lease.lock.release()
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@forks
 def test_a_child_forked_by_a_signal_handler_waits_for_nobody_who_is_in_the_parent(
     pair: Pair, background: Background
 ) -> None:
@@ -1186,7 +1184,7 @@ def test_closing_the_bridge_closes_its_streams(contexts: Any, background: Backgr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@forks
 def test_a_child_of_fork_is_refused_and_its_close_does_not_touch_the_session(
     b: bridge.Bridge, contexts: Any, pair: Pair
 ) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from conftest import KeyPair
 from peers import Background, until
-from rig import PATIENCE, Clock
+from rig import PATIENCE, Clock, forks
 
 import bridge
 from bridge import cli, top
@@ -157,7 +157,7 @@ def test_a_path_that_is_too_long_is_said_to_be(talking: bridge.Bridge, path: Pat
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@forks
 def test_a_child_that_closes_a_window_leaves_it_to_the_parent(talking: bridge.Bridge, path: Path) -> None:
     with Window(talking, path) as window:
         child = os.fork()

@@ -28,7 +28,7 @@ import pytest
 from conftest import KeyPair
 from dropin_rig import Arrangement, make_client_context, make_server_context, our_ssl
 from peers import PATIENCE, Background, dial, in_a_child, receive_exactly, until
-from rig import Raw, needs_hang_ups, raw_context, tcp_pair
+from rig import Raw, forks, needs_hang_ups, raw_context, tcp_pair
 
 import bridge
 from bridge.ssl import process, sockets
@@ -1230,7 +1230,7 @@ def test_a_session_is_set_before_the_handshake_on_a_client_s_side(mixed: Ends, e
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@forks
 def test_a_connected_socket_says_in_a_child_of_fork_that_it_is_none(ends: Ends) -> None:
     """By an OSError: programs and libraries expect no other of a socket."""
     client, server = ends
@@ -1254,7 +1254,7 @@ def test_a_connected_socket_says_in_a_child_of_fork_that_it_is_none(ends: Ends) 
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@forks
 def test_a_server_that_forks_first_and_accepts_in_its_children(ca_file: str, server_cert: KeyPair) -> None:
     plain = socket.create_server(("127.0.0.1", 0))
     with make_server_context("ours", server_cert).wrap_socket(plain, server_side=True) as listener:

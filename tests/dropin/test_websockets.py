@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import queue
 import random
@@ -11,7 +10,6 @@ import selectors
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,6 +18,8 @@ import pytest
 from dropin_rig import CONTROL, Arrangement, library
 from peers import PATIENCE, dial
 from stubs import expected, our_client, spoken_by
+
+from bridge.crossing import deadline_after, time_left
 
 pytestmark = pytest.mark.usefixtures("default_bridge")
 
@@ -46,7 +46,7 @@ class Duplex(ssl.SSLSocket):
         return self._seconds
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        give_up = math.inf if self._seconds is None else time.monotonic() + self._seconds
+        give_up = deadline_after(self._seconds)
         while True:
             try:
                 with self._turn:
@@ -57,10 +57,7 @@ class Duplex(ssl.SSLSocket):
                 want = selectors.EVENT_WRITE
             with selectors.DefaultSelector() as selector:
                 selector.register(self, want)
-                if (
-                    not selector.select(max(0.0, min(give_up - time.monotonic(), LONG)))
-                    and give_up < math.inf
-                ):
+                if not selector.select(time_left(give_up)):
                     raise TimeoutError
 
     def do_handshake(self, block: bool = False) -> None:
