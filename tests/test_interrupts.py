@@ -40,10 +40,13 @@ from bridge.stream import Stream
 PACKAGE = str(Path(bridge.__file__).parent)
 BLOCKS = {dis.opmap[name] for name in ("SETUP_FINALLY", "SETUP_WITH") if sys.version_info < (3, 11)}
 """Of Python 3.10: the instructions that say where an exception goes on, and before which no handler runs."""
+JUMPS = {dis.opmap[name] for name in ("POP_JUMP_IF_FALSE", "POP_JUMP_IF_TRUE", "JUMP_ABSOLUTE") if BLOCKS}
+"""Of Python 3.10: behind which a handler may run, if they do jump."""
 KINDS = [
     "call",
     pytest.param("call inside OpenSSL", marks=pytest.mark.stress),  # where all moments are alike, and many
     pytest.param("handler", marks=pytest.mark.skipif(not BLOCKS, reason="of Python 3.10 only")),
+    pytest.param("jump", marks=pytest.mark.skipif(not BLOCKS, reason="of Python 3.10 only")),
 ]
 """Of moments."""
 INSIDE = {"engine.py", "connection.py", "context.py", "names.py"}
@@ -66,12 +69,13 @@ class Moment:
         """Whether Python dropped it, as it does with what is raised in a finalizer."""
         self._kind = kind
         self._left = number
+        self._ahead: int | None = None
 
     def __enter__(self) -> Moment:
         self._hook, sys.unraisablehook = sys.unraisablehook, self._drop
         self._tracer = sys.gettrace()
         gc.disable()  # whose moments are not always the same
-        if self._kind == "handler":
+        if self._kind in ("handler", "jump"):
             sys.settrace(self._trace)
         else:
             sys.setprofile(self._profile)
@@ -100,9 +104,17 @@ class Moment:
         if not _is_ours(frame):
             return None
         frame.f_trace_opcodes = True
-        if event == "opcode" and frame.f_lasti in _handlers(frame.f_code):
-            self._pass(frame, "handler")
+        if event == "opcode" and self._goes_round(frame):
+            self._pass(frame, self._kind)
         return self._trace
+
+    def _goes_round(self, frame: FrameType) -> bool:
+        code, here = frame.f_code, frame.f_lasti
+        if self._kind == "handler":
+            return here in _handlers(code)
+        jumped = here == self._ahead
+        self._ahead = _jumps(code).get(here)
+        return jumped and Path(code.co_filename).name not in INSIDE
 
     def _pass(self, frame: FrameType, event: str) -> None:
         self._left -= 1
@@ -146,6 +158,18 @@ def _handlers(code: CodeType) -> frozenset[int]:
     """Where exceptions go on in *code* of Python 3.10, and may be met by another."""
     targets = {step.argval for step in dis.get_instructions(code) if step.opcode in BLOCKS}
     return frozenset(target for target in targets if code.co_code[target] not in BLOCKS)
+
+
+@functools.cache
+def _jumps(code: CodeType) -> dict[int, int]:
+    """From where to where in *code* of Python 3.10 a jump leads, and a handler may run."""
+    found, begin = {}, 0
+    for step in dis.get_instructions(code):
+        if step.opcode in JUMPS and code.co_code[step.argval] not in BLOCKS:
+            found[begin] = step.argval
+        if step.opcode != dis.EXTENDED_ARG:
+            begin = step.offset + 2
+    return found
 
 
 class Pair:
