@@ -69,7 +69,7 @@ class Moment:
         """Whether Python dropped it, as it does with what is raised in a finalizer."""
         self._kind = kind
         self._left = number
-        self._ahead: int | None = None
+        self._ahead: int | None = None  # where the jump that comes next leads
 
     def __enter__(self) -> Moment:
         self._hook, sys.unraisablehook = sys.unraisablehook, self._drop
@@ -104,11 +104,11 @@ class Moment:
         if not _is_ours(frame):
             return None
         frame.f_trace_opcodes = True
-        if event == "opcode" and self._goes_round(frame):
+        if event == "opcode" and self._may_be_hit(frame):
             self._pass(frame, self._kind)
         return self._trace
 
-    def _goes_round(self, frame: FrameType) -> bool:
+    def _may_be_hit(self, frame: FrameType) -> bool:
         code, here = frame.f_code, frame.f_lasti
         if self._kind == "handler":
             return here in _handlers(code)
@@ -162,7 +162,7 @@ def _handlers(code: CodeType) -> frozenset[int]:
 
 @functools.cache
 def _jumps(code: CodeType) -> dict[int, int]:
-    """From where to where in *code* of Python 3.10 a jump leads, and a handler may run."""
+    """From where (their prefix, if any) to where the jumps in *code* of Python 3.10 lead that a handler may follow."""
     found, begin = {}, 0
     for step in dis.get_instructions(code):
         if step.opcode in JUMPS and code.co_code[step.argval] not in BLOCKS:
