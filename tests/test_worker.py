@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import select
 import socket
 import threading
 import time
@@ -13,7 +15,7 @@ from peers import PATIENCE
 from structlog.testing import capture_logs
 
 from bridge.errors import SessionAborted, SessionEnded
-from bridge.poll import NOTHING, Want
+from bridge.poll import AT_A_TIME, NOTHING, Want
 from bridge.threads import check_may_wait
 from bridge.worker import AGAIN, HAND_OVER, HANDSHAKES, STALLED_TURNS, Worker
 
@@ -169,21 +171,57 @@ def test_a_turn_in_which_nothing_has_changed_is_not_looked_at(
 # ── the line ──
 
 
+@contextlib.contextmanager
+def many(worker: Worker, count: int) -> Iterator[list[Thing]]:
+    """That many, and all have something to read."""
+    pairs = [socket.socketpair() for _ in range(count)]
+    things = [Thing(near, Want.READ) for near, _ in pairs]
+    given(worker, *things)
+    for _, far in pairs:
+        far.send(b"hello")
+    try:
+        yield things
+    finally:
+        worker.stop()
+        worker.step()
+        for near, far in pairs:
+            near.close()
+            far.close()
+
+
 @pytest.fixture
 def crowd(worker: Worker) -> Iterator[list[Thing]]:
     """One that is open, and behind it thrice as many as a step lets on; all have something to read."""
-    pairs = [socket.socketpair() for _ in range(1 + 3 * HANDSHAKES)]
-    things = [Thing(near, Want.READ) for near, _ in pairs]
-    given(worker, *things)
-    for thing, (_, far) in zip(things, pairs, strict=True):
-        thing.opening = thing is not things[0]
-        far.send(b"hello")
-    yield things
-    worker.stop()
-    worker.step()
-    for near, far in pairs:
-        near.close()
-        far.close()
+    with many(worker, 1 + 3 * HANDSHAKES) as things:
+        for thing in things[1:]:
+            thing.opening = True
+        yield things
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="other polls speak of all sockets at once")
+def test_of_more_than_a_look_tells_of_each_has_its_turn_before_any_has_a_second(worker: Worker) -> None:
+    with many(worker, 2 * AT_A_TIME) as things:
+        for times in (1, 2, 3):
+            worker.step()
+            worker.step()
+            assert [len(thing.turns) for thing in things] == [times] * len(things)
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="other polls speak of all sockets at once")
+def test_while_more_wait_than_a_look_tells_of_handshakes_go_on_one_at_a_time(worker: Worker) -> None:
+    with many(worker, AT_A_TIME + HANDSHAKES) as things:
+        line = things[:HANDSHAKES]
+        for thing in line:
+            thing.opening = True
+            thing.act = lambda thing=thing: setattr(thing, "mask", NOTHING)  # type: ignore[misc]
+        for step in range(1, HANDSHAKES):
+            worker.step()
+            assert [len(thing.turns) for thing in line] == [1] * step + [0] * (HANDSHAKES - step)
+        for thing in things[HANDSHAKES:]:
+            thing.act = lambda thing=thing: setattr(thing, "mask", NOTHING)  # type: ignore[misc]
+        while worker.step():
+            pass
+        assert [thing.turns for thing in line] == [[Want.READ]] * HANDSHAKES
 
 
 def test_those_who_shake_hands_stand_in_line_and_the_others_do_not(
