@@ -51,9 +51,8 @@ BELLS = 1 / 4
 thread for each of a thousand sockets, and a limit of 1,024, needs the others for the sockets."""
 SELECTED = 512
 """How many sockets select(2) takes on Windows, the only system that has nothing better."""
-AT_A_TIME = 64
-"""How many ready sockets one wait of epoll's tells of; the kernel sees to it that each is told of in turn.  What has
-come from so many is answered before more is read: it is in the cache still."""
+EVERY = -1
+"""In place of a number of ready sockets, for all of them."""
 LONGEST_SLEEP = 86_400.0
 """Seconds; epoll counts its milliseconds in 31 bits."""
 
@@ -146,8 +145,11 @@ class SelectorPoller(Generic[T]):
         with contextlib.suppress(KeyError, OSError, ValueError):
             self._selector.unregister(sock)
 
-    def wait(self, timeout: float | None) -> list[tuple[T, int]]:
-        """Sleep until a socket is ready, at most *timeout* seconds (None: for ever, 0: only look), or a day."""
+    def wait(self, timeout: float | None, most: int = EVERY) -> list[tuple[T, int]]:
+        """Sleep until a socket is ready, at most *timeout* seconds (None: for ever, 0: only look), or a day.
+
+        *most* is of how many it tells, where it can choose; the next time the others come first.
+        """
         at_most = timeout if timeout is None else min(timeout, LONGEST_SLEEP)
         try:
             ready = self._selector.select(at_most)
@@ -191,11 +193,11 @@ class EpollPoller(Generic[T]):
         except (OSError, ValueError):
             self._renew()
 
-    def wait(self, timeout: float | None) -> list[tuple[T, int]]:
+    def wait(self, timeout: float | None, most: int = EVERY) -> list[tuple[T, int]]:
         """As `SelectorPoller.wait`."""
         at_most = timeout if timeout is None else min(timeout, LONGEST_SLEEP)
         ready = []
-        for fd, event in self._epoll.poll(at_most, AT_A_TIME):
+        for fd, event in self._epoll.poll(at_most, most):
             if fd not in self._told:
                 self._renew()
                 return []

@@ -30,14 +30,17 @@ from typing import Any, Protocol
 from bridge import events
 from bridge.crossing import Mailbox
 from bridge.errors import SessionAborted, SessionEnded, words
-from bridge.poll import AT_A_TIME, LENT, NOTHING, READ, Doorbell, Poller, Want
+from bridge.poll import EVERY, LENT, NOTHING, READ, Doorbell, Poller, Want
 from bridge.terms import internal
 from bridge.threads import let_through, serving_all
 
 HAND_OVER = 64
 """Events a turn may gather before the coordinator gets the first of them."""
+AT_A_TIME = 64
+"""Ready sockets in one step: what has come from so many is answered before more is read, while it is in the cache.  All
+of them while sessions stand in line, for each step is longer then, and one that is open shall not wait for a second."""
 HANDSHAKES = 8
-"""Turns of handshakes in one step: some milliseconds.  One, if there are more sockets ready than a look tells of."""
+"""Turns of handshakes in one step: some milliseconds."""
 CROWD = 128
 """How many a worker may own and still lend their sockets: hundreds of threads that poll for themselves are woken in no
 order, and some starve; a worker serves them in turn."""
@@ -266,21 +269,20 @@ class Worker:
             self._doorbell.silence()
         self._obey(runnable, now)
         self._fire_timers(runnable, now)
-        handshakes = HANDSHAKES if len(ready) < AT_A_TIME else 1
-        self._line_up(runnable, handshakes)
+        self._line_up(runnable)
         done = bool(runnable or self._line)
         self._take_turns(runnable, now)
         if self._line:
-            first = min(handshakes, len(self._line))
+            first = min(HANDSHAKES, len(self._line))
             self._take_turns(dict(self._line.popleft() for _ in range(first)), now)
         if self._stopping:
             self._shut_down()
         return done
 
-    def _line_up(self, runnable: dict[Any, int], handshakes: int) -> None:
+    def _line_up(self, runnable: dict[Any, int]) -> None:
         for pollable in [one for one, mask in runnable.items() if mask and one.opening]:
             self._line.append((pollable, runnable.pop(pollable)))
-            if len(self._line) > handshakes:  # those before it have their turn in this very step
+            if len(self._line) > HANDSHAKES:  # those before it have their turn in this very step
                 self._look_away(self._watched[pollable])
 
     def _take_turns(self, runnable: dict[Any, int], now: float) -> None:
@@ -317,13 +319,13 @@ class Worker:
 
     def _look(self, timeout: float | None) -> list[tuple[Pollable | None, int]]:
         if self._runnable or self._line or timeout == 0.0 or not self._mailbox.may_sleep():
-            return self._poller.wait(0)
+            return self._poller.wait(0, EVERY if self._line else AT_A_TIME)
         while self._timers and self._timers[0][2].timer != self._timers[0][0]:
             heapq.heappop(self._timers)
         if self._timers:
             left = max(0.0, self._timers[0][0] - time.monotonic())
             timeout = left if timeout is None else min(left, timeout)
-        ready = self._poller.wait(timeout)
+        ready = self._poller.wait(timeout, AT_A_TIME)
         self._mailbox.awake()
         return ready
 

@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bridge import crossing, inbox, outbox, worker
-from bridge.poll import Doorbell, Poller
+from bridge.poll import EVERY, Doorbell, Poller
 
 LONGEST_RUN = 20_000
 """Points of one run, beyond which it is taken for endless."""
@@ -517,10 +517,10 @@ class Bed(Poller[Any]):
         super().__init__()
         self._world = world
 
-    def wait(self, timeout: float | None) -> list[tuple[Any, int]]:
+    def wait(self, timeout: float | None, most: int = EVERY) -> list[tuple[Any, int]]:
         if timeout != 0:
             self._world.block(lambda: super(Bed, self).wait(0), "sleep", timeout is not None)
-        return super().wait(0)
+        return super().wait(0, most)
 
 
 def rung(bell: Doorbell) -> bool:

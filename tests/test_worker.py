@@ -15,9 +15,9 @@ from peers import PATIENCE
 from structlog.testing import capture_logs
 
 from bridge.errors import SessionAborted, SessionEnded
-from bridge.poll import AT_A_TIME, NOTHING, Want
+from bridge.poll import NOTHING, Want
 from bridge.threads import check_may_wait
-from bridge.worker import AGAIN, HAND_OVER, HANDSHAKES, STALLED_TURNS, Worker
+from bridge.worker import AGAIN, AT_A_TIME, HAND_OVER, HANDSHAKES, STALLED_TURNS, Worker
 
 NO_TIME = 0.0
 
@@ -208,20 +208,15 @@ def test_of_more_than_a_look_tells_of_each_has_its_turn_before_any_has_a_second(
 
 
 @pytest.mark.skipif(not hasattr(select, "epoll"), reason="other polls speak of all sockets at once")
-def test_while_more_wait_than_a_look_tells_of_handshakes_go_on_one_at_a_time(worker: Worker) -> None:
-    with many(worker, AT_A_TIME + HANDSHAKES) as things:
-        line = things[:HANDSHAKES]
+def test_while_some_stand_in_line_a_step_leaves_out_nobody_else(worker: Worker) -> None:
+    with many(worker, 3 * AT_A_TIME) as things:
+        *line, guest = things
         for thing in line:
             thing.opening = True
-            thing.act = lambda thing=thing: setattr(thing, "mask", NOTHING)  # type: ignore[misc]
-        for step in range(1, HANDSHAKES):
-            worker.step()
-            assert [len(thing.turns) for thing in line] == [1] * step + [0] * (HANDSHAKES - step)
-        for thing in things[HANDSHAKES:]:
-            thing.act = lambda thing=thing: setattr(thing, "mask", NOTHING)  # type: ignore[misc]
-        while worker.step():
-            pass
-        assert [thing.turns for thing in line] == [[Want.READ]] * HANDSHAKES
+        worker.step()
+        assert len(guest.turns) == 0 and sum(bool(thing.turns) for thing in line) == HANDSHAKES
+        worker.step()
+        assert len(guest.turns) == 1 and sum(bool(thing.turns) for thing in line) == 2 * HANDSHAKES
 
 
 def test_those_who_shake_hands_stand_in_line_and_the_others_do_not(
@@ -245,8 +240,8 @@ def test_who_stands_in_line_is_not_asked_after_and_the_worker_does_not_sleep(
     waits: list[tuple[float | None, int]] = []
     wait = worker._poller.wait
 
-    def count(timeout: float | None) -> Any:
-        ready = wait(0)
+    def count(timeout: float | None, most: int) -> Any:
+        ready = wait(0, most)
         waits.append((timeout, len(ready)))
         return ready
 
@@ -368,7 +363,7 @@ def test_the_worker_sleeps_no_longer_than_to_the_next_deadline_nor_than_it_may(
 ) -> None:
     slept: list[float | None] = []
     wait = worker._poller.wait
-    monkeypatch.setattr(worker._poller, "wait", lambda timeout: slept.append(timeout) or wait(0))
+    monkeypatch.setattr(worker._poller, "wait", lambda timeout, _: slept.append(timeout) or wait(0))
     clock = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: clock)
     worker.step(None)
@@ -400,7 +395,7 @@ def test_the_worker_sleeps_no_longer_than_to_the_next_deadline_nor_than_it_may(
 def test_a_worker_that_is_awake_is_not_rung(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     rings: list[int] = []
     monkeypatch.setattr(worker._mailbox, "_ring", lambda: rings.append(1))
-    monkeypatch.setattr(worker._poller, "wait", lambda timeout: [])
+    monkeypatch.setattr(worker._poller, "wait", lambda *_: [])
     worker.step(None)
     worker.post(Thing(), "poke")
     assert not rings
