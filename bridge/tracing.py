@@ -158,9 +158,9 @@ def _tapped(noted: Trace, _: Any) -> Any:
 
 
 def _waiting(noted: Trace, wait: Any) -> Any:
-    def traced(self: Any, timeout: float | None) -> Any:
+    def traced(self: Any, timeout: float | None, *most: int) -> Any:
         started = time.monotonic()
-        ready = wait(self, timeout)
+        ready = wait(self, timeout, *most)
         if timeout != 0:
             woken = [_woken_by(told, mask) for told, mask in ready] or ["a deadline"]
             noted.note("sleep", "sleep", outcome=" and ".join(woken), started=started)
