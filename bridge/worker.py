@@ -38,7 +38,7 @@ HAND_OVER = 64
 """Events a turn may gather before the coordinator gets the first of them."""
 AT_A_TIME = 64
 """Ready sockets in one step: what has come from so many is answered before more is read, while it is in the cache.  All
-of them while sessions stand in line, for each step is longer then, and one that is open shall not wait for a second."""
+of them while some have turns in each step, who stand in line or were cut short: the others shall not have fewer."""
 HANDSHAKES = 8
 """Turns of handshakes in one step: some milliseconds."""
 CROWD = 128
@@ -318,14 +318,15 @@ class Worker:
         fail(pollable, error, self.name)
 
     def _look(self, timeout: float | None) -> list[tuple[Pollable | None, int]]:
-        if self._runnable or self._line or timeout == 0.0 or not self._mailbox.may_sleep():
-            return self._poller.wait(0, EVERY if self._line else AT_A_TIME)
+        most = EVERY if self._runnable or self._line else AT_A_TIME
+        if most == EVERY or timeout == 0.0 or not self._mailbox.may_sleep():
+            return self._poller.wait(0, most)
         while self._timers and self._timers[0][2].timer != self._timers[0][0]:
             heapq.heappop(self._timers)
         if self._timers:
             left = max(0.0, self._timers[0][0] - time.monotonic())
             timeout = left if timeout is None else min(left, timeout)
-        ready = self._poller.wait(timeout, AT_A_TIME)
+        ready = self._poller.wait(timeout, most)
         self._mailbox.awake()
         return ready
 

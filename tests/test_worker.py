@@ -219,6 +219,16 @@ def test_while_some_stand_in_line_a_step_leaves_out_nobody_else(worker: Worker) 
         assert len(guest.turns) == 1 and sum(bool(thing.turns) for thing in line) == 2 * HANDSHAKES
 
 
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="other polls speak of all sockets at once")
+def test_who_was_cut_short_has_no_more_turns_than_the_others(worker: Worker) -> None:
+    with many(worker, 3 * AT_A_TIME) as things:
+        greedy, *others = things
+        greedy.again = True
+        for _ in range(10):
+            worker.step()
+        assert len(greedy.turns) == 10 and {len(thing.turns) for thing in others} <= {9, 10}
+
+
 def test_those_who_shake_hands_stand_in_line_and_the_others_do_not(
     worker: Worker, crowd: list[Thing], handed_over: list[list[Any]]
 ) -> None:
