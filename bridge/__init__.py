@@ -12,6 +12,7 @@ Who may touch what, and under which lock::
     send credit (outbox)             take; hold           take bytes      give back                 Outbox._lock
     read credit                      take; give back      charge          take; charge, if idle     Inbox._lock
     worker's mailbox + doorbell      put, ring            put, ring       take, clear               Mailbox._lock
+    the seat at a worker's poll      take, if free        ·               sit; leave; take          Seat._lock
     a Stream's lease                 take, for a turn     ·               take, for a turn          Lease.lock
     SSL.Connection, socket           a record, if quiet   ·               OWN (create … close)      Transport.lock
     poll set                         lend, leave          ·               OWN                       Transport.lock
@@ -19,7 +20,8 @@ Who may touch what, and under which lock::
     SessionInfo (peer, ALPN, …)      read (frozen)        pass on         make once                 ·
 
 The worker's column is the session's owner: the worker it was given to, and for a `Stream` whoever holds its lease, a
-calling thread or its worker, for the length of a turn; never two (see `bridge.lease`).
+calling thread or its worker, for the length of a turn; never two (see `bridge.lease`).  The worker is who sits in its
+seat: its own thread, or a handler that would only wait for what it reads (see `bridge.seat`); never two.
 
 Owners lend what is theirs to whoever is there, for one turn and under a lock, because a hand-over to a thread that
 sleeps costs more than the work: a worker handles what it has read itself if the coordinator has nothing to do

@@ -493,6 +493,7 @@ class Bridge(forks.Handle):
             channel.resume,
             channel.inbox,
             stepwise=getattr(made.decode, "__func__", None) is not codecs.Raw.decode,
+            seat=worker.seat,
         )
         channel.transport = Transport(channel.name, plan, channel.outbox, channel.credit, channel.tell)
         channel.on_closed = self._on_closed

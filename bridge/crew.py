@@ -20,6 +20,7 @@ from bridge.crossing import Registry, Tally
 from bridge.errors import LimitExceeded
 from bridge.inbox import Inbox
 from bridge.stream import Stream
+from bridge.threads import this_thread
 from bridge.worker import Worker
 
 CROWDED = "each worker has as many sockets as this system's select(2) can wait for; have more workers"
@@ -105,8 +106,8 @@ class Crew:
                 thread.join()
 
     def is_here(self) -> bool:
-        """Whether the calling thread is one of them."""
-        return threading.current_thread() in self.threads
+        """Whether the calling thread is one of them, or in the place of one."""
+        return threading.current_thread() in self.threads or this_thread.notes.serves_all
 
     def serves(self) -> bool:
         """Whether they are at work, and nobody has told them to end."""

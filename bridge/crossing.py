@@ -178,6 +178,8 @@ class Mailbox(Generic[T]):
 
     def take(self) -> list[T]:
         """All there is."""
+        if not self._items:
+            return []
         with self._lock:
             items = self._items
             self._items = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from bridge.crossing import (
 )
 from bridge.errors import ReceiveTimeout, SessionEnded, ShutDown, fresh
 from bridge.limits import check_timeout
+from bridge.seat import QUICK, Place, Seat
 from bridge.threads import check_may_wait
 
 
@@ -50,17 +52,26 @@ class ReadCredit:
         "_used",
         "kept",
         "reported",
+        "seat",
         "stepwise",
     )
 
     def __init__(
-        self, limit: int, tally: Tally, resume: Callable[[], None], inbox: Inbox, stepwise: bool = False
+        self,
+        limit: int,
+        tally: Tally,
+        resume: Callable[[], None],
+        inbox: Inbox,
+        stepwise: bool = False,
+        seat: Seat | None = None,
     ) -> None:
         self._lock = inbox._lock
         self._limit = limit
         self._tally = tally
         self._resume = resume
         self.stepwise = stepwise
+        self.seat = seat
+        """Of the worker that owns the socket, for a handler that waits for more."""
         self._read = 0  # bytes since the beginning; the owner alone counts them
         # Guarded by the lock.
         self._decoded = 0  # of these, with the coordinator
@@ -198,12 +209,27 @@ _NOBODY: Any = types.SimpleNamespace(_used=0)
 class _Turn:
     """The turn that one handler thread has with one session: until it comes back, or the thread ends."""
 
-    __slots__ = ("_inbox", "done", "session")
+    __slots__ = ("_inbox", "_seat", "_since", "done", "may_sit", "session")
 
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
+        self.may_sit = threading.current_thread() is not threading.main_thread()
+        self._seat: Seat | None = None
+        self._since = 0.0
         self.session: object = None
         self.done: Done | None = None
+
+    def begin(self, credit: ReadCredit | None) -> None:
+        """It has a message, that *credit* has paid for."""
+        if credit is not None:
+            self._seat = credit.seat
+            self._since = time.monotonic()
+
+    def place(self) -> Place:
+        """Where to sleep until more comes: where the last one came from, if it is back so soon."""
+        if self._seat is None or time.monotonic() - self._since > QUICK:
+            return Gate()
+        return self._seat.place()
 
     def end(self, came_back: bool = True) -> None:
         """Let another handler have the session; close it, if it has ended.  Or the handler has ended, and hangs up."""
@@ -278,6 +304,8 @@ class Inbox(forks.Handle):
         if turn.done is not None:
             turn.end()
         entry = self._next(timeout, deadline, turn)
+        if turn.may_sit:
+            turn.begin(entry[2])
         return entry[0], entry[1]
 
     def task_done(self) -> None:
@@ -339,14 +367,14 @@ class Inbox(forks.Handle):
         """
         entry: Entry | None = None
         credit: ReadCredit | None = None
-        gate: Gate | None = None
+        bed: Place | None = None
         entries, lock, nested = self._entries, self._lock, self._lock._is_owned()  # type: ignore[attr-defined]
         try:
             while True:
                 lock.acquire()
                 try:
-                    if gate is not None:
-                        self._rise(gate)
+                    if bed is not None:
+                        self._rise(bed)
                     if turn is not None and turn.session is not None:
                         self._release(turn)
                     if entries:
@@ -362,28 +390,36 @@ class Inbox(forks.Handle):
                         self._ends -= ended
                         payer._used -= cost
                         del entries[0]
-                        if self._sleepers:
+                        if entries and self._sleepers:
                             self._call()
                         break
                     left = self._time_to_sleep(timeout, deadline, nested)
-                    self._sleepers.append(gate := Gate())
+                    bed = Gate() if turn is None else turn.place()
+                    self._queue_up(bed)
                 finally:
                     lock.release()
-                gate.sleep(left)
+                bed.sleep(left)
             if credit is not None and (credit._paused or credit.reported):
                 credit.review()
         except BaseException:
-            self._give_way(gate, credit, nested)
+            self._give_way(bed, credit, nested)
             raise
         return entry
 
-    def _give_way(self, gate: Gate | None, credit: ReadCredit | None, nested: bool) -> None:
+    def _queue_up(self, bed: Place) -> None:
+        """With the lock: it is last in line; or first, if it is a seat, where nobody need be woken, or asks for one."""
+        if type(bed) is Gate:
+            self._sleepers.append(bed)
+        else:
+            self._sleepers.appendleft(bed)
+
+    def _give_way(self, bed: Place | None, credit: ReadCredit | None, nested: bool) -> None:
         """Nothing was taken in time, or Ctrl-C came, and nobody knows where."""
         if not nested:
             let_go(self._lock)
         with self._lock:
-            if gate is not None:
-                self._rise(gate)
+            if bed is not None:
+                self._rise(bed)
             self._call()
             if credit is not None:
                 credit._review()

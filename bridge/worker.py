@@ -31,6 +31,7 @@ from bridge import events
 from bridge.crossing import Mailbox
 from bridge.errors import SessionAborted, SessionEnded, words
 from bridge.poll import EVERY, LENT, NOTHING, READ, Doorbell, Poller, Want
+from bridge.seat import Seat
 from bridge.terms import internal
 from bridge.threads import let_through, serving_all
 
@@ -153,7 +154,9 @@ class Worker:
         self._order = itertools.count()
         self.produced: list[Any] = []
         """What the turns tell the coordinator, which gets it before the step ends.  Its own thread."""
-        self._stopping = False
+        self._stopping = False  # it was told to
+        self._ended = False
+        self.seat = Seat(self)
 
     # Any thread.
 
@@ -168,6 +171,10 @@ class Worker:
     def stop(self) -> None:
         """The last command: end what is left, close everything, leave `run`.  Never waits."""
         self._mailbox.put((None, "_stop", ()))
+
+    def ring(self) -> None:
+        """Wake who sleeps in its poll.  Never waits."""
+        self._doorbell.ring()
 
     def load(self) -> int:
         """How many pollables it owns."""
@@ -244,16 +251,26 @@ class Worker:
             return False
         return True
 
+    # A guest in its seat.
+
+    def step_in(self, timeout: float | None) -> bool:
+        """As `step`, without handshakes and without an end: false if there is either to do."""
+        self._step(timeout, 0)
+        return not (self._line or self._stopping)
+
     # Its own thread.
 
     def run(self) -> None:
         """The thread: step and sleep until `stop`."""
         try:
             with serving_all():
-                while not self._stopping:
+                self.seat.sit_down()
+                while not self._ended:
                     self.step(None)
+                    if not (self._line or self._ended):
+                        self.seat.offer()
         finally:
-            if not self._stopping:  # only a bug leads here; nobody shall wait for us in vain
+            if not self._ended:  # only a bug leads here; nobody shall wait for us in vain
                 self._shut_down()
 
     def step(self, timeout: float | None = 0.0) -> bool:
@@ -261,6 +278,12 @@ class Worker:
 
         Whether anything was done.
         """
+        done = self._step(timeout, HANDSHAKES)
+        if self._stopping:
+            self._shut_down()
+        return done
+
+    def _step(self, timeout: float | None, handshakes: int) -> bool:
         ready = self._look(timeout)
         now = time.monotonic()
         runnable, self._runnable = self._runnable, {}
@@ -269,20 +292,18 @@ class Worker:
             self._doorbell.silence()
         self._obey(runnable, now)
         self._fire_timers(runnable, now)
-        self._line_up(runnable)
+        self._line_up(runnable, handshakes)
         done = bool(runnable or self._line)
         self._take_turns(runnable, now)
-        if self._line:
-            first = min(HANDSHAKES, len(self._line))
+        if self._line and handshakes:
+            first = min(handshakes, len(self._line))
             self._take_turns(dict(self._line.popleft() for _ in range(first)), now)
-        if self._stopping:
-            self._shut_down()
         return done
 
-    def _line_up(self, runnable: dict[Any, int]) -> None:
+    def _line_up(self, runnable: dict[Any, int], handshakes: int) -> None:
         for pollable in [one for one, mask in runnable.items() if mask and one.opening]:
             self._line.append((pollable, runnable.pop(pollable)))
-            if len(self._line) > HANDSHAKES:  # those before it have their turn in this very step
+            if len(self._line) > handshakes:  # those before it have their turn in this very step
                 self._look_away(self._watched[pollable])
 
     def _take_turns(self, runnable: dict[Any, int], now: float) -> None:
@@ -319,7 +340,7 @@ class Worker:
 
     def _look(self, timeout: float | None) -> list[tuple[Pollable | None, int]]:
         most = EVERY if self._runnable or self._line else AT_A_TIME
-        if most == EVERY or timeout == 0.0 or not self._mailbox.may_sleep():
+        if most == EVERY or timeout == 0.0 or self._stopping or not self._mailbox.may_sleep():
             return self._poller.wait(0, most)
         while self._timers and self._timers[0][2].timer != self._timers[0][0]:
             heapq.heappop(self._timers)
@@ -443,6 +464,7 @@ class Worker:
             self._hand_over(produced)
 
     def _shut_down(self) -> None:
+        self._ended = True
         for pollable, watch in list(self._watched.items()):
             with pollable.lock:
                 pollable.end(SessionAborted("the bridge was closed"), linger=False)

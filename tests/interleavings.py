@@ -36,7 +36,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bridge import crossing, inbox, outbox, worker
+from bridge import crossing, inbox, outbox, seat, worker
 from bridge.poll import EVERY, Doorbell, Poller
 
 LONGEST_RUN = 20_000
@@ -267,13 +267,13 @@ class World:
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         clock = types.SimpleNamespace(monotonic=lambda: 0.0)
-        crossing.threading = outbox.threading = inbox.threading = self  # type: ignore[assignment,attr-defined]
-        crossing.time = worker.time = clock  # type: ignore[assignment,attr-defined]
+        crossing.threading = outbox.threading = inbox.threading = seat.threading = self  # type: ignore[assignment,attr-defined]
+        crossing.time = worker.time = inbox.time = seat.time = clock  # type: ignore[assignment,attr-defined]
         try:
             yield
         finally:
-            crossing.threading = outbox.threading = inbox.threading = threading  # type: ignore[attr-defined]
-            crossing.time = worker.time = time  # type: ignore[attr-defined]
+            crossing.threading = outbox.threading = inbox.threading = seat.threading = threading  # type: ignore[attr-defined]
+            crossing.time = worker.time = inbox.time = seat.time = time  # type: ignore[attr-defined]
             for close in self._closing:
                 close()
 
@@ -433,6 +433,14 @@ class World:
     def RLock(self) -> Lock:
         return Lock(self, reentrant=True)
 
+    def get_ident(self) -> str:
+        return self.me().name if self.inside() else "outside"
+
+    current_thread = get_ident
+
+    def main_thread(self) -> str:
+        return "main"
+
     def local(self) -> Local:
         made = Local(self)
         self.closing(made.values.clear)  # so that what has a finalizer does not end up in another run
@@ -525,7 +533,10 @@ class Bed(Poller[Any]):
 
 def rung(bell: Doorbell) -> bool:
     """Whether the next sleep beside *bell* ends at once."""
-    return bool(select.select([bell.fileno()], [], [], 0)[0])
+    try:
+        return bool(select.select([bell.fileno()], [], [], 0)[0])
+    except ValueError:  # it is closed
+        return False
 
 
 # ── states, by value ──
@@ -591,4 +602,4 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
     yield from getattr(value, "__dict__", {}).items()
 
 
-CROSSING = (crossing.__file__, outbox.__file__, inbox.__file__)
+CROSSING = (crossing.__file__, outbox.__file__, inbox.__file__, seat.__file__)

@@ -39,7 +39,7 @@ FLOORS = (
         "addresses",
         "picture",
     ),  # one thread
-    ("crossing", "outbox", "inbox", "terms"),  # what crosses
+    ("crossing", "outbox", "seat", "inbox", "terms"),  # what crosses
     ("transport", "acceptor", "worker", "lease", "coordinator"),  # threads
     ("session", "stream", "crew", "listener", "tracing", "bridge"),  # handles, and the only wiring
     # the drop-in: what the stdlib's classes are made of, and under their names
@@ -101,7 +101,8 @@ THREADING = {
     "threads": {"current_thread", "local", "main_thread"},
     "crossing": {"Lock", "RLock", "TIMEOUT_MAX"},
     "outbox": {"RLock"},
-    "inbox": {"RLock", "local"},
+    "seat": {"Lock", "get_ident"},  # who holds it is the worker
+    "inbox": {"RLock", "current_thread", "local", "main_thread"},
     "forks": {
         "RLock"
     },  # of what a child may go on to use: the key log, the sessions to resume, contexts being made
@@ -419,6 +420,7 @@ OWNERSHIP = {
         "worker.Worker._doorbell",
         "poll.Doorbell.ring",
     ],
+    "the seat at a worker's poll": ["seat.Seat.place", "seat.Seat.offer", "worker.Worker.seat"],
     "a Stream's lease": ["lease.Lease.turn", "stream.Stream._lease"],
     "SSL.Connection, socket": ["engine.TLSEngine._connection", "transport.Transport.sock"],
     "poll set": ["worker.Worker._poller", "worker.Worker.lend", "worker.Worker.leave"],
@@ -468,6 +470,7 @@ LOCKS = {
     "Lease.lock": "lease",
     "Mailbox._lock": "crossing",
     "Outbox._lock": "outbox",
+    "Seat._lock": "seat",
     "Transport.lock": "transport",
 }
 """Where the locks of the table are."""

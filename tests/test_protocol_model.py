@@ -22,11 +22,14 @@ import pytest
 from interleavings import CROSSING, Bed, Refuted, Report, World, explore, rung
 
 import bridge
+from bridge import seat
 from bridge.coordinator import Coordinator
-from bridge.crossing import Latch, Mailbox, Tally
+from bridge.crossing import Gate, Latch, Mailbox, Tally, nobody
 from bridge.inbox import Inbox, ReadCredit, SessionInbox, _Turn
 from bridge.outbox import Outbox
 from bridge.poll import Doorbell
+from bridge.seat import ROUND, Seat, _Asking, _Guest
+from bridge.threads import this_thread
 from bridge.worker import Worker
 
 GONE = bridge.SessionAborted("gone")
@@ -326,6 +329,102 @@ def receiving(
     world.finally_(lambda: in_order(sorted(got), ((1,), (2,))))
 
 
+class Alone(Worker):
+    """A worker whose steps are one thread's at a time."""
+
+    inside = False
+
+    def _step(self, timeout: float | None, handshakes: int) -> bool:
+        assert not self.inside, "two threads are the worker"
+        self.inside = True
+        try:
+            return super()._step(timeout, handshakes)
+        finally:
+            self.inside = False
+
+
+class Speaker(Thing):
+    """A session reduced to the words that its owner brings to a shared inbox."""
+
+    def __init__(self, box: Inbox, credit: ReadCredit) -> None:
+        super().__init__(1)
+        self._box, self._credit = box, credit
+
+    def word(self, word: int) -> None:
+        self._box._deliver(None, [word], self._credit, 0, 0)
+
+    def turn(self, ready: int, now: float) -> bool:
+        return True
+
+    def end(self, cause: bridge.SessionEnded, *, linger: bool = True) -> None:
+        self.finished = True
+
+
+def sitting(
+    world: World,
+    place: type[Seat] = Seat,
+    count: int = 2,
+    handlers: int = 1,
+    timeout: float | None = None,
+    word_of_mouth: bool = False,
+) -> None:
+    """Handlers who may be guests in a worker's seat, the worker, who stands by, and one who has *count* words for them.
+
+    The first is there already, and somebody has asked for the seat.  By *word_of_mouth*, the last does not come through
+    the worker.  How long a guest is away is left open: whenever the worker looks, it may have been too long.
+    """
+    before, seat.QUICK = seat.QUICK, -1.0
+    world.closing(lambda: setattr(seat, "QUICK", before))
+    owner = Alone("worker", lambda batch: None)
+
+    class Left(place):  # type: ignore[misc,valid-type]
+        def sit(self, *arguments: Any) -> None:
+            super().sit(*arguments)  # and what comes out of a step is the worker's
+            world.check_alive()
+
+    owner.seat = Left(owner)
+    owner._poller.close()
+    owner._poller = Bed(world)
+    owner._poller.watch(owner._doorbell, 1, None)
+    world.closing(owner.close)
+    box, got = Inbox(), []
+    account = ReadCredit(1_000, Tally(1_000), nobody, box, seat=owner.seat)
+    world.share(owner, box, account, got)
+    box._deliver(None, [0], account, 0, 0)
+    owner.seat._asked = True
+
+    def work() -> None:
+        owner.seat.sit_down()
+        owner.seat.offer()
+        owner.run()
+
+    def handler() -> None:
+        this_thread.notes.serves_all = False  # a run that was cut short may have left it so
+        with contextlib.suppress(bridge.ShutDown):
+            while True:
+                with contextlib.suppress(bridge.ReceiveTimeout):
+                    got.append(box.get(timeout=timeout)[1])
+                    if len(got) == count:
+                        box.shutdown()
+                        owner.stop()
+
+    def speaker() -> None:
+        for word in range(1, count - word_of_mouth):
+            owner.post(Speaker(box, account), "word", word)
+        if word_of_mouth:
+            box.put((None, count - 1))
+
+    world.actor("worker", work)
+    for number in range(handlers):
+        world.actor(f"handler {number}", handler)
+    world.actor("speaker", speaker)
+
+    def check() -> None:
+        assert sorted(got) == list(range(count)) and owner._ended and not box._sleepers
+
+    world.finally_(check)
+
+
 def waiting(world: World) -> None:
     """Two wait for a latch, one of them not for ever."""
     latch: Latch[int] = Latch()
@@ -376,6 +475,13 @@ LARGE: dict[str, Callable[[World], None]] = {
     "reading": reading,
     "peeking": lambda world: receiving(world, peek=True),
 }
+SITTING: dict[str, dict[str, Any]] = {
+    "a guest": {},
+    "one who gives up": {"timeout": 1.0},
+    "a word by another way": {"word_of_mouth": True},
+}
+"""At the lines of `bridge.seat`, and at each lock."""
+LONG_SITTING: dict[str, dict[str, Any]] = {"two guests": {"handlers": 2}, "again and again": {"count": 3}}
 BYTECODE: dict[str, Callable[[World], None]] = {
     "words": lambda world: words(world, plans=((1,),)),
     "sending": lambda world: sending(world, plans=((b"aa", b"b"),)),
@@ -410,11 +516,24 @@ def test_the_garbage_collector_has_no_turn_in_a_run() -> None:
         gc.set_threshold(*threshold)
 
 
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("how", SITTING)
+def test_every_interleaving_of_a_worker_and_its_guests_keeps_every_promise(how: str) -> None:
+    shown(explore(lambda world: sitting(world, **SITTING[how]), seat.__file__))
+
+
 @pytest.mark.stress
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", LARGE)
 def test_so_it_does_with_more_threads_and_words(name: str) -> None:
     shown(explore(LARGE[name], *CROSSING))
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("how", LONG_SITTING)
+def test_so_it_does_with_more_guests(how: str) -> None:
+    shown(explore(lambda world: sitting(world, **LONG_SITTING[how]), seat.__file__))
 
 
 @pytest.mark.stress
@@ -476,6 +595,42 @@ class CallsOneForAll(SessionInbox):
         return asleep
 
 
+class StandsByForEver(Seat):
+    """Its worker does not look once more before it sleeps."""
+
+    __slots__ = ()
+
+    def _stand_by(self) -> None:
+        while True:
+            self._gate.sleep(ROUND if self._looks else None)
+            if self._lock.acquire(False):
+                return
+            self._looks = False
+
+
+class LeavesWithoutAWord(Seat):
+    """A guest who gets up does not say so."""
+
+    __slots__ = ()
+
+    class Mute(Gate):
+        def ring(self) -> None:
+            pass
+
+    def __init__(self, host: Any) -> None:
+        super().__init__(host)
+        self._gate = self.Mute()
+
+
+class ComesUninvited(Seat):
+    """A guest does not ask whether the seat is free."""
+
+    __slots__ = ()
+
+    def place(self) -> Any:
+        return _Guest(self) if self._open else _Asking(self)
+
+
 @pytest.mark.parametrize(
     ("scenario", "words_of_the_story"),
     [
@@ -491,3 +646,16 @@ class CallsOneForAll(SessionInbox):
 def test_a_planted_fault_is_found(scenario: Callable[[World], None], words_of_the_story: str) -> None:
     with pytest.raises(Refuted, match=words_of_the_story):
         explore(scenario, *CROSSING, __file__)
+
+
+@pytest.mark.parametrize(
+    ("place", "words_of_the_story"),
+    [
+        (StandsByForEver, "nobody can go on"),
+        (LeavesWithoutAWord, "nobody can go on"),
+        (ComesUninvited, "two threads are the worker"),
+    ],
+)
+def test_a_fault_planted_in_the_seat_is_found(place: type[Seat], words_of_the_story: str) -> None:
+    with pytest.raises(Refuted, match=words_of_the_story):
+        explore(lambda world: sitting(world, place), seat.__file__, __file__)

@@ -1,0 +1,189 @@
+"""The seat at a worker's poll: its own thread's, or for a while that of a handler who would only wait for it.
+
+Theory of operation
+-------------------
+A handler that finds its shared inbox empty waits for what a worker is going to read.  To be woken by the worker is a
+hand-over, which costs more than reading.  So a handler that comes back quickly may sit down in the worker's place: it
+sleeps in the very same poll and makes the very same steps, until one of them brings a message for it.  Then it gets up.
+
+The seat is a lock.  Who holds it *is* the worker, asleep or awake, and owns all that the worker owns.  Nobody waits for
+it but the worker's own thread, and that waits for a guest that has been told to get up.
+
+Who sits, and when, is decided so that nobody is evicted and nothing is rung for it.  A handler that comes back quickly,
+and finds the worker there, lies down in a bed that *asks*.  The step that brings its message has the worker leave the
+seat.  From then on the thread of the worker *stands by*: every `ROUND` it looks who sits.  Nobody, and not since a
+moment: then the guest has found something else to do, and the worker sits down again.  The same guest as last time:
+then he is asleep, and the worker sleeps too, until he gets up.
+
+A guest makes no handshakes, which take milliseconds, while his message is waiting, and does not end what he does not
+own: where there is either to do, he gets up, and the worker sits down.  He never is the main thread, for a signal
+handler may raise there in the middle of a step.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import time
+from typing import Protocol
+
+from bridge.crossing import Gate, deadline_after, time_left
+from bridge.threads import this_thread
+
+QUICK = 0.001
+"""Seconds after which a handler that was given a message is no guest any more, nor his seat free for him."""
+ROUND = 0.002
+"""Seconds after which the worker looks who sits in its place."""
+
+
+class Host(Protocol):
+    """The worker whose seat it is."""
+
+    def step_in(self, timeout: float | None) -> bool:
+        """A step as its own, by a guest; false if the next one is to be made by the worker's own thread."""
+
+    def ring(self) -> None:
+        """Wake who sleeps in its poll.  Any thread; never waits."""
+
+
+class Place(Protocol):
+    """What a handler sleeps in."""
+
+    def ring(self) -> None:
+        """Wake the sleeper, now or at its next sleep.  Any thread; never waits."""
+
+    def sleep(self, timeout: float | None) -> None:
+        """Sleep until rung, at most *timeout* seconds."""
+
+
+class Seat:
+    """Of one worker, whose own thread sits there to begin with."""
+
+    __slots__ = (
+        "_asked",
+        "_context",
+        "_error",
+        "_gate",
+        "_guests",
+        "_host",
+        "_left",
+        "_lock",
+        "_looks",
+        "_open",
+        "_sits",
+    )
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self._context = (
+            contextvars.Context()
+        )  # what is logged in the worker's place is not about a guest's own work
+        self._gate = Gate()  # of the worker, standing by
+        self._sits = 0  # which thread
+        self._asked = False
+        self._open = False  # to guests
+        self._looks = True  # the worker, every ROUND; written by it alone
+        self._guests = 0  # how many there were
+        self._left = 0.0  # when the last one got up
+        self._error: BaseException | None = None
+
+    def place(self) -> Place:
+        """Where a handler that is back quickly is to sleep: the seat, if it is free, or a bed that asks for it."""
+        if self._open and self._lock.acquire(False):
+            if self._open:
+                self._sits = threading.get_ident()
+                return _Guest(self)
+            self._lock.release()  # it was claimed just now
+            self._gate.ring()
+        return _Asking(self)
+
+    # The worker's own thread.
+
+    def sit_down(self) -> None:
+        """Before its first step."""
+        self._sits = threading.get_ident()
+
+    def offer(self) -> None:
+        """Between two steps: leave the seat if somebody asked for it, and come back when guests do not any more."""
+        if self._asked:
+            self._left = time.monotonic()
+            self._looks = self._open = True
+            self._lock.release()
+            self._stand_by()
+            self._sits = threading.get_ident()
+            self._open = self._asked = False
+            if self._error is not None:
+                raise self._error
+
+    def _stand_by(self) -> None:
+        guests = -1
+        while True:
+            self._gate.sleep(ROUND if self._looks else None)
+            if self._lock.acquire(False):
+                if not self._open or time.monotonic() - self._left > QUICK:
+                    return
+                self._lock.release()
+                self._looks = True
+            elif guests == self._guests:
+                self._looks = False  # first, and then look again: a guest does it the other way round
+                self._looks = not self._lock.locked()
+            guests = self._guests
+
+    # A guest.
+
+    def sit(self, guest: _Guest, timeout: float | None) -> None:
+        """Be the worker until *guest* is rung, at most *timeout* seconds."""
+        notes = this_thread.notes
+        notes.serves_all = True
+        self._guests += 1
+        try:
+            self._context.run(self._work, guest, deadline_after(timeout))
+        except BaseException as error:  # a bug, and the worker's
+            self._error, self._open = error, False
+        notes.serves_all = False
+        self._left = time.monotonic()
+        self._lock.release()
+        if not (self._open and self._looks):
+            self._gate.ring()
+
+    def _work(self, guest: _Guest, deadline: float | None) -> None:
+        while not guest.rung and (left := time_left(deadline)) != 0.0:
+            if not self._host.step_in(left):
+                self._open = False
+                return
+
+
+class _Asking(Gate):
+    """The bed of a handler that would rather sit."""
+
+    __slots__ = ("_seat",)
+
+    def __init__(self, seat: Seat) -> None:
+        super().__init__()
+        self._seat = seat
+
+    def ring(self) -> None:
+        if threading.get_ident() == self._seat._sits:  # who may leave the seat, and now it is of use
+            self._seat._asked = True
+        super().ring()
+
+
+class _Guest:
+    """A handler that sits."""
+
+    __slots__ = ("_seat", "rung")
+
+    def __init__(self, seat: Seat) -> None:
+        self._seat = seat
+        self.rung = False
+
+    def ring(self) -> None:
+        if not self.rung:
+            self.rung = True  # first: the bell may be silenced by a step that is under way
+            if threading.get_ident() != self._seat._sits:
+                self._seat._host.ring()
+
+    def sleep(self, timeout: float | None) -> None:
+        self._seat.sit(self, timeout)
