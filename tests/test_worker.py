@@ -589,3 +589,39 @@ def test_a_bug_of_the_worker_ends_what_is_left_too(worker: Worker, monkeypatch: 
         worker.run()
     assert len(thing.ends) == 1 and not thing.lingers
     worker._stopping = True
+
+
+# ── a guest's steps ──
+
+
+def test_a_guest_makes_no_handshakes(worker: Worker) -> None:
+    sockets = [socket.socketpair() for _ in range(3)]
+    things = [Thing(near, Want.READ) for near, _ in sockets]
+    given(worker, *things)
+    for thing, (_, far) in zip(things, sockets, strict=True):
+        thing.opening = True
+        far.send(b"x")
+    assert not worker.step_in(PATIENCE), "the worker is to go on"
+    assert all(not thing.turns for thing in things) and len(things) < HANDSHAKES
+    worker.step()
+    assert all(thing.turns == [Want.READ] for thing in things), "one turn each"
+    for thing in things:
+        thing.mask = NOTHING
+    worker.step()
+    for both in sockets:
+        for sock in both:
+            sock.close()
+
+
+def test_a_guest_does_not_end_the_worker(worker: Worker) -> None:
+    worker.stop()
+    assert not worker.step_in(PATIENCE) and not worker._ended
+    worker.step(PATIENCE)
+    assert worker._ended
+
+
+def test_a_guest_s_step_is_a_step(worker: Worker, pair: tuple[socket.socket, socket.socket]) -> None:
+    thing = Thing(pair[0], Want.READ)
+    given(worker, thing)
+    pair[1].send(b"x")
+    assert worker.step_in(PATIENCE) and thing.turns == [Want.READ]
