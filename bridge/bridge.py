@@ -45,7 +45,7 @@ from bridge.poll import check_unpatched
 from bridge.session import Session
 from bridge.stream import Stream
 from bridge.terms import Ending, Plan
-from bridge.threads import check_may_wait, let_through
+from bridge.threads import before_waiting, let_through
 from bridge.totals import Account, Totals, total
 from bridge.transport import Transport
 
@@ -387,7 +387,7 @@ class Bridge(forks.Handle):
             raise RuntimeError(
                 "Bridge.close() was called by a thread of the Bridge itself, which it would wait for"
             )
-        check_may_wait()
+        before_waiting()
         closer = [threading.current_thread()]
         try:
             self._closers.append(closer)

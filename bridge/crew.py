@@ -106,8 +106,10 @@ class Crew:
                 thread.join()
 
     def is_here(self) -> bool:
-        """Whether the calling thread is one of them, or in the place of one."""
-        return threading.current_thread() in self.threads or this_thread.notes.serves_all
+        """Whether the calling thread is one of them, or in the middle of a step in the place of one."""
+        if this_thread.notes.serves_all and any(worker.seat.is_mine() for worker in self.workers):
+            return True
+        return threading.current_thread() in self.threads
 
     def serves(self) -> bool:
         """Whether they are at work, and nobody has told them to end."""

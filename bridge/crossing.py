@@ -14,15 +14,16 @@ The lost wake-up cannot happen because a sleeper declares itself asleep and look
 one lock*, and a putter puts and looks for a sleeper under the same lock: whichever comes second sees the
 other.  Only the first put after that rings, so a busy thread is never rung at all.
 
-The locks here, of outboxes and of inboxes are held for a few assignments, never while waiting, never while calling
-out, and never two at a time, except the byte counter of the whole bridge inside an outbox or an inbox.  (Two others
-are held for a turn, a session's and the coordinator's, in this order by a receiver that reads for itself; others only
-try them.)  They are reentrant because finalizers and signal handlers come at any moment, also in the middle of another
-call of the same thread.  A handler that raises (Ctrl-C) does so as a function is entered, a call returns, or a loop
-goes round, and on Python 3.10 where any jump is taken: so what must not be half done is done in a row of statements
-without any; what has been left undone is done by an ``except``; and nobody waits inside of a ``with``, which could not
-tell whether the lock was taken again.  Where each message comes by, a lock is taken and let go by two calls, for a
-``with`` takes CPython twice as long; an ``except`` lets go of it once more, unless it was held before.
+The locks here, of outboxes and of inboxes are held for a few assignments, never while waiting, never while calling out,
+and never two at a time, except the byte counter of the whole bridge inside an outbox or an inbox.  (Some others are
+held for a turn, a session's and the coordinator's, in this order by a receiver that reads for itself; others only try
+them; a worker's seat is only ever tried.)  They are reentrant: finalizers and signal handlers come at any moment,
+also in the middle of another call of the same thread.  A handler that raises (Ctrl-C) does so as a function is entered,
+a call returns, or a loop goes round, and on Python 3.10 where any jump is taken: so what must not be half done is done
+in a row of statements without any; what has been left undone is done by an ``except``; and nobody waits inside of a
+``with``, which could not tell whether the lock was taken again.  Where each message comes by, a lock is taken and let
+go by two calls, for a ``with`` takes CPython twice as long; an ``except`` lets go of it once more, unless it was held
+before.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from bridge import forks
 from bridge.errors import OperationTimeout
-from bridge.threads import check_may_wait
+from bridge.threads import before_waiting
 
 A_WHILE = 1.0
 """Seconds after which a thread that waits for a lock looks whether this is still the process that it began in."""
@@ -139,7 +140,7 @@ class Latch(Generic[T]):
         """The value, as soon as it is set.  OperationTimeout, naming *what*, after *timeout* seconds."""
         gates = self._gates
         if self._value is None and gates is not None:
-            check_may_wait()
+            before_waiting()
             gate = Gate()
             try:
                 gates.append(gate)  # first, and then look again: `set` does it the other way round
@@ -155,12 +156,13 @@ class Latch(Generic[T]):
 class Mailbox(Generic[T]):
     """Words for one thread.  `put` from any thread, also from a finalizer; the rest is the owner's."""
 
-    __slots__ = ("_asleep", "_items", "_lock", "_ring")
+    __slots__ = ("_items", "_lock", "_ring", "asleep")
 
     def __init__(self, ring: Callable[[], None]) -> None:
         self._lock = threading.RLock()
         self._items: list[T] = []
-        self._asleep = False
+        self.asleep = False
+        """The owner is, or is about to be: the next put rings."""
         self._ring = ring
 
     def put(self, *items: T) -> None:
@@ -168,8 +170,8 @@ class Mailbox(Generic[T]):
         try:
             with self._lock:
                 self._items.extend(items)
-                asleep = self._asleep
-                self._asleep = False
+                asleep = self.asleep
+                self.asleep = False
             if asleep:
                 self._ring()
         except BaseException:  # Ctrl-C, and nobody knows where: a ring too many does no harm
@@ -191,12 +193,12 @@ class Mailbox(Generic[T]):
     def may_sleep(self) -> bool:
         """Whether the owner may go to sleep: nothing is here, and the next put will ring."""
         with self._lock:
-            self._asleep = not self._items
-            return self._asleep
+            self.asleep = not self._items
+            return self.asleep
 
     def awake(self) -> None:
         """The owner is up again: no need to ring."""
-        self._asleep = False
+        self.asleep = False
 
 
 class Reporter(Protocol):

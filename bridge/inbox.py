@@ -23,8 +23,8 @@ from bridge.crossing import (
 )
 from bridge.errors import ReceiveTimeout, SessionEnded, ShutDown, fresh
 from bridge.limits import check_timeout
-from bridge.seat import QUICK, Place, Seat
-from bridge.threads import check_may_wait
+from bridge.seat import QUICK, STEADY, Place, Seat
+from bridge.threads import before_waiting, check_may_wait, give_up_seat, this_thread
 
 
 class ReadCredit:
@@ -209,26 +209,32 @@ _NOBODY: Any = types.SimpleNamespace(_used=0)
 class _Turn:
     """The turn that one handler thread has with one session: until it comes back, or the thread ends."""
 
-    __slots__ = ("_inbox", "_seat", "_since", "done", "may_sit", "session")
+    __slots__ = ("_in_a_row", "_inbox", "_notes", "_seat", "_since", "done", "may_sit", "session")
 
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
-        self.may_sit = threading.current_thread() is not threading.main_thread()
-        self._seat: Seat | None = None
-        self._since = 0.0
+        self._notes = this_thread.notes
+        self.may_sit = threading.get_ident() != threading.main_thread().ident
+        self._seat: Seat | None = None  # of the last message
+        self._in_a_row = 0  # how many came from there
+        self._since = 0.0  # when the last one came
         self.session: object = None
         self.done: Done | None = None
 
     def begin(self, credit: ReadCredit | None) -> None:
-        """It has a message, that *credit* has paid for."""
-        if credit is not None:
-            self._seat = credit.seat
-            self._since = time.monotonic()
+        """It has a message, for which *credit* has paid, if anybody has."""
+        self._since = time.monotonic()
+        self._in_a_row += 1
+        if credit is not None and credit.seat is not self._seat:
+            give_up_seat(self._notes)
+            self._seat, self._in_a_row = credit.seat, 1
 
-    def place(self) -> Place:
-        """Where to sleep until more comes: where the last one came from, if it is back so soon."""
-        if self._seat is None or time.monotonic() - self._since > QUICK:
+    def place(self) -> Gate | Place:
+        """Where to sleep until more comes: where the last ones came from, if it is back so soon."""
+        if self._seat is None or self._in_a_row < STEADY or time.monotonic() - self._since > QUICK:
+            give_up_seat(self._notes)
             return Gate()
+        self._notes.seat = self._seat
         return self._seat.place()
 
     def end(self, came_back: bool = True) -> None:
@@ -278,8 +284,8 @@ class Inbox(forks.Handle):
         self._waiting = 0  # how many those are
         self._ends = 0  # of all entries, how many say that a session has ended
         self._lock = threading.RLock()
-        self._sleepers: collections.deque[Bed] = collections.deque()  # first come, first woken
-        self._called: Bed | None = None  # who was woken for what is here, and has not come yet
+        self._sleepers: collections.deque[Gate | Place] = collections.deque()  # first come, first woken
+        self._called: Gate | Place | None = None  # who was woken for what is here, and has not come yet
         self._over: Exception | None = None
         self._shut = False  # by the application, and so for good
         self._feeders: set[object] = set()
@@ -367,7 +373,7 @@ class Inbox(forks.Handle):
         """
         entry: Entry | None = None
         credit: ReadCredit | None = None
-        bed: Place | None = None
+        bed: Gate | Place | None = None
         entries, lock, nested = self._entries, self._lock, self._lock._is_owned()  # type: ignore[attr-defined]
         try:
             while True:
@@ -393,7 +399,7 @@ class Inbox(forks.Handle):
                         if entries and self._sleepers:
                             self._call()
                         break
-                    left = self._time_to_sleep(timeout, deadline, nested)
+                    left = self._time_to_sleep(timeout, deadline, turn, nested)
                     bed = Gate() if turn is None else turn.place()
                     self._queue_up(bed)
                 finally:
@@ -406,14 +412,14 @@ class Inbox(forks.Handle):
             raise
         return entry
 
-    def _queue_up(self, bed: Place) -> None:
+    def _queue_up(self, bed: Gate | Place) -> None:
         """With the lock: it is last in line; or first, if it is a seat, where nobody need be woken, or asks for one."""
         if type(bed) is Gate:
             self._sleepers.append(bed)
         else:
             self._sleepers.appendleft(bed)
 
-    def _give_way(self, bed: Place | None, credit: ReadCredit | None, nested: bool) -> None:
+    def _give_way(self, bed: Gate | Place | None, credit: ReadCredit | None, nested: bool) -> None:
         """Nothing was taken in time, or Ctrl-C came, and nobody knows where."""
         if not nested:
             let_go(self._lock)
@@ -426,14 +432,19 @@ class Inbox(forks.Handle):
         if credit is not None:
             credit._resume()
 
-    def _time_to_sleep(self, timeout: float | None, deadline: float | None, nested: bool) -> float | None:
+    def _time_to_sleep(
+        self, timeout: float | None, deadline: float | None, turn: _Turn | None, nested: bool
+    ) -> float | None:
         """With the lock, and nothing here: how long there may be something yet.  Raises what there will be instead."""
         if self._over is not None and not self._waiting:
             raise fresh(self._over)
         left = time_left(deadline)
         if left == 0.0:
             raise ReceiveTimeout(f"no message within {timeout or 0:g} seconds")
-        check_may_wait()
+        if turn is None:
+            before_waiting()
+        else:
+            check_may_wait()  # it may sit down
         if nested:
             refuse_to_wait()
         return left
@@ -442,15 +453,20 @@ class Inbox(forks.Handle):
         """With the lock: wake the next sleeper for what is here, if none is on its way.
 
         One at a time, for whoever takes something and leaves something calls the next.  So of a large pool no more are
-        up than have something to do; a message each would wake all of them for what one can do.
+        up than have something to do; a message each would wake all of them for what one can do.  A guest may be in the
+        middle of a step, and come late.
         """
-        if self._entries and self._sleepers and self._called is None:
+        while self._entries and self._sleepers and not self._suffices(self._called):
             bed = self._sleepers[0]
             bed.ring()  # first: a ring too many does no harm
             self._called = bed
             del self._sleepers[0]
 
-    def _rise(self, bed: Bed) -> None:
+    def _suffices(self, called: Gate | Place | None) -> bool:
+        """With the lock: whether *called* takes care of what is here."""
+        return called is not None and (isinstance(called, Gate) or called.takes() >= len(self._entries))
+
+    def _rise(self, bed: Gate | Place) -> None:
         """With the lock: nobody sleeps in *bed* any more."""
         if self._called is bed:
             self._called = None

@@ -17,7 +17,7 @@ from bridge.crossing import (
     time_left,
 )
 from bridge.errors import BridgeError, OperationTimeout, SendTimeout, SessionEnded, fresh
-from bridge.threads import check_may_wait
+from bridge.threads import before_waiting
 
 
 class _Ticket:
@@ -89,7 +89,7 @@ class Outbox:
                     pass
                 elif self._held and (self._waiting or not self._fits(size)):
                     if timeout != 0.0:
-                        check_may_wait()
+                        before_waiting()
                     ticket = _Ticket(data, alone)
                     self._line_up(ticket)
                 else:
@@ -201,7 +201,7 @@ class Outbox:
         with self._lock:
             behind, lost, left = flusher[0] - self._gone, self._lost, time_left(deadline)
             if behind > 0 and lost is None and left != 0.0:
-                check_may_wait()
+                before_waiting()
                 if flusher not in self._flushing:
                     self._flushing += (flusher,)
         if behind > 0 and lost is not None:

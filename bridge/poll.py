@@ -34,7 +34,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from bridge import forks
 from bridge.errors import ConfigurationError, LimitExceeded, system_error
-from bridge.threads import this_thread
+from bridge.threads import give_up_seat, this_thread
 
 try:
     import resource
@@ -376,6 +376,7 @@ def my_sleeper() -> Sleeper | None:
     Another one in a child of fork(), which would share the bell, and in a signal handler that interrupts its sleep.
     """
     notes = this_thread.notes
+    give_up_seat(notes)
     sleeper: Sleeper | None = notes.sleeper
     if sleeper is None or sleeper.asleep or sleeper.born != forks.current:
         if notes.does_without:

@@ -7,22 +7,26 @@ hand-over, which costs more than reading.  So a handler that comes back quickly 
 sleeps in the very same poll and makes the very same steps, until one of them brings a message for it.  Then it gets up.
 
 The seat is a lock.  Who holds it *is* the worker, asleep or awake, and owns all that the worker owns.  Nobody waits for
-it but the worker's own thread, and that waits for a guest that has been told to get up.
+it: guests try it, and the worker's own thread looks now and then.
 
-Who sits, and when, is decided so that nobody is evicted and nothing is rung for it.  A handler that comes back quickly,
-and finds the worker there, lies down in a bed that *asks*.  The step that brings its message has the worker leave the
-seat.  From then on the thread of the worker *stands by*: every `ROUND` it looks who sits.  Nobody, and not since a
-moment: then the guest has found something else to do, and the worker sits down again.  The same guest as last time:
-then he is asleep, and the worker sleeps too, until he gets up.
+Nobody is evicted.  A handler whose last messages all came from one worker, who comes back quickly, and finds the worker
+there, lies down in a bed that *asks*.  The step that brings its message has the worker leave the seat.  From then on
+the thread of the worker *stands by*: every `ROUND` it looks who sits.  Nobody, and not since a moment: then the guest
+has found something else to do, and the worker sits down again.  The same guest as last time: then he mostly is asleep,
+and the worker sleeps too, until he gets up.  A guest that is about to wait for anything else gives up his seat first
+(`bridge.threads.before_waiting`), for then nobody has to find out.
 
-A guest makes no handshakes, which take milliseconds, while his message is waiting, and does not end what he does not
-own: where there is either to do, he gets up, and the worker sits down.  He never is the main thread, for a signal
-handler may raise there in the middle of a step.
+A guest leaves the handshakes of sessions that are not open yet to the worker, for they take milliseconds while his
+message is waiting; likewise what is to go on without a poll, and the end of the worker.  He gets up then, and the
+worker sits down.  In the middle of a step he counts as one that may come late: what others bring is for another handler
+(`takes`).  He never is the main thread, for a signal handler may raise there in the middle of a step.
 """
 
 from __future__ import annotations
 
 import contextvars
+import math
+import sys
 import threading
 import time
 from typing import Protocol
@@ -31,7 +35,9 @@ from bridge.crossing import Gate, deadline_after, time_left
 from bridge.threads import this_thread
 
 QUICK = 0.001
-"""Seconds after which a handler that was given a message is no guest any more, nor his seat free for him."""
+"""Seconds: who is back for the next message so soon may sit down; for who is away for longer nobody keeps the seat."""
+STEADY = 8
+"""Messages in a row, all of one worker's sessions, after which a handler may take that one's seat."""
 ROUND = 0.002
 """Seconds after which the worker looks who sits in its place."""
 
@@ -45,15 +51,21 @@ class Host(Protocol):
     def ring(self) -> None:
         """Wake who sleeps in its poll.  Any thread; never waits."""
 
+    def asleep(self) -> bool:
+        """Whether who sits there sleeps, or is about to.  Any thread."""
+
 
 class Place(Protocol):
-    """What a handler sleeps in."""
+    """What a handler sleeps in, but for a `Gate`."""
 
     def ring(self) -> None:
         """Wake the sleeper, now or at its next sleep.  Any thread; never waits."""
 
     def sleep(self, timeout: float | None) -> None:
         """Sleep until rung, at most *timeout* seconds."""
+
+    def takes(self) -> int:
+        """How many messages may wait for the one that was woken, and for nobody else."""
 
 
 class Seat:
@@ -70,50 +82,59 @@ class Seat:
         "_lock",
         "_looks",
         "_open",
-        "_sits",
+        "_whose",
     )
 
     def __init__(self, host: Host) -> None:
         self._host = host
         self._lock = threading.Lock()
         self._lock.acquire()
-        self._context = (
-            contextvars.Context()
-        )  # what is logged in the worker's place is not about a guest's own work
+        self._context = contextvars.Context()  # what is logged in the worker's place is not of a guest's
         self._gate = Gate()  # of the worker, standing by
-        self._sits = 0  # which thread
-        self._asked = False
+        self._whose = 0  # the thread's that sits, or for which the empty seat is kept
+        self._asked: int | None = None  # the thread that did
         self._open = False  # to guests
         self._looks = True  # the worker, every ROUND; written by it alone
         self._guests = 0  # how many there were
         self._left = 0.0  # when the last one got up
         self._error: BaseException | None = None
 
-    def place(self) -> Place:
+    def place(self) -> Gate | Place:
         """Where a handler that is back quickly is to sleep: the seat, if it is free, or a bed that asks for it."""
         if self._open and self._lock.acquire(False):
             if self._open:
-                self._sits = threading.get_ident()
+                self._whose = threading.get_ident()
                 return _Guest(self)
             self._lock.release()  # it was claimed just now
             self._gate.ring()
         return _Asking(self)
 
+    def is_mine(self) -> bool:
+        """Whether this very thread sits there."""
+        return self._whose == threading.get_ident() and self._lock.locked()
+
+    def give_up(self) -> None:
+        """Let the worker sit down at once, if the seat is kept for this very thread."""
+        if self._open and self._whose == threading.get_ident() and not self._lock.locked():
+            self._left = -math.inf
+            self._gate.ring()
+
     # The worker's own thread.
 
     def sit_down(self) -> None:
         """Before its first step."""
-        self._sits = threading.get_ident()
+        self._whose = threading.get_ident()
 
     def offer(self) -> None:
         """Between two steps: leave the seat if somebody asked for it, and come back when guests do not any more."""
-        if self._asked:
+        if self._asked is not None:
+            self._whose, self._asked = self._asked, None
             self._left = time.monotonic()
             self._looks = self._open = True
             self._lock.release()
             self._stand_by()
-            self._sits = threading.get_ident()
-            self._open = self._asked = False
+            self._open, self._asked = False, None
+            self._whose = threading.get_ident()
             if self._error is not None:
                 raise self._error
 
@@ -158,15 +179,16 @@ class Seat:
 class _Asking(Gate):
     """The bed of a handler that would rather sit."""
 
-    __slots__ = ("_seat",)
+    __slots__ = ("_ident", "_seat")
 
     def __init__(self, seat: Seat) -> None:
         super().__init__()
         self._seat = seat
+        self._ident = threading.get_ident()
 
     def ring(self) -> None:
-        if threading.get_ident() == self._seat._sits:  # who may leave the seat, and now it is of use
-            self._seat._asked = True
+        if self._seat.is_mine():  # who rings may leave the seat, and now it is of use
+            self._seat._asked = self._ident
         super().ring()
 
 
@@ -182,8 +204,14 @@ class _Guest:
     def ring(self) -> None:
         if not self.rung:
             self.rung = True  # first: the bell may be silenced by a step that is under way
-            if threading.get_ident() != self._seat._sits:
+            if not self._seat.is_mine():
                 self._seat._host.ring()
+
+    def takes(self) -> int:
+        """In the middle of a step, which may be long, the first that this has brought, and none that come otherwise."""
+        if self._seat.is_mine():
+            return 1
+        return sys.maxsize if self._seat._host.asleep() else 0
 
     def sleep(self, timeout: float | None) -> None:
         self._seat.sit(self, timeout)

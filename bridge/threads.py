@@ -13,11 +13,13 @@ from bridge.errors import ConfigurationError
 class Notes:
     """Of one thread."""
 
-    __slots__ = ("does_without", "serves_all", "sleeper")
+    __slots__ = ("does_without", "seat", "serves_all", "sleeper")
 
     def __init__(self) -> None:
         self.serves_all = False
         """It serves all sessions just now, and must not wait for one of them."""
+        self.seat: Any = None
+        """The one that may be kept for it, while it is back quickly: to be given up before it waits otherwise."""
         self.sleeper: Any = None
         """The bed it sleeps in beside a socket, made at its first sleep."""
         self.does_without = False
@@ -53,6 +55,19 @@ def check_may_wait() -> None:
             "a codec may not wait: while it runs, its thread serves no other session, so what it waits for might"
             " never come; yield the message, and do this on a thread of your own that receives it"
         )
+
+
+def before_waiting() -> None:
+    """`check_may_wait`, and nobody keeps a seat for who waits."""
+    check_may_wait()
+    give_up_seat(this_thread.notes)
+
+
+def give_up_seat(notes: Notes) -> None:
+    """Let the worker have the seat back that is kept for this thread, whose *notes* these are."""
+    if notes.seat is not None:
+        seat, notes.seat = notes.seat, None
+        seat.give_up()
 
 
 def let_through(error: BaseException) -> None:

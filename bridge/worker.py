@@ -176,6 +176,10 @@ class Worker:
         """Wake who sleeps in its poll.  Never waits."""
         self._doorbell.ring()
 
+    def asleep(self) -> bool:
+        """Whether who sits there sleeps, or is about to."""
+        return self._mailbox.asleep
+
     def load(self) -> int:
         """How many pollables it owns."""
         return len(self._watched)
@@ -254,9 +258,9 @@ class Worker:
     # A guest in its seat.
 
     def step_in(self, timeout: float | None) -> bool:
-        """As `step`, without handshakes and without an end: false if there is either to do."""
+        """As `step`, without handshakes and without an end: false if there is either to do, or more without a poll."""
         self._step(timeout, 0)
-        return not (self._line or self._stopping)
+        return not (self._line or self._runnable or self._stopping)
 
     # Its own thread.
 
@@ -267,7 +271,7 @@ class Worker:
                 self.seat.sit_down()
                 while not self._ended:
                     self.step(None)
-                    if not (self._line or self._ended):
+                    if not (self._line or self._runnable or self._ended):
                         self.seat.offer()
         finally:
             if not self._ended:  # only a bug leads here; nobody shall wait for us in vain

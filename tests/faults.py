@@ -79,7 +79,7 @@ def lost_wake_up_of_a_thread() -> None:
         if self._items:
             return False
         threading.Event().wait(0.001)  # here the word comes that nobody rings for
-        self._asleep = True
+        self.asleep = True
         return True
 
     _plant(Mailbox, "may_sleep", careless)

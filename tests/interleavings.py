@@ -436,10 +436,8 @@ class World:
     def get_ident(self) -> str:
         return self.me().name if self.inside() else "outside"
 
-    current_thread = get_ident
-
-    def main_thread(self) -> str:
-        return "main"
+    def main_thread(self) -> Any:
+        return types.SimpleNamespace(ident="main")
 
     def local(self) -> Local:
         made = Local(self)

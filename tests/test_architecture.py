@@ -102,7 +102,7 @@ THREADING = {
     "crossing": {"Lock", "RLock", "TIMEOUT_MAX"},
     "outbox": {"RLock"},
     "seat": {"Lock", "get_ident"},  # who holds it is the worker
-    "inbox": {"RLock", "current_thread", "local", "main_thread"},
+    "inbox": {"RLock", "get_ident", "local", "main_thread"},
     "forks": {
         "RLock"
     },  # of what a child may go on to use: the key log, the sessions to resume, contexts being made

@@ -22,14 +22,14 @@ import pytest
 from interleavings import CROSSING, Bed, Refuted, Report, World, explore, rung
 
 import bridge
-from bridge import seat
+from bridge import inbox, seat
 from bridge.coordinator import Coordinator
 from bridge.crossing import Gate, Latch, Mailbox, Tally, nobody
 from bridge.inbox import Inbox, ReadCredit, SessionInbox, _Turn
 from bridge.outbox import Outbox
 from bridge.poll import Doorbell
 from bridge.seat import ROUND, Seat, _Asking, _Guest
-from bridge.threads import this_thread
+from bridge.threads import give_up_seat, this_thread
 from bridge.worker import Worker
 
 GONE = bridge.SessionAborted("gone")
@@ -367,14 +367,17 @@ def sitting(
     handlers: int = 1,
     timeout: float | None = None,
     word_of_mouth: bool = False,
+    elsewhere: bool = False,
 ) -> None:
     """Handlers who may be guests in a worker's seat, the worker, who stands by, and one who has *count* words for them.
 
     The first is there already, and somebody has asked for the seat.  By *word_of_mouth*, the last does not come through
-    the worker.  How long a guest is away is left open: whenever the worker looks, it may have been too long.
+    the worker.  *elsewhere* is where a handler waits before it comes back.  How long a guest is away is left open: whenever the worker looks, it may have been too long.
     """
-    before, seat.QUICK = seat.QUICK, -1.0
-    world.closing(lambda: setattr(seat, "QUICK", before))
+    before = seat.QUICK, inbox.STEADY
+    seat.QUICK, inbox.STEADY = -1.0, 1
+    world.closing(lambda: setattr(seat, "QUICK", before[0]))
+    world.closing(lambda: setattr(inbox, "STEADY", before[1]))
     owner = Alone("worker", lambda batch: None)
 
     class Left(place):  # type: ignore[misc,valid-type]
@@ -399,11 +402,13 @@ def sitting(
         owner.run()
 
     def handler() -> None:
-        this_thread.notes.serves_all = False  # a run that was cut short may have left it so
+        this_thread.notes.serves_all, this_thread.notes.seat = False, None  # whatever another run has left
         with contextlib.suppress(bridge.ShutDown):
             while True:
                 with contextlib.suppress(bridge.ReceiveTimeout):
                     got.append(box.get(timeout=timeout)[1])
+                    if elsewhere:
+                        give_up_seat(this_thread.notes)
                     if len(got) == count:
                         box.shutdown()
                         owner.stop()
@@ -478,6 +483,7 @@ LARGE: dict[str, Callable[[World], None]] = {
 SITTING: dict[str, dict[str, Any]] = {
     "a guest": {},
     "one who gives up": {"timeout": 1.0},
+    "one who waits elsewhere": {"elsewhere": True},
     "a word by another way": {"word_of_mouth": True},
 }
 """At the lines of `bridge.seat`, and at each lock."""
@@ -554,7 +560,7 @@ class FallsAsleepCarelessly(Mailbox[Any]):
     def may_sleep(self) -> bool:
         if self._items:
             return False
-        self._asleep = True
+        self.asleep = True
         return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import ssl
 import threading
@@ -15,8 +16,11 @@ from peers import PATIENCE, Background, dial, until
 
 import bridge
 from bridge import inbox, seat
+from bridge.threads import serving_all
 
 SOON = 0.05
+BEFORE = seat.STEADY + 2
+"""Answers after which a handler has a seat."""
 
 
 class Noted(bridge.codecs.Lines):
@@ -30,14 +34,14 @@ class Noted(bridge.codecs.Lines):
 
 
 class Served:
-    """A bridge with one worker, whose sessions' lines come to one inbox."""
+    """A bridge, whose sessions' lines come to one inbox."""
 
-    def __init__(self, cert: KeyPair, ca_file: str) -> None:
+    def __init__(self, cert: KeyPair, ca_file: str, workers: int = 1) -> None:
         self.noted = type("Noted", (Noted,), {"threads": []})
-        self.bridge = bridge.Bridge(workers=1)
+        self.bridge = bridge.Bridge(workers=workers)
         self.inbox = bridge.Inbox()
-        context = bridge.server_context(cert.certfile, cert.keyfile)
-        self.listener = self.bridge.listen(("127.0.0.1", 0), context, codec=self.noted, inbox=self.inbox)
+        self.context = bridge.server_context(cert.certfile, cert.keyfile)
+        self.listener = self.bridge.listen(("127.0.0.1", 0), self.context, codec=self.noted, inbox=self.inbox)
         self.seat = self.bridge._workers[0].seat
         self._context = ssl.create_default_context(cafile=ca_file)
 
@@ -75,7 +79,7 @@ class Served:
 
     def seated(self, client: ssl.SSLSocket) -> None:
         """Its handler answers *client* until it is a guest, asleep."""
-        for _ in range(5):
+        for _ in range(BEFORE):
             assert ask(client, b"more") == b"more"
         until(self.sits)
 
@@ -114,14 +118,14 @@ def test_a_handler_that_is_back_quickly_reads_for_itself(
             assert ask(client, b"more") == b"more"
         assert served.noted.threads == idents * 5
     served.bridge.close()
-    assert handling.result(PATIENCE) == 10
+    assert handling.result(PATIENCE) == BEFORE + 5
 
 
 def test_the_main_thread_is_no_guest(served: Served, background: Background, hospitable: None) -> None:
     """A signal handler may raise there, in the middle of a step."""
     with served.dial() as client:
-        asking = background.run(lambda: [ask(client, b"more") for _ in range(10)])
-        for _ in range(10):
+        asking = background.run(lambda: [ask(client, b"more") for _ in range(2 * BEFORE)])
+        for _ in range(2 * BEFORE):
             session, line = served.get()
             session.send(line)
             assert not served.sits()
@@ -131,14 +135,16 @@ def test_the_main_thread_is_no_guest(served: Served, background: Background, hos
 
 def test_one_who_has_been_away_for_long_is_no_guest(served: Served, background: Background) -> None:
     def slow() -> None:
-        session, line = served.get()
-        session.send(line)
+        for _ in range(BEFORE):
+            session, line = served.get()
+            session.send(line)
         until(lambda: seat.time.monotonic() - served.inbox._handler.turn._since > seat.QUICK)
         served.get()
 
     handling = background.run(slow)
     with served.dial() as client:
-        assert ask(client, b"1") == b"1"
+        for _ in range(BEFORE):
+            assert ask(client, b"1") == b"1"
         until(lambda: served.inbox._sleepers)
         assert type(served.inbox._sleepers[0]) is seat.Gate
         client.sendall(b"2\n")
@@ -188,15 +194,17 @@ def test_a_word_from_another_thread_wakes_a_guest(
         for session, line in iter(served.get, None):
             if session is None:
                 found.append(line)
-                return
-            session.send(line)
+            else:
+                session.send(line)
 
-    handling = background.run(handle)
+    background.run(handle)
     with served.dial() as client:
         served.seated(client)
-        served.inbox.put((None, "a word"))
-        handling.result(PATIENCE)
-        assert found == ["a word"]
+        for number in range(3):
+            served.inbox.put((None, number))
+            until(lambda number=number: found[-1:] == [number])
+            until(served.sits)  # he sits down again
+        assert found == [0, 1, 2]
 
 
 def test_a_guest_waits_no_longer_than_he_wants(
@@ -213,11 +221,109 @@ def test_a_guest_waits_no_longer_than_he_wants(
 
     handling = background.run(handle)
     with served.dial() as client:
-        assert ask(client, b"1") == ask(client, b"1") == b"1"
+        for _ in range(BEFORE):
+            assert ask(client, b"1") == b"1"
         handling.result(PATIENCE)
         served.handler(background)
         seat.QUICK = 0.0  # of the fixture's
         assert ask(client, b"2") == b"2"
+
+
+def test_a_handler_of_two_workers_messages_sits_nowhere(
+    server_cert: KeyPair, ca_file: str, background: Background, hospitable: None
+) -> None:
+    """Wherever he sat, the other one's messages would come for him."""
+    served = Served(server_cert, ca_file, workers=2)
+    with served.bridge:
+        _, idents = served.handler(background)
+        with served.dial() as one, served.dial() as other:
+            for client in (one, other) * 3:
+                for _ in range(seat.STEADY // 2):
+                    assert ask(client, b"more") == b"more"
+        assert idents[0] not in served.noted.threads
+
+
+@pytest.mark.parametrize("where", ["another inbox", "a session"])
+def test_a_handler_that_waits_for_something_else_gives_up_the_seat_that_is_kept_for_it(
+    where: str, served: Served, background: Background, hospitable: None, ca_file: str
+) -> None:
+    quiet = served.bridge.listen(("127.0.0.1", 0), served.context)
+    held = served.bridge.connect(quiet.address, bridge.client_context(ca_file), server_hostname="localhost")
+    other = bridge.Inbox()
+
+    def handle() -> None:
+        for session, line in iter(served.get, None):
+            session.send(line)
+            if line == "wait":
+                with contextlib.suppress(bridge.ShutDown):
+                    other.get(timeout=PATIENCE) if where == "another inbox" else held.recv(PATIENCE)
+                return
+
+    handling = background.run(handle)
+    with served.dial() as client, served.dial() as another:
+        served.seated(client)
+        assert ask(client, b"wait") == b"wait"
+        served.handler(background)
+        assert ask(another, b"?") == b"?"
+        other.shutdown()
+        held.abort()
+        handling.result(PATIENCE)
+
+
+def test_a_word_does_not_wait_for_the_codec_that_a_guest_is_in(
+    served: Served, background: Background, hospitable: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_there, let_go = threading.Event(), threading.Event()
+    found: list[Any] = []
+
+    def decode(self: Any, data: bytes) -> Any:
+        in_there.set()
+        assert let_go.wait(PATIENCE)
+        return Noted.decode(self, data)
+
+    def take_a_word() -> None:
+        found.append(served.get())
+
+    served.handler(background)
+    with served.dial() as client:
+        served.seated(client)
+        taking = background.run(take_a_word)
+        until(lambda: len(served.inbox._sleepers) == 2)
+        monkeypatch.setattr(served.noted, "decode", decode)
+        client.sendall(b"slow\n")
+        assert in_there.wait(PATIENCE)
+        served.inbox.put((None, "a word"))
+        taking.result(PATIENCE / 2)
+        assert found == [(None, "a word")]
+        let_go.set()
+
+
+def test_of_what_a_guest_s_step_brings_the_first_is_his_and_the_rest_is_for_others() -> None:
+    class Host:
+        def step_in(self, timeout: float | None) -> bool:
+            raise AssertionError("nobody sits down here")
+
+        def ring(self) -> None:
+            pass
+
+        def asleep(self) -> bool:
+            return False
+
+    one = seat.Seat(Host())
+    one._open = True
+    one._lock.release()
+    box, bed, guest = bridge.Inbox(), seat.Gate(), one.place()
+    box._sleepers += [guest, bed]
+    box._deliver(None, ["first"], None, 0, 0)
+    assert box._called is guest and list(box._sleepers) == [bed]
+    box._deliver(None, ["second"], None, 0, 0)
+    assert box._called is bed and not box._sleepers
+
+
+def test_a_thread_that_serves_all_is_no_thread_of_every_bridge(served: Served) -> None:
+    """A signal handler may come in the middle of a `send`, which serves all for a moment."""
+    with serving_all(), pytest.raises(bridge.ConfigurationError):
+        served.bridge.close()
 
 
 @pytest.mark.parametrize("how", ["bridge", "inbox"])
@@ -231,7 +337,7 @@ def test_what_ends_while_a_guest_sits_lets_him_go(
             served.bridge.close(SOON)
         else:
             served.inbox.shutdown()
-        assert handling.result(PATIENCE) == 5
+        assert handling.result(PATIENCE) == BEFORE
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -246,7 +352,7 @@ def test_a_bug_in_a_guest_s_step_is_the_worker_s(
         served.seated(client)
         monkeypatch.setattr(served.bridge._workers[0], "_line_up", buggy)
         client.sendall(b"what now?\n")
-        assert handling.result(PATIENCE) == 5, "the inbox is over"
+        assert handling.result(PATIENCE) == BEFORE, "the inbox is over"
         until(lambda: not served.bridge._crew.serves())
 
 

@@ -625,3 +625,14 @@ def test_a_guest_s_step_is_a_step(worker: Worker, pair: tuple[socket.socket, soc
     given(worker, thing)
     pair[1].send(b"x")
     assert worker.step_in(PATIENCE) and thing.turns == [Want.READ]
+
+
+def test_a_guest_leaves_what_needs_no_poll_to_the_worker(worker: Worker) -> None:
+    """It goes on at once, and the guest has a message to see to first."""
+    thing = Thing()
+    given(worker, thing)
+    thing.again = True
+    worker.post(thing, "poke")
+    assert not worker.step_in(PATIENCE)
+    thing.again = False
+    worker.step()
