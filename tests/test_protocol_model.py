@@ -372,7 +372,8 @@ def sitting(
     """Handlers who may be guests in a worker's seat, the worker, who stands by, and one who has *count* words for them.
 
     The first is there already, and somebody has asked for the seat.  By *word_of_mouth*, the last does not come through
-    the worker.  *elsewhere* is where a handler waits before it comes back.  How long a guest is away is left open: whenever the worker looks, it may have been too long.
+    the worker.  *elsewhere* is where a handler waits before it comes back.  How long a guest is away is left open:
+    whenever the worker looks, it may have been too long.
     """
     before = seat.QUICK, inbox.STEADY
     seat.QUICK, inbox.STEADY = -1.0, 1
