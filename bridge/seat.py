@@ -125,11 +125,14 @@ class Seat:
         """Before its first step."""
         self._whose = threading.get_ident()
 
-    def offer(self) -> None:
-        """Between two steps: leave the seat if somebody asked for it, and come back when guests do not any more."""
-        if self._asked is not None:
-            self._whose, self._asked = self._asked, None
-            self._left = time.monotonic()
+    def offer(self, at_rest: bool) -> None:
+        """After a step: leave the seat if somebody asked for it in this one, and come back when guests do not any more.
+
+        Unless the worker is *at_rest*, there is no use in it.
+        """
+        asked, self._asked = self._asked, None
+        if asked is not None and at_rest:
+            self._whose, self._left = asked, time.monotonic()
             self._looks = self._open = True
             self._lock.release()
             self._stand_by()

@@ -271,8 +271,7 @@ class Worker:
                 self.seat.sit_down()
                 while not self._ended:
                     self.step(None)
-                    if not (self._line or self._runnable or self._ended):
-                        self.seat.offer()
+                    self.seat.offer(not (self._line or self._runnable or self._ended))
         finally:
             if not self._ended:  # only a bug leads here; nobody shall wait for us in vain
                 self._shut_down()

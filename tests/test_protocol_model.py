@@ -395,11 +395,11 @@ def sitting(
     account = ReadCredit(1_000, Tally(1_000), nobody, box, seat=owner.seat)
     world.share(owner, box, account, got)
     box._deliver(None, [0], account, 0, 0)
-    owner.seat._asked = True
+    owner.seat._asked = -1  # somebody
 
     def work() -> None:
         owner.seat.sit_down()
-        owner.seat.offer()
+        owner.seat.offer(True)
         owner.run()
 
     def handler() -> None:

@@ -636,3 +636,11 @@ def test_a_guest_leaves_what_needs_no_poll_to_the_worker(worker: Worker) -> None
     assert not worker.step_in(PATIENCE)
     thing.again = False
     worker.step()
+
+
+def test_a_seat_is_not_offered_for_what_was_asked_in_an_earlier_step(worker: Worker) -> None:
+    """Who asked is somewhere else by now, and nobody would sit there."""
+    worker.seat._asked = threading.get_ident()
+    worker.seat.offer(False)
+    worker.seat.offer(True)
+    assert not worker.seat._open
