@@ -23,7 +23,7 @@ from bridge.crossing import (
 )
 from bridge.errors import ReceiveTimeout, SessionEnded, ShutDown, fresh
 from bridge.limits import check_timeout
-from bridge.seat import QUICK, STEADY, Place, Seat
+from bridge.seat import QUICK, STEADY, Guest, Seat
 from bridge.threads import before_waiting, check_may_wait, give_up_seat, this_thread
 
 
@@ -229,7 +229,7 @@ class _Turn:
             give_up_seat(self._notes)
             self._seat, self._in_a_row = credit.seat, 1
 
-    def place(self) -> Gate | Place:
+    def place(self) -> Gate | Guest:
         """Where to sleep until more comes: where the last ones came from, if it is back so soon."""
         if self._seat is None or self._in_a_row < STEADY or time.monotonic() - self._since > QUICK:
             give_up_seat(self._notes)
@@ -284,8 +284,8 @@ class Inbox(forks.Handle):
         self._waiting = 0  # how many those are
         self._ends = 0  # of all entries, how many say that a session has ended
         self._lock = threading.RLock()
-        self._sleepers: collections.deque[Gate | Place] = collections.deque()  # first come, first woken
-        self._called: Gate | Place | None = None  # who was woken for what is here, and has not come yet
+        self._sleepers: collections.deque[Gate | Guest] = collections.deque()  # first come, first woken
+        self._called: Gate | Guest | None = None  # who was woken for what is here, and has not come yet
         self._over: Exception | None = None
         self._shut = False  # by the application, and so for good
         self._feeders: set[object] = set()
@@ -373,7 +373,7 @@ class Inbox(forks.Handle):
         """
         entry: Entry | None = None
         credit: ReadCredit | None = None
-        bed: Gate | Place | None = None
+        bed: Gate | Guest | None = None
         entries, lock, nested = self._entries, self._lock, self._lock._is_owned()  # type: ignore[attr-defined]
         try:
             while True:
@@ -412,14 +412,14 @@ class Inbox(forks.Handle):
             raise
         return entry
 
-    def _queue_up(self, bed: Gate | Place) -> None:
+    def _queue_up(self, bed: Gate | Guest) -> None:
         """With the lock: it is last in line; or first, if it is a seat, where nobody need be woken, or asks for one."""
         if type(bed) is Gate:
             self._sleepers.append(bed)
         else:
             self._sleepers.appendleft(bed)
 
-    def _give_way(self, bed: Gate | Place | None, credit: ReadCredit | None, nested: bool) -> None:
+    def _give_way(self, bed: Gate | Guest | None, credit: ReadCredit | None, nested: bool) -> None:
         """Nothing was taken in time, or Ctrl-C came, and nobody knows where."""
         if not nested:
             let_go(self._lock)
@@ -462,11 +462,11 @@ class Inbox(forks.Handle):
             self._called = bed
             del self._sleepers[0]
 
-    def _suffices(self, called: Gate | Place | None) -> bool:
+    def _suffices(self, called: Gate | Guest | None) -> bool:
         """With the lock: whether *called* takes care of what is here."""
         return called is not None and (isinstance(called, Gate) or called.takes() >= len(self._entries))
 
-    def _rise(self, bed: Gate | Place) -> None:
+    def _rise(self, bed: Gate | Guest) -> None:
         """With the lock: nobody sleeps in *bed* any more."""
         if self._called is bed:
             self._called = None

@@ -55,19 +55,6 @@ class Host(Protocol):
         """Whether who sits there sleeps, or is about to.  Any thread."""
 
 
-class Place(Protocol):
-    """What a handler sleeps in, but for a `Gate`."""
-
-    def ring(self) -> None:
-        """Wake the sleeper, now or at its next sleep.  Any thread; never waits."""
-
-    def sleep(self, timeout: float | None) -> None:
-        """Sleep until rung, at most *timeout* seconds."""
-
-    def takes(self) -> int:
-        """How many messages may wait for the one that was woken, and for nobody else."""
-
-
 class Seat:
     """Of one worker, whose own thread sits there to begin with."""
 
@@ -99,12 +86,12 @@ class Seat:
         self._left = 0.0  # when the last one got up
         self._error: BaseException | None = None
 
-    def place(self) -> Gate | Place:
+    def place(self) -> Gate | Guest:
         """Where a handler that is back quickly is to sleep: the seat, if it is free, or a bed that asks for it."""
         if self._open and self._lock.acquire(False):
             if self._open:
                 self._whose = threading.get_ident()
-                return _Guest(self)
+                return Guest(self)
             self._lock.release()  # it was claimed just now
             self._gate.ring()
         return _Asking(self)
@@ -157,7 +144,7 @@ class Seat:
 
     # A guest.
 
-    def sit(self, guest: _Guest, timeout: float | None) -> None:
+    def sit(self, guest: Guest, timeout: float | None) -> None:
         """Be the worker until *guest* is rung, at most *timeout* seconds."""
         notes = this_thread.notes
         notes.serves_all = True
@@ -172,7 +159,7 @@ class Seat:
         if not (self._open and self._looks):
             self._gate.ring()
 
-    def _work(self, guest: _Guest, deadline: float | None) -> None:
+    def _work(self, guest: Guest, deadline: float | None) -> None:
         while not guest.rung and (left := time_left(deadline)) != 0.0:
             if not self._host.step_in(left):
                 self._open = False
@@ -195,8 +182,8 @@ class _Asking(Gate):
         super().ring()
 
 
-class _Guest:
-    """A handler that sits."""
+class Guest:
+    """A handler that sits: its bed is the seat."""
 
     __slots__ = ("_seat", "rung")
 
@@ -205,16 +192,21 @@ class _Guest:
         self.rung = False
 
     def ring(self) -> None:
+        """Have it get up, now or at its next sleep.  Any thread; never waits."""
         if not self.rung:
             self.rung = True  # first: the bell may be silenced by a step that is under way
             if not self._seat.is_mine():
                 self._seat._host.ring()
 
     def takes(self) -> int:
-        """In the middle of a step, which may be long, the first that this has brought, and none that come otherwise."""
+        """How many messages may wait for the one that was rung, and for nobody else.  Any thread.
+
+        In the middle of a step, which may be long, the first that this has brought, and none that come otherwise.
+        """
         if self._seat.is_mine():
             return 1
         return sys.maxsize if self._seat._host.asleep() else 0
 
     def sleep(self, timeout: float | None) -> None:
+        """Be the worker until rung, at most *timeout* seconds."""
         self._seat.sit(self, timeout)

@@ -1,7 +1,7 @@
 """The protocol between the threads, checked exhaustively for small sizes: every interleaving of the real classes.
 
 What is covered: `Mailbox` with `Doorbell` (a worker) and with `Gate` (the coordinator), `Worker.step` and
-`Coordinator.run` on top of them, `Outbox`, `ReadCredit`, `Tally`, `SessionInbox`, `Latch`; two or three
+`Coordinator.run` on top of them, `Outbox`, `ReadCredit`, `Tally`, `SessionInbox`, `Latch`, and a `Seat`; two or three
 threads with one to three operations each; a switch of threads possible at every line of `bridge.crossing`, `outbox`
 and `inbox`, with the small ones at every bytecode that touches an attribute (as on a Python without a GIL, but for the
 order of memory).  For all of it: nobody sleeps for ever, no bound is broken, nothing is lost, repeated or reordered.
@@ -28,7 +28,7 @@ from bridge.crossing import Gate, Latch, Mailbox, Tally, nobody
 from bridge.inbox import Inbox, ReadCredit, SessionInbox, _Turn
 from bridge.outbox import Outbox
 from bridge.poll import Doorbell
-from bridge.seat import ROUND, Seat, _Asking, _Guest
+from bridge.seat import ROUND, Guest, Seat, _Asking
 from bridge.threads import give_up_seat, this_thread
 from bridge.worker import Worker
 
@@ -639,7 +639,7 @@ class ComesUninvited(Seat):
     __slots__ = ()
 
     def place(self) -> Any:
-        return _Guest(self) if self._open else _Asking(self)
+        return Guest(self) if self._open else _Asking(self)
 
 
 @pytest.mark.parametrize(

@@ -344,7 +344,7 @@ def test_what_ends_while_a_guest_sits_lets_him_go(
 def test_a_bug_in_a_guest_s_step_is_the_worker_s(
     served: Served, background: Background, hospitable: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def buggy(_: object) -> None:
+    def buggy(*_: object) -> None:
         raise ValueError("a bug")
 
     handling, _ = served.handler(background)
