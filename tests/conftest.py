@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import gc
 import os
 import shutil
@@ -61,6 +62,15 @@ def pytest_collection_finish() -> None:
     """Thousands of tests are no garbage: a collection during one of them need not look at the others."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """faulthandler's dump may end the interpreter while threads compute (it does not take the GIL): it is for hangs.
+
+    A test that says that it takes long has pytest-timeout's only.
+    """
+    if item.get_closest_marker("timeout"):
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(autouse=True)
