@@ -17,7 +17,7 @@ import functools
 import operator
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Final
 
 from bridge import events, forks
@@ -144,7 +144,14 @@ class Channel:
                 return False
             quiet = transport.quiet and self.outbox.idle()
             if quiet:
-                self._write(transport, data, size)
+                transport.answerable, left = False, size
+                try:
+                    left -= transport.write_at_once(data)
+                    if left:
+                        self.outbox.hold(left)
+                        self.worker.post(transport, "wake")
+                except BaseException as error:
+                    self._wrote_in_vain(left, error)
             lock.release()
             return quiet
         except BaseException:
@@ -153,20 +160,15 @@ class Channel:
         finally:
             notes.serves_all = serves_all
 
-    def _write(self, transport: Transport, data: bytes, left: int) -> None:
-        transport.answerable = False
-        try:
-            left -= transport.write_at_once(data)
-            if left:
-                self.outbox.hold(left)
-                self.worker.post(transport, "wake")
-        except SessionEnded as error:
+    def _wrote_in_vain(self, left: int, error: BaseException) -> None:
+        """*left* bytes will never leave.  That is for the worker to say; raises what the session did not raise."""
+        if isinstance(error, SessionEnded):
             self.outbox.hold(left)
-            self.worker.post(transport, "conclude", error)
-        except BaseException:  # Ctrl-C
-            transport.freeze()
-            self.worker.post(transport, "conclude", interrupted())
-            raise
+            self.worker.post(self.transport, "conclude", error)
+        else:  # Ctrl-C
+            self.transport.freeze()
+            self.worker.post(self.transport, "conclude", interrupted())
+            raise error
 
     def attend(self, inbox: SessionInbox, timeout: float | None, taken: list[Any] | None) -> bool:
         """Sleep beside the socket itself, at most *timeout* seconds, and read what comes; False if that may not be.
@@ -315,7 +317,7 @@ class Coordinator:
         """
         if channel.end is not None:
             return
-        decoded = messages, size, buffered, failure = _decode(channel, channel.codec.decode, data)
+        decoded = messages, size, buffered, failure = _decode(channel, data)
         credit = channel.credit
         if taken is not None and failure is None and len(messages) == 1 and channel.end is None:
             if buffered or credit.kept:
@@ -409,7 +411,7 @@ class Coordinator:
         if channel.end is not None:
             channel.credit.settle(len(data))
         else:
-            self._deliver(channel, _decode(channel, channel.codec.decode, data))
+            self._deliver(channel, _decode(channel, data))
 
     def _decoded(self, channel: Channel, decoded: Decoded) -> None:
         if channel.end is not None:
@@ -419,7 +421,7 @@ class Coordinator:
 
     def _peer_closed(self, channel: Channel, _: None) -> None:
         if channel.end is None:
-            self._deliver(channel, _decode(channel, channel.codec.eof))
+            self._deliver(channel, _decode(channel, b"", ended=True))
             self._end(channel, EndOfStream("the peer closed the session"))
 
     def _deliver(self, channel: Channel, decoded: Decoded) -> None:
@@ -475,12 +477,12 @@ class Coordinator:
             channel.closed.set(ending)
 
 
-def _decode(channel: Channel, decode: Callable[..., Iterable[Any]], data: bytes = b"") -> Decoded:
-    """What the codec makes of *data*, also if it fails in the middle of it.  One thread at a time."""
+def _decode(channel: Channel, data: bytes, ended: bool = False) -> Decoded:
+    """What the codec makes of *data*, or of the end, also if it fails in the middle of it.  One thread at a time."""
     codec = channel.codec
     messages: list[Any] = []
     try:
-        for message in decode(data) if data else decode():
+        for message in codec.eof() if ended else codec.decode(data):
             if message is None and channel.shared:
                 raise TypeError("it gave None, which says in a shared inbox that a session has ended")
             messages.append(message)

@@ -208,8 +208,9 @@ class TLSEngine:
                 return self._received("read", self._wanted("read", Want.READ), size)
         elif self._follows:
             self._look_out()
+        recv = self._recv  # to call it as a method takes CPython longer
         try:
-            return self._recv(self._connection, size)
+            return recv(self._connection, size)
         except SSL.Error as error:
             return self._received(
                 "read", self._outcome("read", error, self._recv, self._connection, size), size
@@ -257,8 +258,9 @@ class TLSEngine:
         if self._frozen is not None:
             assert self._frozen is chunk, "a pending write must be repeated with the same chunk"
             self._frozen = None
+        send = self._send
         try:
-            return self._send(self._connection, chunk)
+            return send(self._connection, chunk)
         except SSL.Error as error:
             result: int | Want = self._outcome("write", error, self._send, self._connection, chunk)
             self._frozen = chunk if isinstance(result, Want) else None

@@ -197,13 +197,15 @@ class ReadCredit:
 
 Done = Callable[[bool], None]
 """Called when the handler that was told of a session's end has come back, or false if it never will."""
-Entry = tuple[Any, Any, "ReadCredit | None", int, "Done | None"]
-"""One message on its way to the application: session, message, the credit and how much of it comes back when
+Entry = tuple[tuple[Any, Any], "ReadCredit | None", int, "Done | None"]
+"""One message on its way to the application: session and message, the credit and how much of it comes back when
 the message is taken, and what to call when the handler comes back for the next one."""
 
 
 _NOBODY: Any = types.SimpleNamespace(_used=0)
 """Who pays for a message that costs nothing."""
+_NOTHING_YET: tuple[Any, ReadCredit | None, Gate | Guest | None] = None, None, None
+"""What was taken, who has paid for it, and where its taker has slept."""
 
 
 class _Turn:
@@ -215,14 +217,14 @@ class _Turn:
         self._inbox = inbox
         self._notes = this_thread.notes
         self.may_sit = threading.get_ident() != threading.main_thread().ident
-        self._seat: Seat | None = None  # of the last message
-        self._in_a_row = 0  # how many came from there
+        self._seat: Seat | None = None  # of the last message behind which the inbox was empty
+        self._in_a_row = 0  # how many of these came from there
         self._since = 0.0  # when the last one came
         self.session: object = None
         self.done: Done | None = None
 
     def begin(self, credit: ReadCredit | None) -> None:
-        """It has a message, for which *credit* has paid, if anybody has."""
+        """It has the last message that was here, for which *credit* has paid, if anybody has."""
         self._since = time.monotonic()
         self._in_a_row += 1
         if credit is not None and credit.seat is not self._seat:
@@ -309,10 +311,7 @@ class Inbox(forks.Handle):
             turn = self._handler.turn = _Turn(self)
         if turn.done is not None:
             turn.end()
-        entry = self._next(timeout, deadline, turn)
-        if turn.may_sit:
-            turn.begin(entry[2])
-        return entry[0], entry[1]
+        return self._next(timeout, deadline, turn)
 
     def task_done(self) -> None:
         """This thread is done with the message it got last; the session's next may go to any handler.
@@ -363,17 +362,15 @@ class Inbox(forks.Handle):
 
     def _next(
         self, timeout: float | None, deadline: float | None, turn: _Turn | None, keep: bool = False
-    ) -> Entry:
-        """The next entry, which has left; with *turn*, in place of the one that its thread was given last.
+    ) -> Any:
+        """What the next entry brings, a pair, which has left; with *turn*, in place of what its thread was given last.
 
         If it is to *keep* its place, it has been called for nothing.  ReceiveTimeout after the *deadline*, *timeout*
         seconds after it was set.  An entry leaves, with all that hangs on it, in a row without calls and, for the sake
         of Python 3.10, without a jump, or not at all.
         The lock is taken by two calls, for a ``with`` takes CPython twice as long; `_give_way` sees to interrupts.
         """
-        entry: Entry | None = None
-        credit: ReadCredit | None = None
-        bed: Gate | Guest | None = None
+        item, credit, bed = _NOTHING_YET
         entries, lock, nested = self._entries, self._lock, self._lock._is_owned()  # type: ignore[attr-defined]
         try:
             while True:
@@ -384,15 +381,14 @@ class Inbox(forks.Handle):
                     if turn is not None and turn.session is not None:
                         self._release(turn)
                     if entries:
-                        entry = entries[0]
+                        item, credit, cost, done = entries[0]
                         if keep:
                             self._call()
-                            return entry
-                        session, _, credit, cost, done = entry
+                            return item
                         payer, cost = (_NOBODY, 0) if credit is None or credit._forfeit else (credit, cost)
-                        ended = done is not None
+                        ended = 0 if done is None else 1
                         if turn is not None:
-                            turn.session, turn.done = session, done
+                            turn.session, turn.done = item[0], done
                         self._ends -= ended
                         payer._used -= cost
                         del entries[0]
@@ -407,10 +403,12 @@ class Inbox(forks.Handle):
                 bed.sleep(left)
             if credit is not None and (credit._paused or credit.reported):
                 credit.review()
+            if turn is not None and not entries and turn.may_sit:
+                turn.begin(credit)
         except BaseException:
             self._give_way(bed, credit, nested)
             raise
-        return entry
+        return item
 
     def _queue_up(self, bed: Gate | Guest) -> None:
         """With the lock: it is last in line; or first, if it is a seat, where nobody need be woken, or asks for one."""
@@ -500,7 +498,7 @@ class Inbox(forks.Handle):
                         messages = []
                     resume = credit._charge(size, share * len(messages))
                 for message in messages:
-                    entry = (session, message, credit, share, done)
+                    entry = ((session, message), credit, share, done)
                     if session is None:
                         self._entries += (entry,)
                     elif session not in ahead:
@@ -609,7 +607,7 @@ class SessionInbox(Inbox):
     def _put_back(self, taken: list[Any]) -> None:
         """A receiver gives up, be it for Ctrl-C: what it has *taken*, or was woken for, is for the next one."""
         with self._lock:
-            self._entries.extendleft((None, message, None, 0, None) for message in taken)
+            self._entries.extendleft(((None, message), None, 0, None) for message in taken)
             self._call()
         self._ring()
 

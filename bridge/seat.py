@@ -37,7 +37,7 @@ from bridge.threads import this_thread
 QUICK = 0.001
 """Seconds: who is back for the next message so soon may sit down; for who is away for longer nobody keeps the seat."""
 STEADY = 8
-"""Messages in a row, all of one worker's sessions, after which a handler may take that one's seat."""
+"""Times in a row that the last message in the inbox was of one worker's, after which a handler may take its seat."""
 ROUND = 0.002
 """Seconds after which the worker looks who sits in its place."""
 

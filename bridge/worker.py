@@ -293,7 +293,9 @@ class Worker:
         runnable.update(ready)
         if runnable.pop(None, NOTHING):
             self._doorbell.silence()
-        self._obey(runnable, now)
+        commands = self._mailbox.take()
+        if commands:
+            self._obey(commands, runnable, now)
         self._fire_timers(runnable, now)
         self._line_up(runnable, handshakes)
         done = bool(runnable or self._line)
@@ -304,7 +306,11 @@ class Worker:
         return done
 
     def _line_up(self, runnable: dict[Any, int], handshakes: int) -> None:
-        for pollable in [one for one, mask in runnable.items() if mask and one.opening]:
+        opening = []
+        for pollable, mask in runnable.items():
+            if mask and pollable.opening:
+                opening.append(pollable)
+        for pollable in opening:
             self._line.append((pollable, runnable.pop(pollable)))
             if len(self._line) > handshakes:  # those before it have their turn in this very step
                 self._look_away(self._watched[pollable])
@@ -354,8 +360,8 @@ class Worker:
         self._mailbox.awake()
         return ready
 
-    def _obey(self, runnable: dict[Any, int], now: float) -> None:
-        for pollable, method, arguments in self._mailbox.take():
+    def _obey(self, commands: list[Command], runnable: dict[Any, int], now: float) -> None:
+        for pollable, method, arguments in commands:
             if pollable is None:
                 getattr(self, method)(now)
                 continue

@@ -587,7 +587,7 @@ class _Interrupting(tuple):  # type: ignore[type-arg]
     """As it is unpacked Ctrl-C comes, which Python sees to at the next moment at which it may."""
 
     __iter__ = functools.partial(  # type: ignore[assignment]
-        itertools.chain, ("session", 1, None, 0), map(_thread.interrupt_main, [signal.SIGINT])
+        itertools.chain, (("session", 1), None, 0), map(_thread.interrupt_main, [signal.SIGINT])
     )
 
 
@@ -597,7 +597,7 @@ def test_a_message_leaves_with_its_turn_or_not_at_all() -> None:
     inbox = Inbox()
     inbox.put(("session", 1))
     inbox.put(("session", 2))
-    inbox._entries[0] = _Interrupting(("session", 1, None, 0, None))  # type: ignore[call-overload]
+    inbox._entries[0] = _Interrupting((("session", 1), None, 0, None))  # type: ignore[call-overload]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs in the background ignores it
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -605,7 +605,7 @@ def test_a_message_leaves_with_its_turn_or_not_at_all() -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     if inbox.qsize() == 2:
-        inbox._entries[0] = ("session", 1, None, 0, None)
+        inbox._entries[0] = (("session", 1), None, 0, None)
         assert inbox.get(timeout=0) == ("session", 1)
     assert inbox.get(timeout=0) == ("session", 2)
     inbox.task_done()
