@@ -376,7 +376,8 @@ def my_sleeper() -> Sleeper | None:
     Another one in a child of fork(), which would share the bell, and in a signal handler that interrupts its sleep.
     """
     notes = this_thread.notes
-    give_up_seat(notes)
+    if notes.seat is not None:
+        give_up_seat(notes)
     sleeper: Sleeper | None = notes.sleeper
     if sleeper is None or sleeper.asleep or sleeper.born != forks.current:
         if notes.does_without:
