@@ -7,6 +7,7 @@ import faulthandler
 import gc
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -25,6 +26,9 @@ pytest_plugins = ["dropin_rig", "rig"]
 
 LEAK_PATIENCE = 5.0
 """Seconds that threads and descriptors have to end after their test did."""
+
+TEARDOWN_PATIENCE = 60.0
+"""Seconds that a failed test has to take down what it has set up."""
 
 SCHEDULES = 300
 """Lockstep schedules of a test, unless the command line has another number."""
@@ -71,6 +75,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """
     if item.get_closest_marker("timeout"):
         faulthandler.cancel_dump_traceback_later()
+
+
+def pytest_exception_interact(node: pytest.Item) -> None:
+    """A failed test has no timer any more, be it pytest-timeout's, and what it has left may hang its teardown."""
+    if not node.config.getoption("usepdb"):
+        faulthandler.dump_traceback_later(TEARDOWN_PATIENCE, exit=True, file=sys.__stderr__)
+
+
+def pytest_runtest_logfinish() -> None:
+    """It was taken down."""
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(autouse=True)

@@ -55,7 +55,8 @@ def client_ctx(ca_file: str) -> bridge.Context:
 
 
 @pytest.fixture
-def b() -> Iterator[bridge.Bridge]:
+def b(pool: ThreadPoolExecutor) -> Iterator[bridge.Bridge]:
+    """Closed before the pool, which waits for its threads: if a test fails, these may wait for the bridge."""
     with bridge.Bridge(workers=1, timeouts=QUICK) as made:
         yield made
 
@@ -116,7 +117,14 @@ def test_iteration_ends_when_the_listener_is_closed(
     accepted: list[bridge.Session] = []
     iterating = pool.submit(lambda: [accepted.append(session) for session in listener])
     accepting = pool.submit(listener.accept)
-    clients = [b.connect(listener.address, client_ctx, server_hostname="localhost") for _ in range(5)]
+    sleepers, clients = listener._accepted._sleepers, []
+    for got in range(
+        5
+    ):  # first come, first served, if whoever got one sleeps again before the next one comes
+        until(
+            lambda got=got: len(accepted) + accepting.done() == got and len(sleepers) + accepting.done() == 2
+        )  # type: ignore[misc]
+        clients.append(b.connect(listener.address, client_ctx, server_hostname="localhost"))
     accepted.append(accepting.result(PATIENCE))
     until(lambda: len(accepted) == 5)
     blocked = pool.submit(listener.accept)
