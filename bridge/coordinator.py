@@ -144,14 +144,7 @@ class Channel:
                 return False
             quiet = transport.quiet and self.outbox.idle()
             if quiet:
-                transport.answerable, left = False, size
-                try:
-                    left -= transport.write_at_once(data)
-                    if left:
-                        self.outbox.hold(left)
-                        self.worker.post(transport, "wake")
-                except BaseException as error:
-                    self._wrote_in_vain(left, error)
+                self._write(transport, data, size)
             lock.release()
             return quiet
         except BaseException:
@@ -160,15 +153,20 @@ class Channel:
         finally:
             notes.serves_all = serves_all
 
-    def _wrote_in_vain(self, left: int, error: BaseException) -> None:
-        """*left* bytes will never leave.  That is for the worker to say; raises what the session did not raise."""
-        if isinstance(error, SessionEnded):
+    def _write(self, transport: Transport, data: bytes, left: int) -> None:
+        transport.answerable = False
+        try:
+            left -= transport.write_at_once(data)
+            if left:
+                self.outbox.hold(left)
+                self.worker.post(transport, "wake")
+        except SessionEnded as error:
             self.outbox.hold(left)
-            self.worker.post(self.transport, "conclude", error)
-        else:  # Ctrl-C
-            self.transport.freeze()
-            self.worker.post(self.transport, "conclude", interrupted())
-            raise error
+            self.worker.post(transport, "conclude", error)
+        except BaseException:  # Ctrl-C
+            transport.freeze()
+            self.worker.post(transport, "conclude", interrupted())
+            raise
 
     def attend(self, inbox: SessionInbox, timeout: float | None, taken: list[Any] | None) -> bool:
         """Sleep beside the socket itself, at most *timeout* seconds, and read what comes; False if that may not be.

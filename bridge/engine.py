@@ -212,9 +212,7 @@ class TLSEngine:
         try:
             return recv(self._connection, size)
         except SSL.Error as error:
-            return self._received(
-                "read", self._outcome("read", error, self._recv, self._connection, size), size
-            )
+            return self._received("read", self._outcome("read", error, recv, self._connection, size), size)
 
     def last_words(self, size: int) -> bytes | Want:
         """As `read`, after a write has failed: what the peer had said before that, for as long as OpenSSL will read."""
@@ -262,7 +260,7 @@ class TLSEngine:
         try:
             return send(self._connection, chunk)
         except SSL.Error as error:
-            result: int | Want = self._outcome("write", error, self._send, self._connection, chunk)
+            result: int | Want = self._outcome("write", error, send, self._connection, chunk)
             self._frozen = chunk if isinstance(result, Want) else None
             return result
 

@@ -92,7 +92,8 @@ ANSWER_BYTES = 64 * 1024
 EVIDENCE_BYTES = 1024
 """How much of what the kernel holds the watchdog looks at; ciphertext that has moved on looks different."""
 LONG_AGO = -math.inf
-DATA = Told.DATA
+_DATA = Told.DATA
+"""By a name of its own, for where speed counts."""
 _CALLS = ("read", "write", "shutdown", "handshake")
 LINGER_BYTES = 16 * 1024 * 1024
 """How much late input a session that has failed swallows before its socket is closed anyway."""
@@ -264,7 +265,7 @@ class Transport:
             if data:
                 self.credit.spend(len(data))
                 tell = self._tell  # to call it as a method takes CPython longer
-                tell(DATA, data)
+                tell(_DATA, data)
                 if self.brief:
                     return False
         elif ready:

@@ -77,9 +77,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         faulthandler.cancel_dump_traceback_later()
 
 
-def pytest_exception_interact(node: pytest.Item) -> None:
+def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
     """A failed test has no timer any more, be it pytest-timeout's, and what it has left may hang its teardown."""
-    if not node.config.getoption("usepdb"):
+    if isinstance(node, pytest.Item) and not node.config.getoption("usepdb"):
         faulthandler.dump_traceback_later(TEARDOWN_PATIENCE, exit=True, file=sys.__stderr__)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import ssl
@@ -118,12 +119,14 @@ def test_iteration_ends_when_the_listener_is_closed(
     iterating = pool.submit(lambda: [accepted.append(session) for session in listener])
     accepting = pool.submit(listener.accept)
     sleepers, clients = listener._accepted._sleepers, []
-    for got in range(
-        5
-    ):  # first come, first served, if whoever got one sleeps again before the next one comes
-        until(
-            lambda got=got: len(accepted) + accepting.done() == got and len(sleepers) + accepting.done() == 2
-        )  # type: ignore[misc]
+
+    def both_wait(number: int) -> bool:
+        """First come, first served, if whoever got one of *number* sleeps again before the next one comes."""
+        done = accepting.done()
+        return len(accepted) + done == number and len(sleepers) + done == 2
+
+    for number in range(5):
+        until(functools.partial(both_wait, number))
         clients.append(b.connect(listener.address, client_ctx, server_hostname="localhost"))
     accepted.append(accepting.result(PATIENCE))
     until(lambda: len(accepted) == 5)
