@@ -21,6 +21,8 @@ import pytest
 
 import bridge
 
+pytestmark = pytest.mark.once
+
 PACKAGE = Path(bridge.__file__).parent
 
 FLOORS = (

@@ -32,6 +32,8 @@ from bridge.seat import ROUND, Guest, Seat, _Asking
 from bridge.threads import give_up_seat, this_thread
 from bridge.worker import Worker
 
+pytestmark = pytest.mark.once
+
 GONE = bridge.SessionAborted("gone")
 
 

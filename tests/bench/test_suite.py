@@ -19,6 +19,8 @@ import servers
 import works
 from report import Goal, Result, Sample, Spread, markdown, ratios
 
+pytestmark = pytest.mark.once
+
 HERE = Path(__file__).parent
 DOCS = HERE.parent.parent / "docs"
 
