@@ -39,7 +39,7 @@ _REASONS = (
         "it speaks none of the protocols offered by --alpn",
     ),
     (
-        r"ALERT_UNRECOGNIZED_NAME",
+        r"UNRECOGNIZED_NAME",
         "it does not know the name it was asked for (SNI); pass the right one with --server-name",
     ),
     (

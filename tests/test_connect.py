@@ -326,6 +326,19 @@ def test_a_server_that_ignores_the_protocols_offered_is_told_of(
     assert "ALPN none (offered: h2)" in capsys.readouterr().out
 
 
+def test_a_server_that_does_not_know_the_name_is_explained(
+    server_cert: KeyPair, ca_file: str, openssl: str, capsys: Any, tls_version: str
+) -> None:
+    identity = ("-cert", server_cert.certfile, "-key", server_cert.keyfile)
+    names = ("-servername", "a.example", "-servername_fatal", "-cert2", server_cert.certfile)
+    names += ("-key2", server_cert.keyfile)
+    with Program(openssl, "s_server", "-accept", "127.0.0.1:0", "-naccept", "1", *identity, *names) as peer:
+        status, said = fails(
+            capsys, *told(("", peer.port()), "--cafile", ca_file, "--max", tls_version, "--info")
+        )
+    assert status == 6 and "it does not know the name" in said and "--server-name" in said
+
+
 def test_a_port_where_nobody_listens_is_explained(capsys: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = free.getsockname()
@@ -466,7 +479,7 @@ def test_a_tls_error_after_the_handshake_is_no_failed_handshake_unless_it_says_s
         (OSError(113, "No route to host"), 3, "h:1: cannot connect: No route to host"),
         (RuntimeError("strange"), 3, "h:1: cannot connect: strange"),
         (tls_error("BAD_SIGNATURE"), 6, "h:1: the handshake failed: [SSL: BAD_SIGNATURE]"),
-        (tls_error("TLSV1_ALERT_UNRECOGNIZED_NAME"), 6, "h:1: it does not know the name"),
+        (tls_error("TLSV1_UNRECOGNIZED_NAME"), 6, "h:1: it does not know the name"),
     ],
     ids=str,
 )
