@@ -49,6 +49,14 @@ class Positive:
         return self.kind.__name__
 
 
+def silence(text: str) -> float:
+    """A time in seconds, 0 or more; ArgumentTypeError for anything else."""
+    seconds = float(text)
+    if not 0 <= seconds < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is neither 0 nor a positive number")
+    return seconds
+
+
 def add_peer(parser: argparse.ArgumentParser) -> None:
     """What says which server to talk to, and on which terms."""
     parser.add_argument("address", type=address, metavar="HOST:PORT", help="IPv6: [::1]:8443")

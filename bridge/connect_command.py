@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 import bridge
-from bridge.arguments import add_peer, alpn, open_session, show_address
+from bridge.arguments import add_peer, alpn, open_session, show_address, silence
 from bridge.explain import explain
 from bridge.starttls import Refused
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as --info, as one JSON object, errors too")
     parser.add_argument(
         "--linger",
-        type=float,
+        type=silence,
         default=10.0,
         metavar="S",
         help="seconds of silence after the end of stdin until it closes (default: %(default)g)",

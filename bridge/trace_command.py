@@ -7,7 +7,7 @@ import os
 import sys
 
 import bridge
-from bridge.arguments import add_peer, open_session, show_address
+from bridge.arguments import add_peer, open_session, show_address, silence
 from bridge.connect_command import printable
 from bridge.explain import explain
 from bridge.starttls import Refused
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--send", metavar="TEXT", help=r"what to say; \r, \n and \t are understood")
     parser.add_argument(
         "--wait",
-        type=float,
+        type=silence,
         default=1.0,
         metavar="S",
         help="seconds of silence until it closes (default: %(default)g)",

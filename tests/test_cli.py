@@ -354,6 +354,11 @@ def test_how_far_a_demo_is() -> None:
         (["demo", "--tls", "1.1"], "invalid choice: '1.1'"),
         (["demo", "--clients", "-1"], "-1 is not a positive number"),
         (["demo", "--seed", "x"], "invalid int value: 'x'"),
+        (["connect", "h:1", "--linger", "nan"], "--linger: nan is neither 0 nor a positive number"),
+        (["connect", "h:1", "--linger", "-1"], "--linger: -1 is neither 0 nor a positive number"),
+        (["trace", "h:1", "--wait", "nan"], "--wait: nan is neither 0 nor a positive number"),
+        (["trace", "h:1", "--wait", "-1"], "--wait: -1 is neither 0 nor a positive number"),
+        (["trace", "h:1", "--wait", "x"], "invalid silence value: 'x'"),
     ],
 )
 def test_bad_arguments(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

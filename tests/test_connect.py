@@ -849,6 +849,15 @@ def test_trace_need_not_send_anything(
     assert "SSL_read" in capsys.readouterr().out
 
 
+def test_trace_need_not_wait_either(
+    server_cert: KeyPair, ca_file: str, background: Background, capsys: Any
+) -> None:
+    address, _ = background.serve_tls(server_context(server_cert), until_end)
+    command = ["trace", f"localhost:{address[1]}", "--cafile", ca_file, "--wait", "0"]
+    assert cli.main(command) in (0, 1)
+    assert "close_notify" in capsys.readouterr().out
+
+
 def test_trace_does_without_rich(
     monkeypatch: pytest.MonkeyPatch, background: Background, capsys: Any
 ) -> None:
