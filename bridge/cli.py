@@ -81,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         _let_go()
         reason = error.strerror or str(error)
+        if error.filename is not None:
+            reason = f"{error.filename}: {reason}"
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
     return _complain(f"{name}: error: {reason}", 2)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from typing import Any
 
 from bridge.connect_command import printable
-from bridge.window import look
+from bridge.window import NOBODY, look
 
 COLUMNS = ("session", "worker", "state", "for", "waits for", "inbox", "outbox")
 
@@ -66,7 +67,13 @@ def watch(path: str, every: float) -> None:
             live.update(shown(view, rates, live.console.height - 8), refresh=True)
             pause.wait(every)
             before, since = view, seen
-            view, seen = look(path), time.monotonic()
+            try:
+                view, seen = look(path), time.monotonic()
+            except OSError as error:
+                if error.errno not in NOBODY | {errno.EPROTO}:
+                    raise
+                gone = f"process {view['pid']} has ended, or has closed its window"
+                raise OSError(error.errno, gone, path) from error
             moved = [(view[key] - before[key]) / (seen - since) for key in ("bytes_received", "bytes_sent")]
             rates = f", now {moved[0]:,.0f} and {moved[1]:,.0f} a second"
 

@@ -37,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Do it; the exit status.  ConfigurationError or OSError for unusable arguments."""
     where, settled, status = show_address(arguments.address), False, 0
     sentence = ""
+    if arguments.svg:
+        _write(arguments.svg, "a", "")  # if that cannot be, it is said before anything is done
     with bridge.trace() as seen:
         try:
             with bridge.Bridge(workers=1) as b, open_session(b, arguments) as session:
@@ -51,11 +53,19 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _show(seen)
     if arguments.svg:
-        with open(arguments.svg, "w", encoding="utf-8") as file:
-            file.write(seen.svg())
+        _write(arguments.svg, "w", seen.svg())
     if sentence:
         print(f"tls-bridge trace: {printable(sentence)}", file=sys.stderr)
     return status
+
+
+def _write(path: str, mode: str, text: str) -> None:
+    try:
+        with open(path, mode, encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        error.filename = path  # which only `open` tells
+        raise
 
 
 def _exchange(session: bridge.Session, arguments: argparse.Namespace) -> None:

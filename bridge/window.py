@@ -25,6 +25,8 @@ PATIENCE = 2.0
 """Seconds in which a looker must have taken all, and in which whoever has the path must answer."""
 PAUSE = 0.1
 """Seconds until a window that cannot let anybody look, for want of descriptors, tries again."""
+NOBODY = {errno.ENOENT, errno.ENOTDIR, errno.ENOTSOCK, errno.ECONNREFUSED}
+"""How it fails to look where there is no window."""
 
 
 class Window:
@@ -110,19 +112,34 @@ def look(path: str | os.PathLike[str], timeout: float = 5.0) -> dict[str, Any]:
     *bytes_sent*, *endings*, *handshakes* and *wants* as in `bridge.Totals`, where a key of several parts and its value
     are one list.
     """
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(timeout)
-        sock.connect(os.fspath(path))
-        parts = []
-        while data := sock.recv(65536):
-            parts.append(data)
+    where = os.fspath(path)
     try:
-        view = json.loads(b"".join(parts))
+        said = _hear(where, timeout)
+    except TimeoutError as error:
+        raise TimeoutError(errno.ETIMEDOUT, "whoever has it does not answer", where) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in NOBODY:
+            reason += "; no program has opened a Window there, or it has ended"
+        raise OSError(error.errno, reason, where) from error
+    try:
+        view = json.loads(said)
     except (ValueError, RecursionError):
         view = None
     if not isinstance(view, dict) or "sessions" not in view:
-        raise OSError(errno.EPROTO, f"{os.fspath(path)} is no window, or one that is just closing")
+        raise OSError(errno.EPROTO, "this is no window, or one that is just closing", where)
     return view
+
+
+def _hear(path: str, timeout: float) -> bytes:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(timeout)
+        sock.connect(path)
+        parts = []
+        with contextlib.suppress(ConnectionResetError):  # it closes, and has not accepted us
+            while data := sock.recv(65536):
+                parts.append(data)
+    return b"".join(parts)
 
 
 def _listen(path: str) -> socket.socket:

@@ -868,6 +868,30 @@ def test_trace_does_without_rich(
     assert "ClientHello" in capsys.readouterr().out
 
 
+def test_a_picture_that_cannot_be_written_is_said_before_anybody_is_met(tmp_path: Path, capsys: Any) -> None:
+    picture = tmp_path / "nowhere" / "t.svg"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        status, said = fails(capsys, "trace", f"127.0.0.1:{listener.getsockname()[1]}", "--svg", str(picture))
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    assert (status, said) == (2, f"tls-bridge trace: error: {picture}: No such file or directory\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_picture_that_does_not_fit_on_the_disk_is_named(background: Background, capsys: Any) -> None:
+    address, _ = background.serve(lambda sock: sock.recv(1))
+    assert cli.main(["trace", f"localhost:{address[1]}", "--svg", "/dev/full"]) == 2
+    assert capsys.readouterr().err == "tls-bridge trace: error: /dev/full: No space left on device\n"
+
+
+def test_a_trace_that_cannot_be_begun_leaves_the_picture_of_the_last_one(tmp_path: Path, capsys: Any) -> None:
+    picture = tmp_path / "t.svg"
+    picture.write_text("of the last one")
+    status, _ = fails(capsys, "trace", "localhost:1", "--cafile", "/nowhere.pem", "--svg", str(picture))
+    assert (status, picture.read_text()) == (2, "of the last one")
+
+
 def test_trace_of_what_cannot_be_begun_is_status_2(capsys: Any) -> None:
     status, said = fails(capsys, "trace", "localhost:1", "--cafile", "/nowhere.pem")
     assert status == 2 and "/nowhere.pem" in said

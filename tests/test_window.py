@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
+import select
 import socket
 import stat
 import subprocess
@@ -188,7 +190,7 @@ def test_top_of_what_is_no_window_is_one_line(
         assert cli.main(["top", str(path)]) == 2
         answered.result(PATIENCE)
     shown = capsys.readouterr().err
-    assert shown == f"tls-bridge top: error: {path} is no window, or one that is just closing\n"
+    assert shown == f"tls-bridge top: error: {path}: this is no window, or one that is just closing\n"
 
 
 def test_top_shows_names_as_they_are_and_nothing_that_moves_the_cursor(
@@ -217,8 +219,46 @@ def test_top_prints_it(talking: bridge.Bridge, path: Path, capsys: pytest.Captur
         assert "open" in first and "read: read" in first and "1,000" in first, "the fullest comes first"
         assert cli.main(["top", str(path), "--json"]) == 0
         assert len(json.loads(capsys.readouterr().out)["sessions"]) == 2
+
+
+@pytest.mark.parametrize("kind", ["nothing", "a file", "a dead socket", "below a file"])
+def test_top_of_where_no_window_is_says_where_and_why(
+    kind: str, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kind == "a dead socket":
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(path))
+    elif kind != "nothing":
+        path.touch()
+    path = path / "window" if kind == "below a file" else path
     assert cli.main(["top", str(path)]) == 2
-    assert capsys.readouterr().err.startswith("tls-bridge top: error: ")
+    said = capsys.readouterr().err
+    assert said.startswith(f"tls-bridge top: error: {path}: ")
+    assert said.endswith("; no program has opened a Window there, or it has ended\n")
+
+
+def test_top_of_a_path_that_cannot_be_one_says_so(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = path.with_name("x" * 200)
+    assert cli.main(["top", str(path)]) == 2
+    assert capsys.readouterr().err == f"tls-bridge top: error: {path}: AF_UNIX path too long\n"
+
+
+def test_who_looks_at_an_owner_that_does_not_answer_is_told_so(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(str(path))
+        mute.listen()
+        with pytest.raises(TimeoutError, match=f"does not answer.*{path}"):
+            look(path, timeout=0.05)
+
+
+def test_who_looks_at_a_window_that_closes_is_told_so(path: Path, background: Background) -> None:
+    with socket.socket(socket.AF_UNIX) as closing:
+        closing.bind(str(path))
+        closing.listen()
+        looking = background.run(look, path)
+        select.select([closing], [], [], PATIENCE)
+    with pytest.raises(OSError, match="just closing"):
+        looking.result(PATIENCE)
 
 
 @contextlib.contextmanager
@@ -253,7 +293,24 @@ def test_top_is_live_on_a_terminal_until_the_window_closes(talking: bridge.Bridg
             seen += screen.read(65536)
         window.close()
         _, err = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 2 and err.startswith(b"tls-bridge top: error: ")
+    gone = f"process {os.getpid()} has ended, or has closed its window"
+    assert (process.returncode, err.decode()) == (2, f"tls-bridge top: error: {path}: {gone}\n")
+
+
+def test_top_that_can_look_no_more_does_not_blame_the_process(talking: bridge.Bridge, path: Path) -> None:
+    pytest.importorskip("rich")
+    with Window(talking, path), top_on_a_terminal("xterm", path, "--every", "0.1") as (process, screen):
+        seen = b""
+        while b"1,000" not in seen:
+            seen += screen.read(65536)
+        loop = path.with_name("loop")
+        loop.symlink_to(path)
+        loop.replace(path)
+        _, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err.decode()) == (
+        2,
+        f"tls-bridge top: error: {path}: {os.strerror(errno.ELOOP)}\n",
+    )
 
 
 def test_top_ends_with_its_terminal(talking: bridge.Bridge, path: Path) -> None:
@@ -293,6 +350,6 @@ def test_rates_are_of_the_time_that_passed_between_two_looks(
         monkeypatch.setattr(screen, "isatty", lambda: True)
         monkeypatch.setattr(sys, "stdout", screen)
         monkeypatch.setenv("TERM", "xterm")
-        with pytest.raises(OSError, match="no window"):
+        with pytest.raises(OSError, match="has closed its window"):
             top.watch(str(path), 1e-9)
     assert "now 500 and 0 a second" in " ".join(screen.getvalue().split())
