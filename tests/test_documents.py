@@ -122,6 +122,17 @@ def _steady(line: str) -> str:
     return line if line.startswith("tls_bridge_") else re.sub(r"\d+(?:[.:]\d+)*", "N", line)
 
 
+@pytest.mark.usefixtures("workplace")
+def test_the_session_that_is_traced_in_the_docs_closes_without_a_wait() -> None:
+    page = (ROOT / "docs" / "howto" / "trace.md").read_text(encoding="utf-8")
+    namespace: dict[str, Any] = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[0], namespace)
+    seen: bridge.Trace = namespace["seen"]
+    assert seen.events
+    assert [str(event) for event in seen.events if event.outcome == "a deadline"] == []
+
+
 PICTURES = {
     "echo": ["ClientHello", "SSL_write → 5 B", "close_notify"],
     "silence": ["SSL_read → WANT_READ", "→ socket readable", "SSL_read → 5 B"],
