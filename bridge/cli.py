@@ -213,6 +213,22 @@ def _run(words: list[str]) -> int:
     # It stays there: a program's threads and exit handlers outlive its last line.
     program = sys.modules["__main__"] = types.ModuleType("__main__")
     vars(program)["__builtins__"] = builtins
+    try:
+        return _run_program(words, program, safe)
+    except BaseException as error:
+        _begin_with_the_program(error)
+        raise
+
+
+def _begin_with_the_program(error: BaseException) -> None:
+    """Have the traceback of *error*, which ends the program, begin where Python's would."""
+    traceback, hook = error.__traceback__, sys.excepthook
+    while traceback is not None and traceback.tb_frame.f_code.co_filename == _run.__code__.co_filename:
+        traceback = traceback.tb_next
+    sys.excepthook = lambda kind, error, _: hook(kind, error.with_traceback(traceback), traceback)
+
+
+def _run_program(words: list[str], program: types.ModuleType, safe: bool) -> int:
     if words[0] == "-m":
         sys.argv = words[1:]
         if not safe:
@@ -235,7 +251,7 @@ def _run_script(path: str, program: types.ModuleType, safe: bool) -> int:
         content = loader.get_data(path)
     except OSError as error:
         return _complain(f"tls-bridge run: error: cannot open {path}: {error.strerror}", 2)
-    code = loader.get_code("__main__") if compiled else loader.source_to_code(content, path)
+    code = loader.get_code("__main__") if compiled else compile(content, path, "exec", dont_inherit=True)
     vars(program).update(__file__=path, __loader__=loader, __cached__=None)
     if not safe:
         sys.path.insert(0, os.path.dirname(os.path.realpath(path)))

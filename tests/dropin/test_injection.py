@@ -251,6 +251,38 @@ def test_a_program_is_the_main_module_until_its_threads_and_exit_handlers_are_do
     assert run(*words, "x", cwd=tmp_path) == ("['x'] True True\nlate True\nexit True\n", 0, "")
 
 
+FAILURES = {
+    "an error": "def f():\n    1 / 0\nf()",
+    "a chain": "try:\n    1 / 0\nexcept ZeroDivisionError as error:\n    raise KeyError from error",
+    "no Exception": "class Odd(BaseException): pass\nraise Odd",
+    "a SyntaxError": "x = (",
+    "Ctrl-C": "import signal\nsignal.raise_signal(signal.SIGINT)",
+    "sys.exit": "import sys\nsys.exit('so be it')",
+    "a hook": (
+        "import sys, traceback\n"
+        "sys.excepthook = lambda *error: print(traceback.extract_tb(error[2]))\n"
+        "raise ValueError"
+    ),
+}
+"""Ends of programs."""
+
+
+@pytest.mark.parametrize("how", ["script", "module", "directory"])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_program_that_fails_says_what_it_says_without_the_bridge(
+    failure: str, how: str, tmp_path: Path
+) -> None:
+    (tmp_path / "package").mkdir()
+    for path in (tmp_path / "program.py", tmp_path / "package" / "__main__.py"):
+        path.write_text(FAILURES[failure])
+    words = {"script": ["program.py"], "module": ["-m", "program"], "directory": ["package"]}[how]
+    alone = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path
+    )
+    assert run(*words, cwd=tmp_path) == (alone.stdout, alone.returncode, alone.stderr)
+    assert alone.returncode != 0
+
+
 def test_run_of_a_missing_script_is_one_line_and_status_2(tmp_path: Path) -> None:
     said = f"tls-bridge run: error: cannot open {tmp_path / 'none.py'}: No such file or directory\n"
     assert run("none.py", cwd=tmp_path) == ("", 2, said)
