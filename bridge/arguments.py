@@ -57,6 +57,23 @@ def silence(text: str) -> float:
     return seconds
 
 
+def add_password(parser: argparse.ArgumentParser) -> None:
+    """What says how a private key is encrypted."""
+    parser.add_argument("--password-file", metavar="FILE", help="its password: the first line of a file")
+
+
+def password(arguments: argparse.Namespace) -> bytes | None:
+    """The password of the private key, if one is given.  ConfigurationError if its file cannot be read."""
+    path = arguments.password_file
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            return file.readline().removesuffix(b"\n").removesuffix(b"\r")
+    except OSError as error:
+        raise bridge.ConfigurationError(f"cannot read the password in {path!r}: {error.strerror}") from error
+
+
 def add_peer(parser: argparse.ArgumentParser) -> None:
     """What says which server to talk to, and on which terms."""
     parser.add_argument("address", type=address, metavar="HOST:PORT", help="IPv6: [::1]:8443")
@@ -65,6 +82,7 @@ def add_peer(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cert", metavar="PEM", help="this client's certificate, then its chain")
     parser.add_argument("--key", metavar="PEM", help="its private key (default: in --cert)")
+    add_password(parser)
     parser.add_argument(
         "--server-name", metavar="NAME", help="who the server must prove to be (default: HOST)"
     )
@@ -100,6 +118,7 @@ def open_session(b: bridge.Bridge, arguments: argparse.Namespace) -> bridge.Sess
         arguments.cafile,
         certfile=arguments.cert,
         keyfile=arguments.key or arguments.cert,
+        password=password(arguments),
         alpn=alpn(arguments),
         verify=not arguments.insecure,
         minimum_version=arguments.min,

@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 import bridge
 from bridge import connect_command, demo, top, trace_command, window
-from bridge.arguments import Positive, address, show_address
+from bridge.arguments import Positive, add_password, address, password, show_address
 
 HANDLERS = 2
 """Handler threads of the echo server: under the GIL more than two only wait for each other."""
@@ -148,6 +148,7 @@ def _add_echo(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cert", required=True, metavar="PEM", help="the certificate, then its chain")
     parser.add_argument("--key", required=True, metavar="PEM", help="its private key")
+    add_password(parser)
     parser.add_argument("--workers", type=Positive(int), metavar="N", help="default: one a core, at most 4")
 
 
@@ -276,7 +277,7 @@ def _top(arguments: argparse.Namespace) -> int:
 
 
 def _echo(arguments: argparse.Namespace) -> int:
-    context = bridge.server_context(arguments.cert, arguments.key)
+    context = bridge.server_context(arguments.cert, arguments.key, password=password(arguments))
     inbox = bridge.Inbox()
     told: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put, unlike an Event's set, is safe in a handler
     for number in (signal.SIGINT, signal.SIGTERM):

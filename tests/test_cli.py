@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 from conftest import KeyPair
+from cryptography.hazmat.primitives import serialization
+from test_context import to_pem
 
 import bridge
 from bridge import cli, demo
@@ -396,6 +398,46 @@ def test_bad_files(
     assert ended.stderr.startswith("tls-bridge echo: error: ")
     assert says in ended.stderr
     assert ended.stderr.count("\n") == 1
+
+
+def encrypted(pair: KeyPair, folder: Path) -> KeyPair:
+    """*pair*, its key encrypted with the password "correct horse"."""
+    path = folder / "encrypted.pem"
+    key = serialization.load_pem_private_key(Path(pair.keyfile).read_bytes(), None)
+    path.write_bytes(to_pem(key, b"correct horse"))
+    return KeyPair(pair.certfile, str(path))
+
+
+@pytest.mark.parametrize("content", [b"correct horse", b"correct horse\n", b"correct horse\r\nbattery\n"])
+def test_the_password_of_a_key_is_the_first_line_of_a_file(
+    content: bytes, server_cert: KeyPair, tmp_path: Path
+) -> None:
+    (tmp_path / "password").write_bytes(content)
+    pair = encrypted(server_cert, tmp_path)
+    with echoing(pair, "--listen", "127.0.0.1:0", "--password-file", str(tmp_path / "password")) as echo:
+        socket.create_connection(echo.address, DEADLINE).close()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "cannot read the password in '{}': No such file or directory"),
+        (b"correct\nhorse", "password for the private key in keyfile "),
+        (b"\ncorrect horse", "the password given is empty"),
+    ],
+    ids=["missing", "wrong", "empty"],
+)
+def test_a_password_that_is_none_is_one_line(
+    content: bytes | None, says: str, server_cert: KeyPair, tmp_path: Path
+) -> None:
+    file = tmp_path / "password"
+    if content is not None:
+        file.write_bytes(content)
+    pair = encrypted(server_cert, tmp_path)
+    identity = ("--cert", pair.certfile, "--key", pair.keyfile, "--password-file", str(file))
+    ended = run("echo", "--listen", "127.0.0.1:0", *identity)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert says.format(file) in ended.stderr
 
 
 def test_an_address_in_use(server_cert: KeyPair) -> None:

@@ -29,7 +29,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from peers import Background, Program, receive_exactly
-from test_cli import DEADLINE, ENVIRONMENT, run, wait_until_still
+from test_cli import DEADLINE, ENVIRONMENT, encrypted, run, wait_until_still
 from test_context import DNS, EDI, names_extension, self_signed, to_pem
 
 import bridge
@@ -129,6 +129,34 @@ def test_a_client_certificate_is_shown(
     assert cli.main(told(address, "--cafile", ca_file, "--info", *own)) == 0
     assert "alice@example.org" in str(results[0].result(DEADLINE))
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("command", ["connect", "trace"])
+def test_the_key_of_a_client_may_be_encrypted(
+    command: str,
+    server_cert: KeyPair,
+    client_cert: KeyPair,
+    ca_file: str,
+    background: Background,
+    tmp_path: Path,
+    capsys: Any,
+) -> None:
+    context = server_context(server_cert)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(ca_file)
+    address, results = background.serve_tls(context, lambda sock: sock.getpeercert())
+    (tmp_path / "password").write_text("correct horse\n")
+    pair = encrypted(client_cert, tmp_path)
+    own = ("--cert", pair.certfile, "--key", pair.keyfile, "--password-file", str(tmp_path / "password"))
+    _, *words = told(address, "--cafile", ca_file, *own, "--json")
+    assert cli.main([command, *words]) in (0, 1)  # the stdlib's server may hang up without a word
+    assert "alice@example.org" in str(results[0].result(DEADLINE))
+    capsys.readouterr()
+
+
+def test_a_password_that_cannot_be_read_is_not_taken_for_the_peer(capsys: Any) -> None:
+    status, said = fails(capsys, "connect", "localhost:1", "--cert", "c.pem", "--password-file", "/nowhere")
+    assert status == 2 and "cannot read the password in '/nowhere'" in said
 
 
 def test_what_the_peer_says_does_not_reach_the_terminal_unseen() -> None:
