@@ -48,6 +48,10 @@ _WANT_WRITE = _lib.SSL_ERROR_WANT_WRITE
 _SYSCALL = _lib.SSL_ERROR_SYSCALL
 _forget_errors: Callable[[], object] = _lib.ERR_clear_error
 _NOT_YET = {errno.EAGAIN, errno.EWOULDBLOCK}
+_REFUSED = "certificate verify failed"
+"""SSL_R_CERTIFICATE_VERIFY_FAILED, in OpenSSL's words."""
+_ACCEPTED = (0, 1)
+"""X509_V_OK, and what OpenSSL makes of it where a callback refuses all the same: X509_V_ERR_UNSPECIFIED."""
 
 
 SCRATCH_BYTES = 16 * 1024
@@ -101,8 +105,9 @@ class Connection(SSL.Connection):
             _ffi.errno = number
         try:
             super()._raise_ssl_error(ssl, result)
-        except SSL.Error:
+        except SSL.Error as refused:
             _forget_errors()
+            self._note_refusal(refused)
             raise
         except Exception as parked:
             _forget_errors()
@@ -110,6 +115,14 @@ class Connection(SSL.Connection):
             if isinstance(record, Record):
                 record.note(_tls_error("a callback of this OpenSSL.SSL.Context raised", parked), parked)
             raise SSL.Error([]) from parked
+
+    def _note_refusal(self, error: SSL.Error) -> None:
+        """Note why the peer's certificate was refused, if that is the *error*: a user's own callback notes nothing."""
+        record = self.get_app_data()
+        queue = error.args[0] if type(error) is SSL.Error and error.args else []
+        if isinstance(record, Record) and any(reason == _REFUSED for _, _, reason in queue):
+            code = _lib.SSL_get_verify_result(self._ssl)
+            record.note(_verification_error(record.context.server_side, code))
 
     def _error(self, ssl: Any, result: int) -> int:
         """SSL_get_error(3)."""
@@ -256,7 +269,7 @@ def note_verification(
         return bool(ok)
     try:
         if code not in (HOST_MISMATCH, ADDRESS_MISMATCH) or record.expected is None:
-            raise _verification_error(record.context.server_side, certificate, code, depth)
+            raise _verification_error(record.context.server_side, code, certificate, depth)
         record.context.check_name(certificate.to_cryptography(), record.expected)
     except SessionEnded as error:
         record.note(error)
@@ -282,20 +295,27 @@ def expect_name(connection: SSL.Connection, name: PeerName) -> None:
 
 
 def _verification_error(
-    server_side: bool, certificate: crypto.X509, code: int, depth: int
+    server_side: bool, code: int, certificate: crypto.X509 | None = None, depth: int | None = None
 ) -> CertificateError:
+    """Without *certificate* and *depth* if a callback of the user's has refused it."""
+    whose, trust = ("client", "client_ca") if server_side else ("server", "cafile")
     text = _ffi.string(_lib.X509_verify_cert_error_string(code)).decode("ascii", "replace")
+    more = ""
+    if certificate is not None:
+        more = f" (depth {depth}: {_described(certificate)})"
+        more += f"; if you trust it, pass its CA as {trust}" if code in _UNTRUSTED else ""
+    elif code in _ACCEPTED:
+        code, text = 1, "the context's verify callback refused what OpenSSL accepts"
+    return refusal(f"the {whose}'s certificate was refused: {text}{more}", code, text, depth)
+
+
+def _described(certificate: crypto.X509) -> str:
     try:
         shown = certificate.to_cryptography()
-        details = f"subject {shown.subject.rfc4514_string()!r}, issuer {shown.issuer.rfc4514_string()!r}"
-        details += f", valid from {shown.not_valid_before_utc} until {shown.not_valid_after_utc}"
+        names = f"subject {shown.subject.rfc4514_string()!r}, issuer {shown.issuer.rfc4514_string()!r}"
+        return f"{names}, valid from {shown.not_valid_before_utc} until {shown.not_valid_after_utc}"
     except Exception as error:
-        details = f"unreadable: {error}"
-    whose, trust = ("client", "client_ca") if server_side else ("server", "cafile")
-    cure = f"; if you trust it, pass its CA as {trust}" if code in _UNTRUSTED else ""
-    return refusal(
-        f"the {whose}'s certificate was refused: {text} (depth {depth}: {details}){cure}", code, text, depth
-    )
+        return f"unreadable: {error}"
 
 
 _UNTRUSTED = (18, 19, 20, 21)

@@ -153,7 +153,8 @@ class CertificateError(TLSError, ssl.SSLCertVerificationError):
     """The peer's certificate was not accepted.  `verify_code` and `verify_message` are OpenSSL's."""
 
     depth: int | None = None
-    """Where in the chain: 0 is the peer's own certificate; None the chain as a whole."""
+    """Where in the chain: 0 is the peer's own certificate; None the chain as a whole, or where a verify callback of an
+    `OpenSSL.SSL.Context` of your own has refused it, which does not say."""
 
 
 class HostnameMismatch(CertificateError):

@@ -151,7 +151,7 @@ def refusal(
     depth: int | None = None,
     cls: type[CertificateError] = CertificateError,
 ) -> CertificateError:
-    """A certificate error with the attributes of the stdlib's, and *depth* (0 is the leaf, None the whole).
+    """A certificate error with the attributes of the stdlib's, and *depth* (0 is the leaf, None the whole, or unknown).
 
     *code* and *text* are of X509_verify_cert_error_string(3); 1 is X509_V_ERR_UNSPECIFIED.  Any thread.
     """

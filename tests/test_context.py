@@ -216,12 +216,12 @@ def close(a: Ours, b: Ours) -> None:
         peer.feed(end.take())
 
 
-def refused(client_end: End, server_end: End) -> CertificateError:
-    """The client's reason to refuse the server."""
-    pump(client_end, server_end)
-    assert isinstance(client_end, Ours)
-    assert isinstance(client_end.record.error, CertificateError)
-    return client_end.record.error
+def refused(end: End, peer: End) -> CertificateError:
+    """The reason of *end* to refuse *peer*."""
+    pump(end, peer)
+    assert isinstance(end, Ours)
+    assert isinstance(end.record.error, CertificateError)
+    return end.record.error
 
 
 def stdlib_client(version: str, ca: trustme.CA = CA) -> ssl.SSLContext:
@@ -1282,13 +1282,13 @@ def test_a_name_may_be_as_long_as_dns_has_room_for() -> None:
 # The user's own OpenSSL.SSL.Context.
 
 
-def raw_client(mode: int = SSL.VERIFY_PEER) -> SSL.Context:
+def raw_client(mode: int = SSL.VERIFY_PEER, trusted: trustme.CA = CA) -> SSL.Context:
     raw = SSL.Context(SSL.TLS_METHOD)
     store = raw.get_cert_store()
     assert store is not None
     from OpenSSL.crypto import X509
 
-    store.add_cert(X509.from_cryptography(x509.load_pem_x509_certificate(CA_PEM)))
+    store.add_cert(X509.from_cryptography(x509.load_pem_x509_certificate(trusted.cert_pem.bytes())))
     raw.set_verify(mode)
     return raw
 
@@ -1314,6 +1314,40 @@ def test_an_adopted_context_says_why_it_refused() -> None:
     adopted = Context.adopt(raw_client(), server_side=False)
     error = refused(Ours(adopted, "a.example"), Ours(server_context(pem(leaf("a.example", ca=OTHER_CA)))))
     assert error.verify_code == 20
+
+
+def judge(
+    side: str, version: str, trusted: trustme.CA, callback: Callable[..., bool]
+) -> tuple[CertificateError, str]:
+    """Why an adopted context with a verify *callback* refuses its peer's certificate, and whose that is."""
+    if side == "client":
+        raw = raw_client(trusted=trusted)
+        raw.set_verify(SSL.VERIFY_PEER, callback)
+        peer = server(**only(version))
+        return refused(Ours(Context.adopt(raw, server_side=False), "a.example"), Ours(peer)), "server"
+    raw = server(client_ca=trusted.cert_pem.bytes(), **only(version)).raw
+    raw.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, callback)
+    return refused(Ours(Context.adopt(raw, server_side=True)), Ours(visitor(CA), "a.example")), "client"
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+@both_versions
+def test_an_adopted_context_with_a_verify_callback_says_why_openssl_refused(side: str, version: str) -> None:
+    error, whose = judge(side, version, OTHER_CA, lambda *seen: bool(seen[-1]))
+    assert type(error) is CertificateError and error.reason == "CERTIFICATE_VERIFY_FAILED"
+    assert error.verify_code in (19, 20) and error.depth is None
+    assert "local issuer" in error.verify_message or "self-signed" in error.verify_message
+    assert f"the {whose}'s certificate was refused: {error.verify_message}" in str(error)
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+@both_versions
+def test_a_verify_callback_that_refuses_what_openssl_accepts_is_named(side: str, version: str) -> None:
+    error, whose = judge(side, version, CA, lambda *_: False)
+    assert type(error) is CertificateError and error.reason == "CERTIFICATE_VERIFY_FAILED"
+    assert error.verify_code == 1
+    assert error.verify_message == "the context's verify callback refused what OpenSSL accepts"
+    assert f"the {whose}'s certificate was refused: {error.verify_message}" in str(error)
 
 
 def test_adopting_what_cannot_be() -> None:

@@ -630,6 +630,19 @@ def test_an_unknown_ca(b: bridge.Bridge, client_ctx: bridge.Context, pool: Threa
     assert "if you trust it, pass its CA as cafile" in str(caught.value)
 
 
+def test_an_unknown_ca_is_one_too_where_a_context_of_the_user_s_own_has_a_callback(
+    b: bridge.Bridge, server_ctx: bridge.Context
+) -> None:
+    raw = SSL.Context(SSL.TLS_METHOD)
+    raw.set_verify(SSL.VERIFY_PEER, lambda connection, certificate, code, depth, ok: bool(ok))
+    with (
+        b.listen(("127.0.0.1", 0), server_ctx) as listener,
+        pytest.raises(ssl.SSLCertVerificationError, match="unable to get local issuer certificate") as caught,
+    ):
+        b.connect(listener.address, raw, server_hostname="localhost")
+    assert type(caught.value) is bridge.CertificateError and caught.value.verify_code == 20
+
+
 def test_an_expired_certificate(
     b: bridge.Bridge, ca: trustme.CA, client_ctx: bridge.Context, pool: ThreadPoolExecutor
 ) -> None:
