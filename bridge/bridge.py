@@ -38,7 +38,7 @@ from bridge.errors import (
     words,
 )
 from bridge.inbox import Inbox, ReadCredit, SessionInbox
-from bridge.limits import Limits, Timeouts, check_timeout
+from bridge.limits import Limits, Timeouts, check_flags, check_timeout
 from bridge.listener import Listener
 from bridge.outbox import Outbox
 from bridge.poll import check_unpatched
@@ -127,6 +127,7 @@ class Bridge(forks.Handle):
         start: bool = True,
     ) -> None:
         check_unpatched()
+        check_flags(start=start)
         if workers is None:
             workers = min(4, os.cpu_count() or 1)
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
@@ -180,6 +181,7 @@ class Bridge(forks.Handle):
         a BridgeError or an OSError.
         """
         self._check_open()
+        check_flags(wait=wait)
         deadline = deadline_after(check_timeout("timeout", timeout))
         config = Context.adopt(context, server_side=False)
         host, addresses = resolve(address)
@@ -220,6 +222,7 @@ class Bridge(forks.Handle):
         Raises what `connect` raises, but for OSError and ConnectFailed.  A socket that was taken over is closed then.
         """
         self._check_open()
+        check_flags(wait=wait)
         deadline = deadline_after(check_timeout("timeout", timeout))
         config, server_side = _sided(context, server_side)
         if not server_side:
@@ -624,6 +627,8 @@ class Bridge(forks.Handle):
 
 
 def _sided(context: AnyContext, server_side: bool | None) -> tuple[Context, bool]:
+    if server_side is not None:
+        check_flags(server_side=server_side)
     if isinstance(context, Context):
         server_side = context.server_side if server_side is None else server_side
     elif server_side is None:

@@ -42,6 +42,7 @@ from bridge.connection import (
 )
 from bridge.credentials import Certificates, Key, Password, announce, load_identity, load_trust, reasons
 from bridge.errors import ConfigurationError, fresh, tls_error
+from bridge.limits import check_flags
 from bridge.names import PeerName, dns_name, peer_certificate, refusal
 from bridge.record import Record
 
@@ -423,6 +424,7 @@ def server_context(
     *tickets*: whether clients may resume sessions.  They may not, whatever this says, if *sni* is used and
     any of the contexts asks for client certificates.
     """
+    check_flags(renegotiation=renegotiation, tickets=tickets)
     mode = _client_verification(client_ca, client_cert)
     routes = Routes({} if sni is None else sni)
     protocols = _alpn_names(alpn)
@@ -497,6 +499,9 @@ def client_context(
     *certfile*, *keyfile*, *password* (of this client's own certificate) and all others are as in
     `server_context`.
     """
+    check_flags(
+        check_hostname=check_hostname, verify=verify, resumption=resumption, renegotiation=renegotiation
+    )
     protocols = _alpn_names(alpn)
     versions = _version_range(minimum_version, maximum_version)
     if keyfile is not None and certfile is None:

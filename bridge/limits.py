@@ -29,6 +29,13 @@ def check_timeout(name: str, seconds: float | None) -> float | None:
     return None if seconds > FOR_EVER else float(seconds)
 
 
+def check_flags(**flags: object) -> None:
+    """ConfigurationError names the first that is no bool: what a ``"no"`` or a None means is not to be guessed."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ConfigurationError(f"{name} must be True or False, not {value!r}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Timeouts:
     """Deadlines in seconds.  None means no limit; `flush` and `close_notify` may be 0, which is not to wait.

@@ -381,6 +381,23 @@ def test_unusable_options_of_one_side(call: Callable[[], Context], words: list[s
     assert [word for word in words if word not in str(caught.value)] == []
 
 
+@pytest.mark.parametrize("value", [None, 0, 1, "no", "ca.pem"])
+@pytest.mark.parametrize(
+    ("make", "flag"),
+    [
+        (client, "verify"),
+        (client, "check_hostname"),
+        (client, "resumption"),
+        (client, "renegotiation"),
+        (server, "renegotiation"),
+        (server, "tickets"),
+    ],
+)
+def test_a_flag_that_is_no_bool_decides_nothing(make: Callable[..., Context], flag: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=f"{flag} must be True or False, not {value!r}"):
+        make(**{flag: value})
+
+
 # Who is trusted.
 
 

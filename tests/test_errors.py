@@ -491,6 +491,26 @@ def test_adopting_what_the_peer_has_reset_already_is_no_fault_of_the_call(
     assert accepted.fileno() == -1, "taken over, as any socket whose session fails"
 
 
+def test_a_flag_that_is_no_bool_is_refused_and_the_socket_left_alone(
+    b: bridge.Bridge, client_ctx: bridge.Context
+) -> None:
+    flags: dict[str, Any] = {"wait": None, "server_side": "no"}
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for flag, value in flags.items():
+            with pytest.raises(
+                bridge.ConfigurationError, match=f"{flag} must be True or False, not {value!r}"
+            ):
+                b.adopt(ours, SSL.Context(SSL.TLS_METHOD), **{"server_side": False, flag: value})
+        with pytest.raises(bridge.ConfigurationError, match="server_side must be True or False, not 1"):
+            b.stream(ours, client_ctx, server_side=1)  # type: ignore[arg-type]
+        with pytest.raises(bridge.ConfigurationError, match="wait must be True or False, not 0"):
+            b.connect(("127.0.0.1", 1), client_ctx, wait=0)  # type: ignore[arg-type]
+        assert ours.fileno() != -1
+    with pytest.raises(bridge.ConfigurationError, match="start must be True or False, not None"):
+        bridge.Bridge(start=None)  # type: ignore[arg-type]
+
+
 def test_adopting_what_cannot_be_adopted(
     b: bridge.Bridge, client_ctx: bridge.Context, server_ctx: bridge.Context, ca_file: str
 ) -> None:
