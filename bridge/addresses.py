@@ -29,7 +29,7 @@ def resolve(address: Place, passive: bool = False) -> tuple[str | None, tuple[Ad
     ConfigurationError if it is no address, OSError if nobody knows it.
     """
     if isinstance(address, (str, bytes)):
-        return None, (_unix(address),)
+        return None, (_unix(address, passive),)
     try:
         host, port, *more = address
     except (TypeError, ValueError):
@@ -51,7 +51,13 @@ def resolve(address: Place, passive: bool = False) -> tuple[str | None, tuple[Ad
     return host, tuple(_scoped(one, more) for one in found)
 
 
-def _unix(path: str | bytes) -> Address:
+def host_alone(address: Place) -> str | None:
+    """*address* if it may be meant for a host, its port forgotten: the path of a Unix socket, without a slash."""
+    path = os.fsdecode(address) if isinstance(address, (str, bytes)) else ""
+    return None if not path or "/" in path or path.startswith("\0") else path
+
+
+def _unix(path: str | bytes, passive: bool) -> Address:
     before, colon, after = os.fsdecode(path).rpartition(":")
     if colon and after.isdigit() and "/" not in before and not before.startswith("\0"):
         raise ConfigurationError(
@@ -61,6 +67,12 @@ def _unix(path: str | bytes) -> Address:
     if family is None:
         raise ConfigurationError(
             f"this system has no Unix sockets: address must be (host, port), not {path!r}"
+        )
+    alone = host_alone(path)
+    if passive and alone is not None:
+        raise ConfigurationError(
+            f"address must be (host, port), as ({alone!r}, 443), not {path!r}; "
+            f"for a Unix socket in the working directory write {'./' + alone!r}"
         )
     try:
         os.fsencode(path)

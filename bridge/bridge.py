@@ -21,7 +21,7 @@ from OpenSSL import SSL
 
 from bridge import codecs, events, forks
 from bridge.acceptor import Acceptor
-from bridge.addresses import Place, connected_to, listening_socket, resolve, take_over
+from bridge.addresses import Place, connected_to, host_alone, listening_socket, resolve, take_over
 from bridge.context import Context
 from bridge.coordinator import Channel
 from bridge.crew import CROWDED, Crew
@@ -166,7 +166,8 @@ class Bridge(forks.Handle):
     ) -> Session:
         """A client session to *address*, ``(host, port)`` or the path of a Unix socket, its handshake done.
 
-        *address* may be all that a listener's can: also bytes, ``"\\0"`` and an abstract name, or four items of IPv6.
+        *address* may be all that a listener's can: also bytes, ``"\\0"`` and an abstract name, or four items of IPv6;
+        and a path without a slash.
         *server_hostname* is who the peer must prove to be, and goes into SNI; by default the host of
         *address*.  *timeout* is total, in seconds, name resolution included (which happens on this thread and
         cannot be interrupted); `Timeouts.connect` and `Timeouts.handshake` hold besides.
@@ -186,7 +187,7 @@ class Bridge(forks.Handle):
         config = Context.adopt(context, server_side=False)
         host, addresses = resolve(address)
         name = host if server_hostname is None else server_hostname
-        config.peer_name(name)
+        _check_name(config, name, address)
         plan = Plan(
             context=config,
             server_hostname=name,
@@ -295,8 +296,8 @@ class Bridge(forks.Handle):
         """Listen on *address*: ``(host, port)``, the path of a Unix socket, or a bound socket to take over.
 
         The host ``""`` is every interface of IPv4.  For IPv6 besides, pass
-        ``socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)``.  A Unix socket may have an
-        abstract name: ``"\\0"``, then the name.
+        ``socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)``.  A path has a slash, as in
+        ``"./name"``, or it might be meant for a host.  A Unix socket may have an abstract name: ``"\\0"``, then that.
 
         Clients' handshakes are done by the workers, `Limits.handshakes` at a time; one that fails is
         logged (``handshake.failed``) and never seen here.  With *inbox* the sessions deliver there; without,
@@ -636,6 +637,19 @@ def _sided(context: AnyContext, server_side: bool | None) -> tuple[Context, bool
             "an OpenSSL.SSL.Context does not say which side it is: pass server_side=True or False"
         )
     return Context.adopt(context, server_side=server_side), server_side
+
+
+def _check_name(context: Context, name: str | None, address: Place) -> None:
+    try:
+        context.peer_name(name)
+    except ConfigurationError as error:
+        alone = host_alone(address)
+        if name is not None or alone is None:
+            raise
+        raise ConfigurationError(
+            f"{address!r} is taken for the path of a Unix socket; TCP takes (host, port), as ({alone!r}, 443).  "
+            f"If it is a path, {error}"
+        ) from None
 
 
 def _opened(session: Session, deadline: float | None, timeout: float | None) -> Session:

@@ -455,6 +455,40 @@ def test_an_address_that_is_none(
     assert b.snapshot().sessions == ()
 
 
+@pytest.mark.parametrize("address", ["example.org", b"example.org"])
+def test_a_host_without_its_port_is_said_to_be_a_path(
+    b: bridge.Bridge, client_ctx: bridge.Context, address: Any
+) -> None:
+    words = rf"{address!r} is taken for the path of a Unix socket; TCP takes .* \('example\.org', 443\)"
+    with pytest.raises(
+        bridge.ConfigurationError, match=f"{words}.*If it is a path, server_hostname is needed"
+    ):
+        b.connect(address, client_ctx)
+    with pytest.raises(bridge.ConfigurationError, match="^server_hostname is needed"):
+        b.connect("./example.org", client_ctx)
+    with pytest.raises(bridge.ConnectFailed, match=r"cannot connect to example\.org"):
+        b.connect(address, client_ctx, server_hostname="localhost")
+
+
+@pytest.mark.parametrize("address", ["localhost", b"localhost"])
+def test_a_host_without_its_port_is_nothing_to_listen_on(
+    b: bridge.Bridge,
+    server_ctx: bridge.Context,
+    client_ctx: bridge.Context,
+    address: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = rf"as \('localhost', 443\), not {address!r}; .* working directory write '\./localhost'"
+    with pytest.raises(bridge.ConfigurationError, match=words):
+        b.listen(address, server_ctx)
+    assert list(tmp_path.iterdir()) == []
+    with b.listen("./localhost", server_ctx) as listener:
+        b.connect("localhost", client_ctx, server_hostname="localhost").abort()
+        listener.accept(PATIENCE).abort()
+
+
 def test_nobody_listens(b: bridge.Bridge, client_ctx: bridge.Context) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
