@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bridge import events
+from bridge.addresses import BoundPath
 from bridge.errors import SessionEnded
 from bridge.poll import NOTHING, Want
 
@@ -24,7 +25,7 @@ PAUSE = 0.1
 
 
 class Acceptor:
-    """A listening socket in a worker's care.
+    """A listening socket in a worker's care, and its file if *path* is one to be removed.
 
     *admit* takes each accepted socket and its peer's address; *refuses* says why not now.
     """
@@ -32,6 +33,7 @@ class Acceptor:
     def __init__(
         self,
         sock: socket.socket,
+        path: BoundPath | None,
         name: str,
         admit: Callable[[socket.socket, Any], None],
         refuses: Callable[[], str | None],
@@ -45,12 +47,20 @@ class Acceptor:
         self.finished = False
         self.retired: list[socket.socket] = []
         self.now = 0.0
+        self._path = path
         self._name = name
         self._admit = admit
         self._refuses = refuses
         self._closed = closed
         self._paused = False
         self._exhausted: str | None = None
+
+    def drop(self) -> None:
+        """Close the listening socket, which no worker has been given."""
+        assert self.sock is not None
+        if self._path is not None:
+            self._path.remove()
+        self.sock.close()
 
     def start(self) -> None:
         """The first command: the listener has come to its worker."""
@@ -100,6 +110,8 @@ class Acceptor:
         if not self.finished:
             self.finished = True
             assert self.sock is not None
+            if self._path is not None:
+                self._path.remove()
             self.retired.append(self.sock)
             self.sock = None
             events.info("listener.closed", address=self._name)

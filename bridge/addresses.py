@@ -5,6 +5,8 @@ Any thread may call these; what they give belongs to nobody yet.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import socket
 import ssl
@@ -106,8 +108,30 @@ def _scoped(found: Address, more: Sequence[int]) -> Address:
     return family, kind, protocol, name, where
 
 
-def listening_socket(address: Place | socket.socket, backlog: int) -> socket.socket:
-    """A socket that listens on *address*, or *address* itself, taken over.  OSError names what cannot be had."""
+class BoundPath:
+    """The file of a Unix socket that was bound here, to be removed while that is open: no other has its number then."""
+
+    def __init__(self, path: str | bytes) -> None:
+        self._path = os.path.abspath(path)
+        self._place = os.lstat(path)
+
+    def remove(self) -> None:
+        """Unless it is gone, or somebody else's by now."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.lstat(self._path), self._place):
+                os.unlink(self._path)
+
+
+def failed(doing: str, error: OSError, advice: str = "") -> OSError:
+    """What to raise for *error*; Python itself finds that a path is too long for a Unix socket, and has no number."""
+    return OSError(error.errno or errno.ENAMETOOLONG, f"{doing}: {error.strerror or error}{advice}")
+
+
+def listening_socket(address: Place | socket.socket, backlog: int) -> tuple[socket.socket, BoundPath | None]:
+    """A socket that listens on *address*, and its file if it has one; or *address* itself, taken over.
+
+    OSError names what cannot be had.
+    """
     backlog = min(backlog, _MOST_WAITING)
     if isinstance(address, socket.socket):
         _check_socket(address)
@@ -116,23 +140,25 @@ def listening_socket(address: Place | socket.socket, backlog: int) -> socket.soc
             sock.listen(backlog)
         except OSError as error:
             sock.close()
-            raise OSError(error.errno, f"cannot listen on the socket given: {error.strerror}") from error
-        return sock
+            raise failed("cannot listen on the socket given", error) from error
+        return sock, None
     host, addresses = resolve(address, passive=True)
     family, kind, protocol, _, where = addresses[0]
+    named = host is None and os.fsencode(where)[:1] not in (b"", b"\0")
     sock = socket.socket(family, kind, protocol)
     try:
         if host is not None and os.name == "posix":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(where)
+        path = BoundPath(where) if named else None
         sock.listen(backlog)
         sock.setblocking(False)
     except OSError as error:
         sock.close()
-        raise OSError(
-            error.errno, f"cannot listen on {show_address(where)}: {error.strerror or error}"
-        ) from error
-    return sock
+        left = named and error.errno == errno.EADDRINUSE
+        advice = "; remove the file if no program listens there" if left else ""
+        raise failed(f"cannot listen on {show_address(where)}", error, advice) from error
+    return sock, path
 
 
 def _check_socket(sock: socket.socket) -> None:

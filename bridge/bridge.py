@@ -298,6 +298,7 @@ class Bridge(forks.Handle):
         The host ``""`` is every interface of IPv4.  For IPv6 besides, pass
         ``socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)``.  A path has a slash, as in
         ``"./name"``, or it might be meant for a host.  A Unix socket may have an abstract name: ``"\\0"``, then that.
+        The file of a path is removed when the listener is closed; that of a bound socket is its user's.
 
         Clients' handshakes are done by the workers, `Limits.handshakes` at a time; one that fails is
         logged (``handshake.failed``) and never seen here.  With *inbox* the sessions deliver there; without,
@@ -312,7 +313,7 @@ class Bridge(forks.Handle):
         codecs.made_by(codec)
         _instance("inbox", inbox, Inbox)
         worker = self._crew.place()
-        sock = listening_socket(address, bounds.backlog)
+        sock, path = listening_socket(address, bounds.backlog)
         shown = show_address(sock.getsockname())
 
         def stop() -> None:
@@ -335,11 +336,11 @@ class Bridge(forks.Handle):
             self._listeners.remove(listener)
             listener._finished()
 
-        acceptor = Acceptor(sock, shown, admit, lambda: self._refuses(listener, bounds), closed)
+        acceptor = Acceptor(sock, path, shown, admit, lambda: self._refuses(listener, bounds), closed)
         try:
             self._count_in(self._listeners, listener, inbox)
         except BridgeClosed:
-            sock.close()
+            acceptor.drop()
             raise
         events.info("listener.started", address=shown)
         worker.post(acceptor, "start")

@@ -18,6 +18,7 @@ import threading
 from typing import Any
 
 from bridge import forks
+from bridge.addresses import BoundPath, failed
 from bridge.bridge import Bridge
 from bridge.errors import ConfigurationError
 
@@ -44,7 +45,7 @@ class Window:
         self._over = threading.Event()
         self._born = forks.current
         self._socket = _listen(self.path)
-        self._place = os.lstat(self.path)  # nobody else's number, while our socket is open
+        self._file = BoundPath(self.path)
         self._thread = threading.Thread(target=self._serve, name="bridge-window", daemon=True)
         self._thread.start()
 
@@ -58,9 +59,7 @@ class Window:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as visitor:
             visitor.setblocking(False)
             visitor.connect(self.path)  # wakes `accept`
-        with contextlib.suppress(OSError):  # first: once nobody listens, a successor may have the path
-            if os.path.samestat(os.lstat(self.path), self._place):
-                os.unlink(self.path)
+        self._file.remove()  # first: once nobody listens, a successor may have the path
         with contextlib.suppress(OSError):  # likewise, on Linux, if the path is another's by now
             self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join()
@@ -151,7 +150,7 @@ def _listen(path: str) -> socket.socket:
         sock.listen(8)
     except OSError as error:
         sock.close()
-        raise OSError(error.errno, f"cannot show anything at {path}: {error.strerror or error}") from error
+        raise failed(f"cannot show anything at {path}", error) from error
     return sock
 
 

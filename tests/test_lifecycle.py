@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -1555,8 +1556,9 @@ def test_a_path_too_long_for_a_unix_socket_is_said_to_be(
     with bridge.Bridge(workers=1) as b:
         with pytest.raises(bridge.ConnectFailed, match="too long"):
             b.connect("/tmp/" + 200 * "x", client_ctx, server_hostname="localhost")
-        with pytest.raises(OSError, match="cannot listen on .*too long"):
+        with pytest.raises(OSError, match="cannot listen on .*too long") as caught:
             b.listen("/tmp/" + 200 * "x", server_ctx)
+    assert caught.value.errno == errno.ENAMETOOLONG
 
 
 def test_a_limit_of_sessions_is_never_exceeded_by_those_that_come_at_once(

@@ -567,6 +567,63 @@ def test_a_unix_socket(
         far.connect(path + "x", client_ctx, server_hostname="localhost")
 
 
+@needs_unix
+def test_a_path_can_be_had_again_as_soon_as_its_listener_is_closed(
+    b: bridge.Bridge,
+    far: bridge.Bridge,
+    server_ctx: bridge.Context,
+    client_ctx: bridge.Context,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "socket"
+    for address in (str(path), bytes(path), "./socket"):
+        with b.listen(address, server_ctx) as listener:
+            client = far.connect(address, client_ctx, server_hostname="localhost")
+            exchange_with_the_next(client, listener)
+            client.abort()
+            monkeypatch.chdir("/")
+        assert not path.exists()
+        monkeypatch.chdir(tmp_path)
+    with bridge.Bridge(workers=1) as ended:
+        ended.listen(str(path), server_ctx)
+    assert not path.exists()
+
+
+@needs_unix
+def test_a_listener_that_meets_the_close_of_its_bridge_leaves_no_file(
+    server_ctx: bridge.Context, tmp_path: Path
+) -> None:
+    b = bridge.Bridge(workers=1)
+
+    def factory() -> bridge.codecs.Raw:
+        b.close()
+        return bridge.codecs.Raw()
+
+    with pytest.raises(bridge.BridgeClosed):
+        b.listen(str(tmp_path / "socket"), server_ctx, codec=factory)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_unix
+def test_a_listener_leaves_a_file_that_is_not_its_own(
+    b: bridge.Bridge, server_ctx: bridge.Context, tmp_path: Path
+) -> None:
+    path = tmp_path / "socket"
+    with b.listen(str(path), server_ctx) as listener:
+        path.unlink()
+        with b.listen(str(path), server_ctx):
+            listener.close()
+            assert path.exists(), "it is a successor's"
+    with b.listen(str(path), server_ctx):
+        path.unlink()
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(str(path))
+        b.listen(theirs, server_ctx).close()
+    assert path.exists(), "whoever has bound the socket removes it"
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no abstract names here")
 def test_an_abstract_unix_socket_s_address_is_one_to_connect_to(
     b: bridge.Bridge,
