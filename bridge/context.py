@@ -484,7 +484,7 @@ def client_context(
     `certifi`'s if it has none.
 
     *check_hostname*: whether the certificate must be for the name asked for.  *verify*: False accepts any
-    certificate of anybody, and then checks no name either.
+    certificate of anybody, and then checks no name either; a *cafile* is read all the same.
 
     *ocsp_check*: a callable given the stapled OCSP response (``b""`` if the server stapled none) and the
     server's certificate; unless it returns true, the session is refused with CertificateError.  Not called
@@ -513,8 +513,9 @@ def client_context(
     raw, options = _raw_context(versions, ciphers, ciphersuites, options, renegotiation, keylog)
     if certfile is not None:
         load_identity(raw, certfile, keyfile, password)
-    if verify:
+    if verify or cafile is not None:
         load_trust(raw, cafile)
+    if verify:
         raw.set_verify(SSL.VERIFY_PEER, note_verification)
     else:
         raw.set_verify(SSL.VERIFY_NONE)

@@ -502,9 +502,10 @@ def test_verify_false_accepts_anybody() -> None:
         (5, ["cafile", "int"]),
     ],
 )
-def test_an_unusable_cafile(source: Any, words: list[str]) -> None:
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_unusable_cafile(source: Any, words: list[str], verify: bool) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        client_context(source)
+        client_context(source, verify=verify)
     assert [word for word in words if word not in str(caught.value)] == []
 
 
