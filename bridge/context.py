@@ -410,14 +410,15 @@ def server_context(
     *sni*: other contexts by the name the client asks for, exact or ``*.example.com``; an unknown name gets
     this context. Certificate, ALPN, OCSP, key log and client certificates are then the chosen context's, and
     prohibitions (renegotiation, tickets) of both hold.  TLS versions must be the same, as OpenSSL settles
-    them before the name.
+    them before the name; those of an `OpenSSL.SSL.Context` of your own are not looked at.
 
     *minimum_version*, *maximum_version*: ``"TLSv1.2"`` or ``"TLSv1.3"``.  *ciphers*: TLS 1.2, *ciphersuites*:
     TLS 1.3 (openssl-ciphers(1)); None, in TLS 1.2: ECDHE with AES-GCM or ChaCha20.  *renegotiation*: whether
     this server may start one (TLS 1.2); clients never may.
 
-    *keylog*: where to write session secrets for Wireshark: a path (appended to, mode 0600), a callable given
-    each line as bytes, or a file; None is the SSLKEYLOGFILE of the environment, if any, and False is nowhere.
+    *keylog*: where to write session secrets for Wireshark: a path (appended to; one that is created has mode 0600, one
+    that exists keeps its own), a callable given each line as bytes, or a file; None is the SSLKEYLOGFILE of the
+    environment, if any, and False is nowhere.
 
     *ocsp_staple*: a DER OCSP response, or a callable that makes one for the name asked for; ``b""`` is none.
 

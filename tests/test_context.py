@@ -1648,6 +1648,9 @@ def test_keylog_to_a_path(version: str, make: Callable[..., Context], tmp_path: 
     assert all(random.hex().encode() in log for random in randoms)
     assert all(randoms)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.chmod(0o640)
+    make(keylog=path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640, "it is its owner's to say who may read it"
 
 
 def test_keylog_to_what_the_environment_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
