@@ -3,7 +3,7 @@
 Theory of operation
 -------------------
 Every call below either does its work or answers with a `Want`.  The owner then waits for that direction
-and makes *the same call again*.  Nobody else may make a call meanwhile, and five facts about OpenSSL
+and makes *the same call again*.  Nobody else may make a call meanwhile, and six facts about OpenSSL
 decide what "the same call" means:
 
 * A write that answered with a want has been half done: the record may already be encrypted.  Since
@@ -16,6 +16,8 @@ decide what "the same call" means:
   engine never leaves a record half written: see the detour below.
 * Empty operations lie: SSL_write of nothing looks like an end of file, SSL_read of nothing like a want.
   Neither is ever passed on.
+* To SSL_read the end of TCP without close_notify is a fatal error, and SSL_write refuses to go on after it, though the
+  peer may have shut down only its half.  Who has yet to write has the detour, where the engine meets that end itself.
 * After one fatal error every later one is empty.  The first is kept and copies of it are raised, for ever: what is
   raised holds the frames it came through, and through them the engine.
 * In the middle of a TLS 1.2 renegotiation SSL_write would run the handshake and is fatally surprised by
@@ -147,6 +149,7 @@ class TLSEngine:
         "_resume_key",
         "_send",
         "_sock",
+        "_stays",
         "_steps_back",
         "first_bytes",
         "on_detour",
@@ -173,6 +176,7 @@ class TLSEngine:
         self._error: SessionEnded | None = None
         self._frozen: bytes | memoryview | None = None
         self._mute = False
+        self._stays = False
         self._peer_closed = False
         self._steps_back = False
         self._established = False
@@ -372,11 +376,19 @@ class TLSEngine:
         reset, which destroys what of the peer's last bytes we have not read yet.  So from here on it is a detour
         from which nothing comes out but what is in it already.
         """
-        assert self._sock is not None
         self.unflushed()
+        self.outlast()
+        self._mute = True
+
+    def outlast(self) -> None:
+        """From here on `write` goes on behind the end of the peer's stream, of which `read` says Truncated again.
+
+        OpenSSL that has met that end writes nothing more.  So this is a detour for good, and the end is kept from it.
+        """
+        assert self._sock is not None
         if not self.on_detour:
             self._detour()
-        self._mute = True
+        self._stays = True
 
     def _detour(self) -> None:
         self._connection.over_memory()
@@ -386,7 +398,7 @@ class TLSEngine:
 
     def _end_detour(self) -> None:
         """Give the connection its socket back, if nothing is in memory and no call could take too long."""
-        if not self.on_detour or self._mute or not self._established or self._connection.fed():
+        if not self.on_detour or self._stays or not self._established or self._connection.fed():
             return
         if self._follows and (self._lost or self._due or self._header or self.mid_handshake()):
             return
@@ -418,6 +430,8 @@ class TLSEngine:
             return False
         except OSError as error:
             raise self._failed(error) from error
+        if not ciphertext and self._stays:
+            raise _cut_off("while in read")
         self._due = max(0, self._due - len(ciphertext))
         self._into_memory(ciphertext)
         return True
@@ -505,7 +519,7 @@ class TLSEngine:
         if isinstance(error, SSL.SysCallError):
             number, text = error.args
             if number == -1:
-                return Truncated(8, f"the peer closed the connection without close_notify, {during}")
+                return _cut_off(during)
             return PeerReset(number, f"the connection failed {during}: {text}")
         reasons = [reason for _, _, reason in error.args[0]] if error.args and error.args[0] else []
         reason = (reasons and reasons[0]) or "unknown error"  # such as an alert that has no name
@@ -537,6 +551,10 @@ def _record_size(header: bytes) -> int | None:
     size = int.from_bytes(header[3:5], "big")
     valid = header[0] in _TLS_CONTENT_TYPES and header[1] == 3 and size <= RECORD_BYTES + 2048
     return size if valid else None
+
+
+def _cut_off(during: str) -> Truncated:
+    return Truncated(8, f"the peer closed the connection without close_notify, {during}")
 
 
 def _constant(reason: str) -> str:

@@ -22,11 +22,12 @@ A session writes only through `self._chunk`, which does not change until OpenSSL
 when the kernel has it, which is later only if the engine is on its detour (see `engine`).
 
 Ends.  `close` waits for the chunks, says close_notify, half-closes the socket, and reads on until the peer
-has answered or its time is up.  Closing a socket with unread input makes the kernel send RST, which may
-destroy what the peer has not read yet, an alert of ours for instance; so a failed session lingers likewise, with
-plain reads.  `abort` does none of that.  A peer that resets the connection may have said why before, or have answered;
-that is read before the session ends, as long as OpenSSL will (once a write of its own to a socket has failed, since
-version 4, it will not).
+has answered or its time is up.  If the peer's stream ends before our close_notify, that ends the reading, and what
+was accepted still leaves: the peer may have shut down its half and no more.  Closing a socket with unread input makes
+the kernel send RST, which may destroy what the peer has not read yet, an alert of ours for instance; so a failed
+session lingers likewise, with plain reads.  `abort` does none of that.  A peer that resets the connection may have
+said why before, or have answered; that is read before the session ends, as long as OpenSSL will (once a write of its
+own to a socket has failed, since version 4, it will not).
 
 Which thread: everything here belongs to the session's owner, which holds `lock` for each turn and command.
 Others reach it by its worker's mailbox, with one exception: while the session is `quiet` (open, and nothing but
@@ -125,6 +126,7 @@ class Transport:
         "_chunk",
         "_chunks",
         "_close_by",
+        "_cut_off",
         "_deadlines",
         "_dialer",
         "_ended",
@@ -236,6 +238,7 @@ class Transport:
         self._said_close = False  # OpenSSL has our close_notify
         self._sent_close = False  # the kernel has it
         self._peer_closed = False
+        self._cut_off = False  # the peer's stream has ended without that, and ours goes on
         self._lingering = False
         self._linger_left = LINGER_BYTES
 
@@ -624,6 +627,8 @@ class Transport:
         engine = self._engine
         assert engine is not None
         self._read_left, self._write_left = READ_BUDGET, WRITE_BUDGET
+        if self._aim >= Aim.CLOSE:
+            engine.outlast()
         progress = True
         while progress and self.cause is None:
             progress = False
@@ -669,7 +674,13 @@ class Transport:
         engine = self._engine
         assert engine is not None
         while room > 0 and self._read_left > 0:
-            data = engine.read(RECORD_BYTES)
+            try:
+                data = engine.read(RECORD_BYTES)
+            except Truncated:
+                if self._aim < Aim.CLOSE or self._sent_close or self._cut_off:
+                    raise
+                self._cut_off = True
+                break
             if isinstance(data, Want) or not data:
                 self._no_data(data)
                 break
@@ -700,8 +711,9 @@ class Transport:
         if engine.on_detour and engine.unflushed() > ANSWER_BYTES:
             return 0  # a peer that asks for answers and does not take them
         if self._aim >= Aim.CLOSE:
-            return READ_BUDGET
-        room = self.credit.room()
+            room = 0 if self._cut_off and not self._sent_close else READ_BUDGET
+        else:
+            room = self.credit.room()
         if room > 0 or self.credit.overdraft() >= FORCED_READ_BYTES:
             return room
         starving = any(o.want is READ for o in self._operations if o is not self._read)

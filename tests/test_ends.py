@@ -10,7 +10,7 @@ import ssl
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ import trustme
 from conftest import KeyPair, write_key_pair
 from OpenSSL import SSL
 from peers import Checker, Pattern, until
+from rig import wants
 
 import bridge
 from bridge import codecs
@@ -341,6 +342,39 @@ def test_close_carries_out_everything_that_was_sent_before(facing: Facing, pool:
     assert checker.received == MUCH
     peer.unwrap()
     assert closing.result(PATIENCE) == bridge.CloseReport(0, True, True)
+
+
+CutOff = tuple[bridge.Session, ssl.SSLSocket, "Future[bridge.CloseReport]"]
+
+
+@pytest.fixture
+def cut_off(facing: Facing, pool: ThreadPoolExecutor) -> CutOff:
+    """A session that is closing with much unsent, and has met the end of TCP that its peer has put first."""
+    session, peer = facing(buffer=16 * 1024, limits=bridge.Limits(outbox_bytes=MUCH))
+    session.send(bytes(MUCH))
+    closing = pool.submit(session.close, 2.0)
+    until(lambda: session.state == "draining")
+    peer.sendall(b"late")
+    end_truncated(session, peer)
+    until(lambda: "read" not in wants(session))
+    return session, peer, closing
+
+
+def test_close_carries_it_out_also_to_a_peer_that_has_shut_its_half_of_tcp_down(cut_off: CutOff) -> None:
+    session, peer, closing = cut_off
+    received = 0
+    while data := peer.recv(65536):
+        received += len(data)
+    assert received == MUCH
+    assert closing.result(PATIENCE) == bridge.CloseReport(0, True, False)
+    assert type(session.end) is bridge.SessionClosed
+
+
+def test_such_a_peer_that_does_not_read_is_given_up_in_time(cut_off: CutOff) -> None:
+    session, _, closing = cut_off
+    report = closing.result(PATIENCE)
+    assert report.unsent > 0 and not report.close_notify_sent
+    assert type(session._channel.transport.cause) is bridge.CloseTimeout
 
 
 @pytest.mark.parametrize("how", ["close", "abort", "both"])

@@ -285,6 +285,19 @@ def test_a_byte_that_waits_for_the_end_of_a_handshake_is_sent_though_nobody_call
     server.sock.close()
 
 
+def test_a_close_that_waits_for_such_a_handshake_ends_where_the_peer_s_stream_does(
+    asking: tuple[Stream, Raw],
+) -> None:
+    client, server = asking
+    assert now(client.read, 1) is Want.READ
+    assert client.write(b"x", 0) == 1
+    server.sock.shutdown(socket.SHUT_WR)
+    client.close()
+    assert isinstance(finished(client), bridge.Truncated)
+    assert client.report is not None and client.report.unsent == 1
+    server.sock.close()
+
+
 def test_a_write_to_a_peer_that_has_reset_the_connection_says_so(b: bridge.Bridge, contexts: Any) -> None:
     client, server = shaken(*streams(b, contexts, *tcp_pair()))
     server.abort()
@@ -979,6 +992,23 @@ def test_a_write_only_client_that_closes_at_once_loses_nothing(
     client.close()
     assert served.result(PATIENCE) == size
     assert finished(client)
+
+
+@pytest.mark.parametrize("politely", [True, False])
+def test_a_write_that_did_not_wait_arrives_also_at_a_peer_that_has_shut_its_half_of_tcp_down(
+    small_pair: Pair, politely: bool
+) -> None:
+    client, server = small_pair
+    size = client.write(bytes(100_000), 0)
+    assert client._sent.held() and server._transport.sock is not None
+    server._transport.sock.shutdown(socket.SHUT_WR)
+    client.close(politely=politely)
+    until(lambda: not client._transport.mask & Want.READ)
+    while size:
+        size -= len(server.read(size, PATIENCE))
+    with contextlib.nullcontext() if politely else pytest.raises(bridge.Truncated):
+        assert server.read(1, PATIENCE) == b""
+    assert isinstance(finished(client), bridge.SessionClosed)
 
 
 def test_a_cut_stream_is_no_end(pair: Pair, background: Background) -> None:
