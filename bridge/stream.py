@@ -84,22 +84,24 @@ class _Sent:
 class _Received:
     """What was decrypted and not asked for yet, and how much may be.  Guarded by the lease."""
 
-    __slots__ = ("asking", "kept", "parts", "used")
+    __slots__ = ("asking", "deaf", "kept", "parts", "used")
 
     def __init__(self) -> None:
+        self.deaf = False
+        """Nobody will ask again: what is in the kernel stays there, and so does an end that is of our own making."""
         self.asking = 0
         """How many bytes somebody wants to see, for whatever reason."""
         self.parts: collections.deque[bytes] = collections.deque()
         self.used = self.kept = 0
 
     def allows(self) -> bool:
-        return self.used < self.asking
+        return self.used < self.asking and not self.deaf
 
     def room(self) -> int:
         return self.asking if self.allows() else 0
 
     def late_room(self) -> int:
-        return AHEAD_BYTES - self.used or -1
+        return -1 if self.deaf else AHEAD_BYTES - self.used or -1
 
     def spend(self, count: int) -> None:
         self.used += count
@@ -173,7 +175,6 @@ class Stream(forks.Handle):
     __slots__ = (
         "__weakref__",
         "_born",
-        "_deaf",
         "_ending",
         "_eof",
         "_handed_back",
@@ -211,7 +212,6 @@ class Stream(forks.Handle):
         self._info: SessionInfo | None = None
         self._ending: Ending | None = None
         self._eof = False  # the peer's close_notify has come
-        self._deaf = False  # shutdown: reading is over
         self._handed_back = False  # by unwrap, which may end without its caller
         self._hung_up: Callable[[int], object] | None = None
         """Whether the peer has, and was not heard out yet."""
@@ -308,7 +308,7 @@ class Stream(forks.Handle):
             try:
                 if received.parts:
                     return self._take(size)
-                if not transport.quiet or self._deaf or timeout == 0:
+                if not transport.quiet or received.deaf or timeout == 0:
                     return self._await_and_take(size, timeout, give_up)
                 if transport.mask:  # there is nothing to read that the poll would not speak of
                     received.asking += 1
@@ -316,7 +316,7 @@ class Stream(forks.Handle):
                         ready = lease.sleep(give_up)
                     finally:
                         received.asking -= 1
-                    if ready != READ or not transport.quiet or received.parts:
+                    if ready != READ or not transport.quiet or received.parts or received.deaf:
                         return self._await_and_take(size, timeout, give_up)
                 try:
                     data = transport.read_at_once()
@@ -367,19 +367,21 @@ class Stream(forks.Handle):
         if self._info is None:
             self._open(timeout and _left(give_up))
         received = self._received
+        if received.deaf:
+            return bool(received.parts)
         received.asking += 1
         try:
             self._wait(self._readable, timeout and _left(give_up), "read", Want.READ)
         finally:
             received.asking -= 1
-        if received.parts or self._eof or self._deaf:
+        if received.parts or self._eof or received.deaf:
             return bool(received.parts)
         if self._ending is None:
             raise SessionClosed("this side closed the session")
         raise fresh(self._ending.cause)
 
     def _readable(self) -> bool:
-        over = self._eof or self._deaf or self._lease.closing or self._ending is not None
+        over = self._eof or self._received.deaf or self._lease.closing or self._ending is not None
         return over or bool(self._received.parts)
 
     @_leased
@@ -528,7 +530,7 @@ class Stream(forks.Handle):
         OpenSSL reads no more after that.  While the peer may say more, nothing is read, and the descriptor tells
         the truth; from then on it is readable for ever.  Returned is what to ask between records, if anything.
         """
-        if self._deaf or self._lease.closing:
+        if self._received.deaf or self._lease.closing:
             return None
         transport, received = self._transport, self._received
         assert transport.sock is not None
@@ -583,7 +585,7 @@ class Stream(forks.Handle):
     @_leased
     def stop_reading(self) -> None:
         """From now on `read` gives what is there already and then ``b""``, also to whoever waits in it."""
-        self._deaf = True
+        self._received.deaf = True
         self._lease.ring()
 
     def unwrap(self, timeout: float | None = None) -> tuple[socket.socket, bytes]:
@@ -607,6 +609,7 @@ class Stream(forks.Handle):
         give_up = deadline_after(timeout)
         self._open(timeout)
         received = self._received
+        received.deaf = False  # of the peer's close_notify it is to hear
         received.asking += 1
         try:
             if self._ending is None:

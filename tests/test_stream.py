@@ -653,6 +653,26 @@ def test_who_waits_in_a_read_is_told_to_read_no_more(pair: Pair, background: Bac
     assert reading.result(PATIENCE / 2) == b""
 
 
+def test_after_that_nothing_more_comes_though_a_write_fails(b: bridge.Bridge, contexts: Any) -> None:
+    client, server = shaken(*streams(b, contexts, *tcp_pair()))
+    server.write(b"unheard")
+    client.stop_reading()
+    server.abort()
+    finished(server)
+    with pytest.raises(bridge.PeerReset):
+        client.write(b"x")
+    assert client.read(100) == b""
+
+
+def test_after_that_it_can_be_unwrapped(pair: Pair, background: Background) -> None:
+    client, server = pair
+    client.stop_reading()
+    assert client.read(1) == b""
+    unwrapping = background.run(server.unwrap, PATIENCE)
+    for sock, _ in (client.unwrap(PATIENCE), unwrapping.result(PATIENCE)):
+        sock.close()
+
+
 def test_who_waits_in_a_read_hears_that_the_session_has_stalled(pair: Pair, background: Background) -> None:
     reading = background.run(pair[0].read, 1)
     sleeping(pair[0])

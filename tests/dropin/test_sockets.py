@@ -672,12 +672,20 @@ def test_the_session_of_a_connection_that_was_cut_off_is_the_last_one_seen(mixed
     assert client.recv(1) == b"" and client.session == seen
 
 
-def test_shutting_down_for_reading_leaves_writing(mixed: Ends) -> None:
+@pytest.mark.parametrize("waits", [True, False])
+def test_shutting_down_for_reading_leaves_writing(mixed: Ends, background: Background, waits: bool) -> None:
+    """The end that we have put there is not the peer's: a reader finds it, and TLS does not."""
     client, server = mixed
+    reading = background.run(client.recv, 1) if waits else None
+    while reading and not client._wire.stream._lease._sleepers:
+        assert not reading.done()
     client.shutdown(socket.SHUT_RD)
-    client.sendall(b"still said")
-    assert receive_exactly(server, 10) == b"still said"
-    assert client.recv(1) == b""
+    assert reading is None or reading.result(PATIENCE) == b""
+    for timeout in (PATIENCE, 0):
+        client.settimeout(timeout)
+        assert client.recv(1) == b"" and select.select([client], [], [], 0)[0]
+        client.sendall(b"still said")
+        assert receive_exactly(server, 10) == b"still said"
 
 
 def test_shutdown_wakes_a_reader(ends: Ends, background: Background) -> None:
