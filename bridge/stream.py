@@ -547,7 +547,8 @@ class Stream(forks.Handle):
         return None
 
     def _all_gone(self) -> bool:
-        return not self._sent.held() or self._lease.closing
+        shut = self._received.deaf and self._transport.state is _DRAINING
+        return not self._sent.held() or self._lease.closing or shut
 
     def _check_writable(self) -> None:
         if self._ending is not None:

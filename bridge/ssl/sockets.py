@@ -499,11 +499,15 @@ class SSLSocket(ssl.SSLSocket):
     # Ends.
 
     def shutdown(self, how: int) -> None:
-        """As `socket.socket.shutdown`, of the bytes inside TLS: SHUT_WR is TLS's half close, and reading goes on."""
+        """As `socket.socket.shutdown`, of the bytes inside TLS: SHUT_WR is TLS's half close, and reading goes on.
+
+        After SHUT_RD writing goes on.  What `send` took before still leaves, whichever half is shut down.
+        """
         wire = self._sslobj
         if wire is None or wire.stream is None:
             super().shutdown(how)
             return
+        shaken = wire.stream.info is not None
         try:
             if how != socket.SHUT_RD:
                 wire.said_all = True
@@ -512,7 +516,9 @@ class SSLSocket(ssl.SSLSocket):
                 wire.stream.stop_reading()
         except BridgeError as error:
             raise wire.failure(error) from None
-        if how != socket.SHUT_WR or wire.stream.info is None:
+        if shaken and how == socket.SHUT_RDWR and wire.stream.end is None:
+            how = socket.SHUT_RD  # the other half is the stream's to shut down, once all has left
+        if how != socket.SHUT_WR or not shaken:
             try:
                 socket.socket.shutdown(self, how)
             except OSError as error:

@@ -688,6 +688,34 @@ def test_shutting_down_for_reading_leaves_writing(mixed: Ends, background: Backg
         assert receive_exactly(server, 10) == b"still said"
 
 
+def send_until_stuck(client: Any) -> int:
+    """Without waiting; some of it is with TLS, and not with the kernel.  How many bytes were taken."""
+    client.setblocking(False)
+    taken = 0
+    with pytest.raises(ssl.SSLWantWriteError):
+        while True:
+            taken += client.send(bytes(50_000))
+    assert client._wire.stream._sent.held()
+    return taken
+
+
+@pytest.mark.parametrize("how", [socket.SHUT_RD, socket.SHUT_WR, socket.SHUT_RDWR])
+def test_what_send_took_leaves_in_spite_of_shutdown_and_close(how: int, mixed: Ends) -> None:
+    client, server = mixed
+    taken = send_until_stuck(client)
+    client.shutdown(how)
+    client.close()
+    assert len(receive_exactly(server, taken)) == taken and server.recv(1) == b""
+
+
+def test_and_in_spite_of_a_peer_that_has_shut_its_own_half_down(mixed: Ends) -> None:
+    client, server = mixed
+    taken = send_until_stuck(client)
+    socket.socket.shutdown(server, socket.SHUT_WR)
+    client.close()
+    assert len(receive_exactly(server, taken)) == taken and server.recv(1) == b""
+
+
 def test_shutdown_wakes_a_reader(ends: Ends, background: Background) -> None:
     client, server = ends
     reading = background.run(client.recv, 1)
