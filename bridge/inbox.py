@@ -236,7 +236,9 @@ class _Turn:
         if self._seat is None or self._in_a_row < STEADY or time.monotonic() - self._since > QUICK:
             give_up_seat(self._notes)
             return Gate()
-        self._notes.seat = self._seat
+        if self._notes.seat is not self._seat:  # but that of another inbox's worker
+            give_up_seat(self._notes)
+            self._notes.seat = self._seat
         return self._seat.place()
 
     def end(self, came_back: bool = True) -> None:
@@ -355,7 +357,9 @@ class Inbox(forks.Handle):
     def shutdown(self) -> None:
         """After what is waiting, `get` raises ShutDown in every thread, and `put` now (as `queue.Queue.shutdown`).
 
-        For good, whatever Bridge feeds it.  Sessions that deliver here are not closed by it.  Any thread; never waits.
+        For good, whatever Bridge feeds it.  Sessions that deliver here are not closed by it, but what comes later is
+        for nobody: they stop reading at `Limits.inbox_bytes`, and one that its peer ends is hung up.  Any thread;
+        never waits.
         """
         self._shut = True
         self._finish(ShutDown("the inbox was shut down"))
@@ -497,6 +501,8 @@ class Inbox(forks.Handle):
                     if self._over is not None and not self._takes_more:
                         messages = []
                     resume = credit._charge(size, share * len(messages))
+                    if self._shut:  # nobody will take them, so they are never paid back
+                        messages = []
                 for message in messages:
                     entry = ((session, message), credit, share, done)
                     if session is None:
@@ -559,8 +565,12 @@ class Inbox(forks.Handle):
         """A session that feeds this inbox has ended."""
         if known:  # one that never opened was never here: its `connect` raises, its listener logs
             with self._lock:
-                self._ends += 1
-            self._deliver(session, [None], None, 0, 0, done)
+                shut = self._shut
+                self._ends += not shut
+            if shut:
+                done(False)
+            else:
+                self._deliver(session, [None], None, 0, 0, done)
 
 
 class SessionInbox(Inbox):
@@ -579,29 +589,26 @@ class SessionInbox(Inbox):
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """The next message.  Any thread.  ReceiveTimeout, or how the session ended."""
-        if not block:
-            timeout = 0.0
-        taken: list[Any] = []
-        try:
-            deadline, left = deadline_after(timeout), timeout
-            while not self._entries and left != 0.0 and self.attend and self.attend(self, left, taken):
-                if taken:
-                    return taken[0]
-                left = time_left(deadline)
-            return self._next(timeout, deadline, None)[1]
-        except BaseException:
-            self._put_back(taken)
-            raise
+        return self._take(timeout if block else 0.0, [])
 
     def peek(self, timeout: float | None = None) -> Any:
         """As `get`, and the message stays the next one."""
+        return self._take(timeout, None)
+
+    def _take(self, timeout: float | None, taken: list[Any] | None) -> Any:
+        """The next message, by way of *taken* if this thread reads it itself; without that list it stays."""
         try:
             deadline, left = deadline_after(timeout), timeout
-            while not self._entries and left != 0.0 and self.attend and self.attend(self, left, None):
+            while not self._entries and left != 0.0:
+                attend = self.attend  # which another thread may set to None
+                if attend is None or not attend(self, left, taken):
+                    break
+                if taken:
+                    return taken[0]
                 left = time_left(deadline)
-            return self._next(timeout, deadline, None, keep=True)[1]
+            return self._next(timeout, deadline, None, keep=taken is None)[1]
         except BaseException:
-            self._put_back([])
+            self._put_back(taken or [])
             raise
 
     def _put_back(self, taken: list[Any]) -> None:

@@ -19,7 +19,8 @@ and the worker sleeps too, until he gets up.  A guest that is about to wait for 
 A guest leaves the handshakes of sessions that are not open yet to the worker, for they take milliseconds while his
 message is waiting; likewise what is to go on without a poll, and the end of the worker.  He gets up then, and the
 worker sits down.  In the middle of a step he counts as one that may come late: what others bring is for another handler
-(`takes`).  He never is the main thread, for a signal handler may raise there in the middle of a step.
+(`takes`).  He never is the main thread, for a signal handler may raise there in the middle of a step; nor a thread
+whose stack is nearly full, for a step would fill it (`_deep`).
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ STEADY = 8
 """Times in a row that the last message in the inbox was of one worker's, after which a handler may take its seat."""
 ROUND = 0.002
 """Seconds after which the worker looks who sits in its place."""
+FRAMES = 300
+"""How many calls deep a step may go, with a codec of the application's and its log processors in it."""
 
 
 class Host(Protocol):
@@ -88,6 +91,9 @@ class Seat:
 
     def place(self) -> Gate | Guest:
         """Where a handler that is back quickly is to sleep: the seat, if it is free, or a bed that asks for it."""
+        if not self._guests & 15 and _deep():  # who recurses does so a few calls at a time
+            self.give_up()
+            return Gate()
         if self._open and self._lock.acquire(False):
             if self._open:
                 self._whose = threading.get_ident()
@@ -164,6 +170,15 @@ class Seat:
             if not self._host.step_in(left):
                 self._open = False
                 return
+
+
+def _deep() -> bool:
+    """Whether this thread could not call `FRAMES` deep any more."""
+    try:
+        sys._getframe(sys.getrecursionlimit() - FRAMES)
+    except ValueError:  # it has not so many
+        return False
+    return True
 
 
 class _Asking(Gate):

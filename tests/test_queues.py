@@ -707,3 +707,39 @@ def test_a_look_passes_its_wake_up_on_to_one(background: Background) -> None:
     assert list(inbox._sleepers) == [gate]
     inbox.put((None, "another"))
     assert second.result(PATIENCE) == "another"
+
+
+def test_what_comes_after_shutdown_is_for_nobody_and_costs_its_session_what_it_may_read() -> None:
+    resumed: list[int] = []
+    came_back: list[bool] = []
+    shared = Inbox()
+    credit = ReadCredit(10, Tally(1 << 30), lambda: resumed.append(1), shared)
+    shared._deliver("session", [b"before"], None, 0, 0)
+    shared.shutdown()
+    credit.spend(10)
+    shared._deliver("session", [b"after"], credit, 10, 10)
+    shared._end("session", bridge.EndOfStream("the peer closed the session"), True, came_back.append)
+    assert shared.get_nowait() == ("session", b"before")
+    with pytest.raises(bridge.ShutDown):
+        shared.get()
+    assert credit.room() == 0 and credit.held() == 10 and not resumed
+    assert came_back == [False] and not shared._ends and not shared.qsize()
+
+
+def test_a_receiver_whose_session_ends_as_it_looks_for_its_socket_hears_of_the_end() -> None:
+    class Ending(SessionInbox):
+        looks = 0
+
+        @property
+        def attend(self) -> Any:
+            self.looks += 1
+            return None if self.looks > 1 else lambda *_: False
+
+        @attend.setter
+        def attend(self, attend: Any) -> None:
+            pass
+
+    inbox = Ending()
+    inbox._finish(bridge.SessionClosed("over"))
+    with pytest.raises(bridge.SessionClosed, match="over"):
+        inbox.get()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import itertools
 import ssl
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -16,7 +18,7 @@ from peers import PATIENCE, Background, dial, until
 
 import bridge
 from bridge import inbox, seat
-from bridge.threads import serving_all
+from bridge.threads import before_waiting, serving_all
 
 SOON = 0.05
 BEFORE = seat.STEADY + 2
@@ -103,8 +105,8 @@ def served(server_cert: KeyPair, ca_file: str, background: Background) -> Iterat
 @pytest.fixture
 def hospitable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever is back within the time that a test may take is back quickly."""
-    monkeypatch.setattr(inbox, "QUICK", PATIENCE)
-    monkeypatch.setattr(seat, "QUICK", PATIENCE)
+    monkeypatch.setattr(inbox, "QUICK", 3 * PATIENCE)
+    monkeypatch.setattr(seat, "QUICK", 3 * PATIENCE)
 
 
 def test_a_handler_that_is_back_quickly_reads_for_itself(
@@ -403,3 +405,52 @@ def test_what_a_handler_has_in_its_context_is_not_the_worker_s(
         assert ask(client, b"more") == b"more"
         served.inbox.shutdown()
         assert seen == [(handling.result(PATIENCE), "none")]
+
+
+def test_a_handler_that_recurses_too_deep_fails_alone(
+    served: Served, background: Background, hospitable: None
+) -> None:
+    """Were it a guest, a step would be what fills its stack, and the worker's failure."""
+    answered = 0
+
+    def answer() -> None:
+        nonlocal answered
+        session, line = served.get()
+        session.send(line)
+        answered += 1
+        answer()
+
+    recursing = background.run(answer)
+    with served.dial() as client, served.dial() as another:
+        with contextlib.suppress(OSError):  # whose answer is in its hands then
+            while ask(client, b"more") == b"more":
+                pass
+        with pytest.raises(RecursionError):
+            recursing.result(PATIENCE)
+        assert answered > sys.getrecursionlimit() // 2
+        served.handler(background)
+        assert ask(another, b"?") == b"?" and not served.bridge.closed
+
+
+def test_who_takes_turns_at_two_inboxes_keeps_one_seat(
+    served: Served, background: Background, hospitable: None, server_cert: KeyPair, ca_file: str
+) -> None:
+    other = Served(server_cert, ca_file)
+
+    def answer() -> None:
+        for one in itertools.cycle((served, other)):
+            if (taken := one.get()) is None:
+                return before_waiting()
+            taken[0].send(taken[1])
+            one.inbox.task_done()
+
+    handling = background.run(answer)
+    with other.bridge, served.dial() as client, other.dial() as another:
+        for _ in range(3 * BEFORE):
+            assert ask(client, b"more") == ask(another, b"more") == b"more"
+        assert ask(client, b"more") == b"more"
+        until(lambda: not served.seat._open)  # and its worker reads
+        assert ask(another, b"more") == b"more"
+        served.inbox.shutdown()
+        other.inbox.shutdown()
+        handling.result(PATIENCE)
