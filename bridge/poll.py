@@ -52,7 +52,7 @@ thread for each of a thousand sockets, and a limit of 1,024, needs the others fo
 SELECTED = 512
 """How many sockets select(2) takes on Windows, the only system that has nothing better."""
 EVERY = -1
-"""In place of a number of ready sockets, for all of them."""
+"""In place of a number of ready sockets: as many as one call tells of (epoll, in CPython: 1,023)."""
 LONGEST_SLEEP = 86_400.0
 """Seconds; epoll counts its milliseconds in 31 bits."""
 

@@ -37,6 +37,8 @@ from bridge.threads import let_through, serving_all
 
 HAND_OVER = 64
 """Events a turn may gather before the coordinator gets the first of them."""
+SPARE_TIMERS = 64
+"""How many timers that are out of date may be there, besides one for each pollable, before they are cleared away."""
 AT_A_TIME = 64
 """Ready sockets in one step: what has come from so many is answered before more is read, while it is in the cache.  All
 of them while some have turns in each step, who stand in line or were cut short: the others shall not have fewer."""
@@ -110,7 +112,8 @@ def fail(pollable: Pollable, error: BaseException, whose: str) -> None:
 class _Watch:
     """What the poll set holds for one pollable, and the deadline its timer is set to.
 
-    Timers that are out of date stay in the heap until their time comes; they keep only this alive.
+    Timers that are out of date stay in the heap until their time comes, or too many are there; they keep only this
+    alive.
     """
 
     __slots__ = ("attended", "evidence", "idle", "mask", "moved", "pollable", "sock", "timer", "turns")
@@ -404,6 +407,9 @@ class Worker:
 
     def _set_timer(self, watch: _Watch, when: float) -> None:
         watch.timer = when
+        if len(self._timers) >= SPARE_TIMERS + 2 * len(self._watched):
+            current = {timer[2]: timer for timer in self._timers if timer[2].timer == timer[0]}
+            self._timers = sorted(current.values())
         heapq.heappush(self._timers, (when, next(self._order), watch))
 
     def _fire_timers(self, runnable: dict[Any, int], now: float) -> None:

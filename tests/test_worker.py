@@ -7,6 +7,7 @@ import select
 import socket
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from structlog.testing import capture_logs
 from bridge.errors import SessionAborted, SessionEnded
 from bridge.poll import NOTHING, Want
 from bridge.threads import check_may_wait
-from bridge.worker import AGAIN, AT_A_TIME, HAND_OVER, HANDSHAKES, STALLED_TURNS, Worker
+from bridge.worker import AGAIN, AT_A_TIME, HAND_OVER, HANDSHAKES, SPARE_TIMERS, STALLED_TURNS, Worker
 
 NO_TIME = 0.0
 
@@ -366,6 +367,26 @@ def test_an_earlier_deadline_comes_first_and_a_later_one_when_it_is_due(
     assert not worker.step(), "the first timer is out of date"
     clock += 10
     assert worker.step() and len(thing.turns) == 2
+
+
+def test_deadlines_that_are_near_again_and_again_leave_no_heap_of_timers(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, thing = 1000.0, Thing()
+    monkeypatch.setattr("bridge.worker.time", types.SimpleNamespace(monotonic=lambda: clock))
+    given(worker, thing)
+    for _ in range(10 * SPARE_TIMERS):
+        thing.deadline = clock + 1
+        worker.post(thing, "poke")
+        worker.step()
+        thing.deadline = 10_000.0
+        clock += 1
+        worker.step()
+    assert len(worker._timers) <= SPARE_TIMERS + 3
+    thing.turns.clear()
+    clock = 10_000.0
+    worker.step()
+    assert thing.turns == [NOTHING], "the one that is left is kept"
 
 
 def test_the_worker_sleeps_no_longer_than_to_the_next_deadline_nor_than_it_may(
