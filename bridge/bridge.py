@@ -54,7 +54,9 @@ AnyContext = Context | SSL.Context
 T = TypeVar("T")
 
 EXIT_SECONDS = 3.0
-"""How long a Bridge that was never closed may delay the end of the interpreter."""
+"""How long a Bridge that was never closed may delay the end of the interpreter, for what was sent to leave."""
+LAST_SECOND = 1.0
+"""What its threads have after that; one that a codec keeps busy is not waited for."""
 
 _CLOSED = "this Bridge is closed; make a new one"
 _names = itertools.count(1)
@@ -316,10 +318,11 @@ class Bridge(forks.Handle):
         sock, path = listening_socket(address, bounds.backlog)
         shown = show_address(sock.getsockname())
 
-        def stop() -> None:
+        def stop(timeout: float | None) -> None:
             worker.post(acceptor, "end", SessionClosed("the listener is closed"))
             if self._crew.serves() and not self._crew.is_here():
-                listener.gone.wait(None, "close")
+                with contextlib.suppress(OperationTimeout):
+                    listener.gone.wait(timeout, "close")
 
         listener = Listener(sock.getsockname(), config, inbox, stop)
 
@@ -386,7 +389,8 @@ class Bridge(forks.Handle):
         """
         self._close(check_timeout("timeout", timeout), politely=True)
 
-    def _close(self, timeout: float | None, politely: bool) -> None:
+    def _close(self, timeout: float | None, politely: bool, give_up: float | None = None) -> None:
+        """At the monotonic time *give_up* nothing is waited for any more."""
         forks.check(self._born)
         if self._crew.is_here():
             raise RuntimeError(
@@ -397,11 +401,11 @@ class Bridge(forks.Handle):
         try:
             self._closers.append(closer)
             if self._closers[0] is closer:
-                self._close_sessions(timeout, politely)
+                self._close_sessions(timeout, politely, give_up)
                 self._crew.stop()
             elif self._closers[0] == closer:  # a signal handler, in the middle of it
                 return
-            self._crew.join()
+            self._crew.join(give_up)
         except BaseException:  # Ctrl-C cut the politeness short
             if self._closers[:1] == [closer]:
                 self._crew.stop()
@@ -410,10 +414,10 @@ class Bridge(forks.Handle):
             closer.clear()
         _live.discard(self)
 
-    def _close_sessions(self, timeout: float | None, politely: bool) -> None:
+    def _close_sessions(self, timeout: float | None, politely: bool, give_up: float | None) -> None:
         deadline = deadline_after(timeout)
         for listener in self._listeners.seal():
-            listener.close()
+            listener._close(time_left(give_up))
         channels, streams = self._channels.seal(), self._streams.seal()
         for channel in channels:
             self._coordinator.close(channel, timeout, politely)
@@ -423,7 +427,10 @@ class Bridge(forks.Handle):
             with contextlib.suppress(OperationTimeout):  # the workers cut short what lingers still
                 for stream in streams:
                     stream.gone.wait(time_left(deadline), "close")
-            reports = [channel.closed.wait(None, "close").report for channel in channels]
+            try:
+                reports = [channel.closed.wait(time_left(give_up), "close").report for channel in channels]
+            except OperationTimeout:
+                return
             events.debug(
                 "bridge.closed", sessions=len(reports), unsent=sum(report.unsent for report in reports)
             )
@@ -679,4 +686,5 @@ def _instance(name: str, value: Any, kind: type[Any]) -> Any:
 def _close_forgotten() -> None:
     for forgotten in list(_live):
         if not forks.abandoned(forgotten._born):
-            forgotten._close(EXIT_SECONDS, politely=False)
+            give_up = deadline_after(EXIT_SECONDS + LAST_SECOND)
+            forgotten._close(EXIT_SECONDS, politely=False, give_up=give_up)

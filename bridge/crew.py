@@ -16,7 +16,7 @@ import threading
 import weakref
 
 from bridge.coordinator import Channel, Coordinator
-from bridge.crossing import Registry, Tally
+from bridge.crossing import Registry, Tally, time_left
 from bridge.errors import LimitExceeded
 from bridge.inbox import Inbox
 from bridge.stream import Stream
@@ -98,12 +98,12 @@ class Crew:
         if self.threads[-1].ident is None:  # nobody works: a test does, step by step
             self._part()
 
-    def join(self) -> None:
-        """Wait for that."""
+    def join(self, give_up: float | None = None) -> None:
+        """Wait for that, until the monotonic time *give_up* at the latest."""
         if self.threads[-1].ident is not None:
-            self._over.wait()
+            self._over.wait(time_left(give_up))
             for thread in self.threads:
-                thread.join()
+                thread.join(time_left(give_up))
 
     def is_here(self) -> bool:
         """Whether the calling thread is one of them, or in the middle of a step in the place of one."""

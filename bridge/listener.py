@@ -28,7 +28,9 @@ class Listener(forks.Handle):
     until `close`, also if the handle is forgotten.
     """
 
-    def __init__(self, address: Any, context: Context, inbox: Inbox | None, stop: Callable[[], None]) -> None:
+    def __init__(
+        self, address: Any, context: Context, inbox: Inbox | None, stop: Callable[[float | None], None]
+    ) -> None:
         self.address = address
         """Where it listens, with the port the system chose: ``(host, port)``, four items for IPv6; a path; or bytes,
         the abstract name of a Unix socket.  `Bridge.connect` takes it."""
@@ -74,14 +76,18 @@ class Listener(forks.Handle):
     def close(self) -> None:
         """Stop listening.  Sessions that were accepted live on; those still waiting for `accept` are closed."""
         forks.check(self._born)
-        self._closed = True
-        self._stop()
+        self._close(None)
 
     def __enter__(self) -> Listener:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _close(self, timeout: float | None) -> None:
+        """`close`, but wait for its worker *timeout* seconds at most."""
+        self._closed = True
+        self._stop(timeout)
 
     def _deliver(self, session: Session) -> None:
         """Coordinator: a handshake is done."""

@@ -628,6 +628,29 @@ print("over")
     assert time.monotonic() - begin < 15
 
 
+def test_a_codec_that_does_not_come_to_an_end_delays_the_exit_only_for_a_while(
+    program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor
+) -> None:
+    running = program(
+        """
+import threading
+decoding = threading.Event()
+class Endless(bridge.codecs.Raw):
+    def decode(self, data):
+        decoding.set()
+        threading.Event().wait()
+b = bridge.Bridge(workers=1)
+listener = b.listen(("127.0.0.1", 0), server_ctx, codec=Endless)
+session = b.connect(listener.address, client_ctx, server_hostname="localhost")
+session.send(b"x")
+decoding.wait()
+print("over")
+"""
+    )
+    assert running.line() == "over"
+    assert running.end() == (0, "", "")
+
+
 @pytest.mark.parametrize("call", ["session.recv()", "shared.get()", "listener.accept()", "list(session)"])
 def test_a_daemon_thread_that_waits_does_not_keep_the_interpreter(
     program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor, call: str
