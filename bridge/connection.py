@@ -60,6 +60,8 @@ ONE_RECORD = SCRATCH_BYTES + 1
 OTHER_RECORDS = 4
 """How many records without data (tickets, new keys, requests for a handshake) one read gets behind: what honest peers
 send in a row.  A peer that floods us with more has its turns like everybody."""
+MOST_BYTES = 2**30
+"""What one SSL_write(3) is given at most: it counts in an int."""
 _scratches: list[Any] = []
 """Buffers that no thread reads into just now: as many as have ever been in use at once, not one for each thread."""
 
@@ -164,8 +166,9 @@ class Connection(SSL.Connection):
         return result
 
     def send(self, buf: Any, flags: int = 0) -> int:
-        """SSL_write(3) of bytes or a view, without pyOpenSSL's conversions."""
-        result: int = _write(self._ssl, buf if type(buf) is bytes else _ffi.from_buffer(buf), len(buf))
+        """SSL_write(3) of bytes or a view, or of the beginning, without pyOpenSSL's conversions."""
+        size = len(buf) if len(buf) < MOST_BYTES else MOST_BYTES
+        result: int = _write(self._ssl, buf if type(buf) is bytes else _ffi.from_buffer(buf), size)
         if result <= 0:
             self._raise_ssl_error(self._ssl, result)
         return result

@@ -29,13 +29,14 @@ from bridge.inbox import Inbox, ReadCredit, SessionInbox
 from bridge.limits import RECORD_BYTES
 from bridge.outbox import Outbox
 from bridge.poll import READ, my_sleeper
-from bridge.terms import CloseReport, Ending, Told, internal, interrupted
+from bridge.terms import CloseReport, Ending, Told, cut_short_by, internal
 from bridge.threads import check_may_wait, let_through, serving_all, this_thread
 from bridge.transport import Transport
 from bridge.worker import Command, Worker
 
 MESSAGE_BYTES = 64
-"""What a message costs at least, however few its bytes are, so that a million empty lines are not free."""
+"""What a message costs at least, and before it is one what was read at once, however few its bytes are: so a million
+empty lines are not free, nor as many records of a byte."""
 
 
 class Ask:
@@ -109,7 +110,11 @@ class Channel:
 
     def tell(self, kind: str, payload: Any) -> None:
         """For the transport: note an event.  The worker's thread."""
-        if self.credit.stepwise and kind is Told.DATA and len(payload) >= RECORD_BYTES:
+        if kind is not Told.DATA:
+            pass
+        elif len(payload) < MESSAGE_BYTES:
+            self.credit.spend(MESSAGE_BYTES - len(payload))
+        elif self.credit.stepwise and len(payload) >= RECORD_BYTES:
             alone = self.credit.undecoded() == len(payload) and self.opened.peek() is not None
             if alone and self.coordinator.decode_now(self, payload):
                 return  # and more may be read at once
@@ -163,9 +168,9 @@ class Channel:
         except SessionEnded as error:
             self.outbox.hold(left)
             self.worker.post(transport, "conclude", error)
-        except BaseException:  # Ctrl-C
+        except BaseException as error:  # Ctrl-C
             transport.freeze()
-            self.worker.post(transport, "conclude", interrupted())
+            self.worker.post(transport, "conclude", cut_short_by(error))
             raise
 
     def attend(self, inbox: SessionInbox, timeout: float | None, taken: list[Any] | None) -> bool:
@@ -186,9 +191,9 @@ class Channel:
             return False
         lock: Any = transport.lock
         try:
-            bed.asleep = True  # from here on a signal handler takes another bed
-            notes.serves_all = True  # who has the lock must not wait for whoever waits for that
-            lock.acquire(False) or take(lock, bed.born)  # a ``with`` takes CPython twice as long
+            bed.asleep = notes.serves_all = True  # signal handlers take another bed, and may not wait for us
+            if not (lock.acquire(False) or take(lock, bed.born, timeout)):
+                return False
             received, at_rest = transport.received, transport.quiet and self.credit.settled()
             lent = at_rest and worker.lend(transport) and inbox.lie_down(bed)
             if not lent and inbox.attendant in (None, before):  # and so nobody is there
@@ -221,9 +226,9 @@ class Channel:
             data = transport.take_at_once(now)
             if data:
                 self.coordinator.hand_in(self, data, taken)
-        except BaseException:  # Ctrl-C, and what was read may be lost
+        except BaseException as error:  # Ctrl-C, and what was read may be lost
             transport.freeze()
-            self.worker.post(transport, "conclude", interrupted())
+            self.worker.post(transport, "conclude", cut_short_by(error))
             raise
         if not transport.quiet or transport.mask != READ:
             self.worker.post(transport, "wake")
@@ -232,7 +237,7 @@ class Channel:
 Word = tuple[Channel, str, Any]
 
 Decoded = tuple[list[Any], int, int, "BaseException | None"]
-"""What a codec has made of new bytes: messages; how many bytes these were; how many it keeps, of a message that is not
+"""What a codec has made of new bytes: messages; what these bytes cost; how many it keeps, of a message that is not
 whole; and how it failed, if it did."""
 
 
@@ -407,7 +412,7 @@ class Coordinator:
 
     def _data(self, channel: Channel, data: bytes) -> None:
         if channel.end is not None:
-            channel.credit.settle(len(data))
+            channel.credit.settle(_price(data))
         else:
             self._deliver(channel, _decode(channel, data))
 
@@ -492,5 +497,11 @@ def _decode(channel: Channel, data: bytes, ended: bool = False) -> Decoded:
             raise ValueError(f"{type(codec).__name__}.buffered is how many bytes it holds, not {buffered}")
     except BaseException as error:
         let_through(error)
-        return messages, len(data), 0, error
-    return messages, len(data), buffered, None
+        return messages, _price(data), 0, error
+    return messages, _price(data), buffered, None
+
+
+def _price(data: bytes) -> int:
+    """What was spent for it (`Channel.tell`)."""
+    size = len(data)
+    return size if size >= MESSAGE_BYTES or not size else MESSAGE_BYTES

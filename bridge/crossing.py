@@ -87,14 +87,17 @@ def let_go(lock: Any) -> None:
         lock.release()
 
 
-def take(lock: Any, born: int) -> bool:
-    """Acquire *lock*, which is held for a turn; true.
+def take(lock: Any, born: int, timeout: float | None = None) -> bool:
+    """Acquire *lock*, which is held for a turn; false if that takes *timeout* seconds.
 
     ForkedError if it belongs to a thread of the parent: a signal handler has forked in the middle of this, and here is
     the child.
     """
-    while not lock.acquire(timeout=A_WHILE):
+    deadline = deadline_after(timeout)
+    while not lock.acquire(timeout=A_WHILE if deadline is None else min(A_WHILE, time_left(deadline) or 0.0)):
         forks.check(born)
+        if time_left(deadline) == 0.0:
+            return False
     return True
 
 

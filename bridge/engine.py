@@ -356,7 +356,7 @@ class TLSEngine:
             except BlockingIOError:
                 return self._wanted("flush", Want.WRITE)
             except OSError as error:
-                raise self._failed(error) from error
+                raise self.fail(error) from error
             self._output = self._output[sent:]
         self._end_detour()
         return None
@@ -415,7 +415,7 @@ class TLSEngine:
         except BlockingIOError:
             pass
         except OSError as error:  # the kernel tells it once
-            raise self._failed(error) from error
+            raise self.fail(error) from error
 
     def leftover(self) -> bytes:
         """What was read too far on a detour: the plain bytes behind the peer's close_notify."""
@@ -429,7 +429,7 @@ class TLSEngine:
         except BlockingIOError:
             return False
         except OSError as error:
-            raise self._failed(error) from error
+            raise self.fail(error) from error
         if not ciphertext and self._stays:
             raise _cut_off("while in read")
         self._due = max(0, self._due - len(ciphertext))
@@ -448,7 +448,8 @@ class TLSEngine:
             self._due = ahead = ahead + (RECORD_BYTES if size is None else size)
         return ahead or HEADER_BYTES  # at the end of the stream there is nothing
 
-    def _failed(self, error: OSError) -> SessionEnded:
+    def fail(self, error: OSError) -> SessionEnded:
+        """The socket has failed with *error*, and so has every call from now on.  What they raise."""
         self._error = PeerReset(error.errno, f"the connection failed: {error.strerror}")
         self._error.__cause__ = error.with_traceback(None)
         return fresh(self._error)

@@ -44,7 +44,7 @@ from bridge import forks
 from bridge.crossing import Gate, deadline_after, let_go, time_left
 from bridge.errors import SessionEnded
 from bridge.poll import NOTHING, Sleeper, Want, look, my_sleeper
-from bridge.terms import interrupted
+from bridge.terms import cut_short_by
 from bridge.transport import Transport
 from bridge.worker import Worker, fail
 
@@ -139,8 +139,8 @@ class Lease:
             transport.turn(ready, time.monotonic())
         except Exception as error:
             fail(transport, error, threading.current_thread().name)
-        except BaseException:
-            self.cut_short()
+        except BaseException as error:
+            self.cut_short(error)
             raise
         if self._sleepers and (self.changes != changes or transport.finished):
             self.ring()
@@ -149,13 +149,13 @@ class Lease:
         """*call* something of the transport.  If Ctrl-C or a bug cuts it short, the session is over."""
         try:
             return call(*arguments)
-        except BaseException:
-            self.cut_short()
+        except BaseException as error:
+            self.cut_short(error)
             raise
 
-    def cut_short(self) -> None:
-        """End the session: Ctrl-C or a bug came in the middle of a call of the transport."""
-        self._transport.end(interrupted())
+    def cut_short(self, error: BaseException) -> None:
+        """End the session: *error*, Ctrl-C or a bug, came in the middle of a call of the transport."""
+        self._transport.end(cut_short_by(error))
         self.ring()
 
     def until(self, done: Callable[[], object], timeout: float | None) -> bool:

@@ -206,7 +206,7 @@ class Session(forks.Handle):
         """Ask the peer for a new TLS 1.2 handshake, while data goes on flowing (RFC 5246, 7.4.1.1).
 
         ConfigurationError on TLS 1.3, which has none (it changes keys by itself), and where the context
-        does not allow it (``renegotiation=True``).
+        does not allow it (``renegotiation=True``).  It is for servers: most let no client ask, and end its session.
         """
         forks.check(self._born)
         if self.info.version == "TLSv1.3":

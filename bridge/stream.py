@@ -320,8 +320,8 @@ class Stream(forks.Handle):
                         return self._await_and_take(size, timeout, give_up)
                 try:
                     data = transport.read_at_once()
-                except BaseException:
-                    lease.cut_short()
+                except BaseException as error:
+                    lease.cut_short(error)
                     raise
                 if data and len(data) <= size:
                     return data
@@ -514,8 +514,8 @@ class Stream(forks.Handle):
             if self._ending is None:
                 self._sent.take(left)
                 transport.send([piece])
-        except BaseException:
-            self._lease.cut_short()
+        except BaseException as error:
+            self._lease.cut_short(error)
             raise
 
     def _look_for_an_end(self) -> Callable[[int], object] | None:
@@ -639,6 +639,7 @@ class Stream(forks.Handle):
         it.  Whoever waits in a call is let go.  Does not wait; idempotent; in a child of fork() it only closes the
         child's descriptor.
         """
+        timeout = check_timeout("timeout", timeout)
         how = "close" if politely else "hang_up"
         if self._born != forks.current:
             self._abandon()
@@ -721,10 +722,10 @@ class Stream(forks.Handle):
 
 
 def _check(timeout: float | None, size: int = 1) -> None:
-    """ValueError for a *timeout* or a *size* that makes no sense."""
+    """ConfigurationError, a ValueError, for a *timeout* or a *size* that makes no sense."""
     if size <= 0:
         raise ValueError(f"size must be positive, not {size!r}")
-    if timeout is not None and not timeout >= 0:
+    if timeout is not None and not (type(timeout) is float and timeout >= 0):
         check_timeout("timeout", timeout)
 
 

@@ -100,9 +100,11 @@ class Ending:
         return self.sock, self.leftover
 
 
-def interrupted() -> SessionAborted:
-    """How a session ends in which Ctrl-C has cut a call short: nobody knows what is half done."""
-    return SessionAborted("interrupted in the middle of a call of OpenSSL")
+def cut_short_by(error: BaseException) -> SessionAborted:
+    """How a session ends in which *error* has cut a call short: nobody knows what is half done."""
+    if isinstance(error, Exception):
+        return internal(error)
+    return SessionAborted("interrupted in the middle of a call of OpenSSL")  # by Ctrl-C
 
 
 def internal(error: BaseException) -> SessionAborted:

@@ -627,7 +627,7 @@ class Transport:
         engine = self._engine
         assert engine is not None
         self._read_left, self._write_left = READ_BUDGET, WRITE_BUDGET
-        if self._aim >= Aim.CLOSE:
+        if self._aim >= Aim.CLOSE and self._write_pending():
             engine.outlast()
         progress = True
         while progress and self.cause is None:
@@ -1074,9 +1074,10 @@ class Transport:
         engine, waiting = self._engine, None
         if (engine is not None or self._lingering) and self.sock is not None:
             try:
-                waiting = self.sock.recv(EVIDENCE_BYTES, socket.MSG_PEEK)
-            except OSError:
-                pass
+                waiting = _peek(self.sock, EVIDENCE_BYTES)
+            except OSError as error:
+                if engine is not None:
+                    engine.fail(error)
         inside = () if engine is None else (engine.on_detour, engine.unflushed(), engine.pending())
         left = (self._linger_left, self._accepted, len(self._chunks))
         return (self.state, self.sock, waiting, inside, left, self.moved, self._said_close, self._peer_closed)
@@ -1140,10 +1141,10 @@ def _reset(error: OSError) -> PeerReset:
     return PeerReset(error.errno, f"the connection failed: {error.strerror}")
 
 
-def _peek(sock: socket.socket) -> bytes:
-    """The first bytes that are there; OSError after a reset, of which the kernel tells but once."""
+def _peek(sock: socket.socket, size: int = 24) -> bytes:
+    """The first *size* bytes that are there; OSError after a reset, of which the kernel tells but once."""
     try:
-        return sock.recv(24, socket.MSG_PEEK)
+        return sock.recv(size, socket.MSG_PEEK)
     except BlockingIOError:
         return b""
 

@@ -18,7 +18,7 @@ import trustme
 from conftest import KeyPair, write_key_pair
 from OpenSSL import SSL
 from peers import Checker, Pattern, until
-from rig import wants
+from rig import Lockstep, is_open, raw_context, wants
 
 import bridge
 from bridge import codecs
@@ -26,6 +26,7 @@ from bridge.coordinator import Channel
 from bridge.inbox import ReadCredit
 from bridge.outbox import Outbox
 from bridge.transport import Transport
+from bridge.worker import STALLED_TURNS
 
 PATIENCE = 30.0
 MUCH = 3 * 1024 * 1024
@@ -802,3 +803,32 @@ def test_behind_the_peers_end_a_half_close_is_one_of_tcp_too(
             session.close()
             with unwrapped.result(PATIENCE) as plain:
                 assert plain.recv(1) == b""
+
+
+@pytest.mark.parametrize("pieces", [50, 3 * STALLED_TURNS])
+def test_a_reset_in_the_middle_of_a_slow_record_is_a_reset(
+    server_ctx: bridge.Context, tls_version: str, pieces: int
+) -> None:
+    """Also for the watchdog, which looks into the kernel meanwhile; that tells of a reset but once."""
+    with Lockstep() as rig:
+        near, far = rig.tcp_pair()
+        session = rig.session(server_ctx, near)
+        peer = SSL.Connection(raw_context(tls_version), None)
+        peer.set_connect_state()
+        while not is_open(session):
+            with contextlib.suppress(SSL.WantReadError):
+                peer.do_handshake()
+            with contextlib.suppress(SSL.WantReadError):
+                far.sendall(peer.bio_read(65536))
+            rig.settle()
+            with contextlib.suppress(BlockingIOError):
+                peer.bio_write(far.recv(65536))
+        peer.send(bytes(4000))
+        record = peer.bio_read(65536)
+        for number in range(pieces):
+            far.sendall(record[number : number + 1])
+            assert session._channel.worker.step(PATIENCE)
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        far.close()
+        rig.until(lambda: session.end is not None)
+        assert type(session.end) is bridge.PeerReset

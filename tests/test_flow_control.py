@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import random
 import socket
 import ssl
 import threading
@@ -17,7 +18,7 @@ from peers import Checker, Pattern, until
 from rig import Lockstep, Raw, busy, is_open, raw_context
 
 import bridge
-from bridge import codecs
+from bridge import codecs, connection
 from bridge.codecs import Codec
 from bridge.coordinator import MESSAGE_BYTES
 from bridge.limits import RECORD_BYTES
@@ -203,6 +204,34 @@ def test_messages_of_one_byte_stay_within_bounds(
             assert held == RECORD_BYTES
         else:
             assert limits.inbox_bytes <= held <= limits.inbox_bytes + RECORD_BYTES
+        session.abort()
+        lockstep.settle()
+
+
+def test_records_of_a_byte_stay_within_bounds_while_the_coordinator_is_busy(
+    server_ctx: bridge.Context, tls_version: str
+) -> None:
+    """Which cannot say yet how many messages they are."""
+    with Lockstep() as lockstep:
+        near, far = lockstep.large_pair()
+        ours = lockstep.bridge(limits=bridge.Limits(inbox_bytes=64 * MESSAGE_BYTES))
+        session = ours.adopt(near, server_ctx, wait=False)
+        peer = Raw(raw_context(tls_version), far, False)
+        lockstep.until(lambda: peer.handshake() is None)
+        lockstep.until(lambda: is_open(session))
+        lockstep.settle()
+        worker = ours._workers[0]
+        with busy(ours._coordinator):
+            for _ in range(200):
+                peer.write(b"x")
+                worker.step()
+            assert len(ours._coordinator._mailbox) == 64
+        lockstep.settle()
+        taken = sum(len(session.recv(0)) for _ in range(session.inbox.qsize()))
+        while taken < 200:
+            lockstep.until(lambda: not session.inbox.empty())
+            taken += len(session.recv(0))
+        assert session._channel.credit.held() == 0
         session.abort()
         lockstep.settle()
 
@@ -692,3 +721,19 @@ def test_what_a_codec_holds_of_a_message_counts_for_the_whole_bridge(
         until(lambda: b._inbox_tally.used == 7)
         client.abort()
         until(lambda: b._inbox_tally.used == 0)
+
+
+def test_a_message_that_one_ssl_write_cannot_count_leaves_in_parts(
+    server_ctx: bridge.Context, ca_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "MOST_BYTES", 1000)
+    message = random.Random(1).randbytes(500_000)
+    with bridge.Bridge(workers=1) as b, b.listen(("127.0.0.1", 0), server_ctx) as listener:
+        client = b.connect(listener.address, bridge.client_context(ca_file), server_hostname="localhost")
+        client.send(message)
+        server, received = listener.accept(DEADLINE), b""
+        while len(received) < len(message):
+            received += server.recv(DEADLINE)
+        assert received == message
+        client.abort()
+        server.abort()

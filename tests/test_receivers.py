@@ -1086,3 +1086,41 @@ def test_where_workers_lend_nothing_they_read(
         client.send(b"2")
         rig.until(receiver.done)
         assert receiver.result() == b"2"
+
+
+@pytest.mark.parametrize("call", ["recv", "peek"])
+def test_a_receiver_waits_no_longer_than_it_wants_for_another_s_codec(
+    call: str, pair: Pair, background: Background
+) -> None:
+    """Who holds the session meanwhile."""
+    _, server = pair
+    held, let_go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with server._channel.transport.lock:
+            held.set()
+            assert let_go.wait(PATIENCE)
+
+    holding = background.run(hold)
+    assert held.wait(PATIENCE)
+    with pytest.raises(bridge.ReceiveTimeout):
+        getattr(server, call)(SOON)
+    assert not holding.done()
+    let_go.set()
+    holding.result(PATIENCE)
+
+
+def test_a_bug_in_an_answer_is_told_as_what_it_is(
+    rig: Lockstep, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def buggy(*_: Any) -> Any:
+        raise KeyError("a bug")
+
+    _, server = pair
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(TLSEngine, "write", buggy)
+        server.send(b"answer")
+    rig.until(lambda: is_closed(server))
+    with pytest.raises(bridge.SessionAborted, match="internal error: KeyError") as ended:
+        server.recv(PATIENCE)
+    assert isinstance(ended.value.__cause__, KeyError)

@@ -1266,3 +1266,13 @@ def test_a_thread_that_ends_takes_its_bed_along(pair: Pair) -> None:
         reader.join(PATIENCE)
     if descriptors is not None:
         assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.parametrize("value", ["5", -1, float("nan"), True])
+def test_a_timeout_that_is_none_is_refused_and_ends_nothing(pair: Pair, value: Any) -> None:
+    client, server = pair
+    for call in (client.close, client.handshake, lambda timeout: client.read(1, timeout)):
+        with pytest.raises(bridge.ConfigurationError, match="timeout"):
+            call(value)
+    client.write(b"still here")
+    assert server.read(100) == b"still here" and client.end is None

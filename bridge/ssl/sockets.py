@@ -17,7 +17,6 @@ import operator
 import socket
 import ssl
 import sys
-import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from bridge import forks
 from bridge.engine import SessionInfo
 from bridge.errors import (
     BridgeClosed,
@@ -83,7 +83,7 @@ class Wire:
         self._session: SSLSession | None = None
         self._pooled = False
         self._unwrapping = False
-        self.lock = threading.RLock()
+        self.lock = forks.open_lock()
         """Of whose the descriptor is: the socket's, and from `begin` on the stream's."""
         if session is not None:
             self.session = session

@@ -1291,6 +1291,33 @@ def test_a_connected_socket_says_in_a_child_of_fork_that_it_is_none(ends: Ends) 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @forks
+def test_a_child_may_close_a_socket_whose_first_call_was_under_way_in_the_parent(
+    ca_file: str, background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, let_go = threading.Event(), threading.Event()
+
+    def slow() -> Any:
+        inside.set()
+        assert let_go.wait(PATIENCE)
+        raise OSError("never mind")
+
+    monkeypatch.setattr("bridge.ssl.sockets.default_bridge", slow)
+    near, far = socket.socketpair()
+    with far:
+        client = make_client_context("ours", ca_file).wrap_socket(
+            near, server_hostname="localhost", do_handshake_on_connect=False
+        )
+        shaking = background.run(client.do_handshake)
+        assert inside.wait(PATIENCE)
+        in_a_child(lambda: (signal.alarm(5), client.close()))
+        let_go.set()
+        with pytest.raises(OSError, match="never mind"):
+            shaking.result(PATIENCE)
+        client.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@forks
 def test_a_server_that_forks_first_and_accepts_in_its_children(ca_file: str, server_cert: KeyPair) -> None:
     plain = socket.create_server(("127.0.0.1", 0))
     with make_server_context("ours", server_cert).wrap_socket(plain, server_side=True) as listener:
