@@ -31,6 +31,7 @@ from rig import Lockstep, tcp_pair
 from structlog.testing import capture_logs
 
 import bridge
+from bridge import addresses
 from bridge.crossing import Latch
 
 PATIENCE = 30.0
@@ -1412,6 +1413,24 @@ def test_a_bridge_whose_worker_dies_of_a_bug_is_closed_and_nobody_waits_for_it(
         assert b.closed
         b.close()
         assert not any(thread.is_alive() for thread in b._crew.threads)
+
+
+def test_a_listener_that_comes_to_a_bridge_whose_threads_have_ended_meanwhile_is_refused(
+    server_ctx: bridge.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name takes seconds to resolve."""
+    b = bridge.Bridge(workers=1)
+    listening_socket = addresses.listening_socket
+
+    def at_last(*arguments: Any) -> Any:
+        b._crew.stop()
+        b._crew.join()
+        return listening_socket(*arguments)
+
+    monkeypatch.setattr("bridge.bridge.listening_socket", at_last)
+    with pytest.raises(bridge.BridgeClosed):
+        b.listen(("127.0.0.1", 0), server_ctx)
+    b.close()
 
 
 @pytest.mark.parametrize("at", ["parked", "waiting", "closing", "unbegun"])
