@@ -226,7 +226,13 @@ def _begin_with_the_program(error: BaseException) -> None:
     traceback, hook = error.__traceback__, sys.excepthook
     while traceback is not None and traceback.tb_frame.f_code.co_filename == _run.__code__.co_filename:
         traceback = traceback.tb_next
-    sys.excepthook = lambda kind, error, _: hook(kind, error.with_traceback(traceback), traceback)
+
+    def tell(kind: type[BaseException], other: BaseException, its: types.TracebackType | None) -> None:
+        if other is error:  # and not what a thread that is left has to tell
+            other, its = error.with_traceback(traceback), traceback
+        hook(kind, other, its)
+
+    sys.excepthook = tell
 
 
 def _run_program(words: list[str], program: types.ModuleType, safe: bool) -> int:

@@ -473,6 +473,8 @@ class Coordinator:
     def _closed(self, channel: Channel, ending: Ending) -> None:
         self._end(channel, ending.cause)
         channel.credit.conclude()
+        if channel.inbox.shut:
+            channel.credit.forfeit()
         try:
             channel.on_closed(channel, ending)  # first: whoever waits for the end may count on its room
         finally:

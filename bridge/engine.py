@@ -149,10 +149,10 @@ class TLSEngine:
         "_resume_key",
         "_send",
         "_sock",
-        "_stays",
         "_steps_back",
         "first_bytes",
         "on_detour",
+        "outlasting",
         "wants",
     )
 
@@ -176,7 +176,8 @@ class TLSEngine:
         self._error: SessionEnded | None = None
         self._frozen: bytes | memoryview | None = None
         self._mute = False
-        self._stays = False
+        self.outlasting = False
+        """It is on a detour for good: see `outlast`."""
         self._peer_closed = False
         self._steps_back = False
         self._established = False
@@ -388,7 +389,7 @@ class TLSEngine:
         assert self._sock is not None
         if not self.on_detour:
             self._detour()
-        self._stays = True
+        self.outlasting = True
 
     def _detour(self) -> None:
         self._connection.over_memory()
@@ -398,7 +399,7 @@ class TLSEngine:
 
     def _end_detour(self) -> None:
         """Give the connection its socket back, if nothing is in memory and no call could take too long."""
-        if not self.on_detour or self._stays or not self._established or self._connection.fed():
+        if not self.on_detour or self.outlasting or not self._established or self._connection.fed():
             return
         if self._follows and (self._lost or self._due or self._header or self.mid_handshake()):
             return
@@ -430,7 +431,7 @@ class TLSEngine:
             return False
         except OSError as error:
             raise self.fail(error) from error
-        if not ciphertext and self._stays:
+        if not ciphertext and self.outlasting:
             raise _cut_off("while in read")
         self._due = max(0, self._due - len(ciphertext))
         self._into_memory(ciphertext)

@@ -291,7 +291,8 @@ class Inbox(forks.Handle):
         self._sleepers: collections.deque[Gate | Guest] = collections.deque()  # first come, first woken
         self._called: Gate | Guest | None = None  # who was woken for what is here, and has not come yet
         self._over: Exception | None = None
-        self._shut = False  # by the application, and so for good
+        self.shut = False
+        """By the application, and so for good."""
         self._feeders: set[object] = set()
         self._handler = threading.local()
         self._born = forks.current
@@ -334,7 +335,7 @@ class Inbox(forks.Handle):
         If its session is None, it is a word to any handler, and waits for no other.  ShutDown after `shutdown`.
         """
         forks.check(self._born)
-        if self._shut:
+        if self.shut:
             raise ShutDown("the inbox was shut down")
         try:
             session, message = item
@@ -361,7 +362,7 @@ class Inbox(forks.Handle):
         for nobody: they stop reading at `Limits.inbox_bytes`, and one that its peer ends is hung up.  Any thread;
         never waits.
         """
-        self._shut = True
+        self.shut = True
         self._finish(ShutDown("the inbox was shut down"))
 
     def _next(
@@ -501,7 +502,7 @@ class Inbox(forks.Handle):
                     if self._over is not None and not self._takes_more:
                         messages = []
                     resume = credit._charge(size, share * len(messages))
-                    if self._shut:  # nobody will take them, so they are never paid back
+                    if self.shut:  # nobody will take them, so they are never paid back
                         messages = []
                 for message in messages:
                     entry = ((session, message), credit, share, done)
@@ -552,7 +553,7 @@ class Inbox(forks.Handle):
     def _attach(self, feeder: object) -> None:
         with self._lock:
             self._feeders.add(feeder)
-            if not self._shut:
+            if not self.shut:
                 self._over = None
 
     def _detach(self, feeder: object) -> None:
@@ -565,7 +566,7 @@ class Inbox(forks.Handle):
         """A session that feeds this inbox has ended."""
         if known:  # one that never opened was never here: its `connect` raises, its listener logs
             with self._lock:
-                shut = self._shut
+                shut = self.shut
                 self._ends += not shut
             if shut:
                 done(False)

@@ -91,7 +91,7 @@ class Seat:
 
     def place(self) -> Gate | Guest:
         """Where a handler that is back quickly is to sleep: the seat, if it is free, or a bed that asks for it."""
-        if not self._guests & 15 and _deep():  # who recurses does so a few calls at a time
+        if _deep():
             self.give_up()
             return Gate()
         if self._open and self._lock.acquire(False):

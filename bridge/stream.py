@@ -610,7 +610,7 @@ class Stream(forks.Handle):
         give_up = deadline_after(timeout)
         self._open(timeout)
         received = self._received
-        received.deaf = False  # of the peer's close_notify it is to hear
+        deaf, received.deaf = received.deaf, False  # of the peer's close_notify it is to hear
         received.asking += 1
         try:
             if self._ending is None:
@@ -623,6 +623,7 @@ class Stream(forks.Handle):
             )
         finally:
             received.asking -= 1
+            received.deaf |= deaf
         if self._ending is None:
             raise ConfigurationError(
                 "unwrap() met application data before the peer's close_notify; read it first"

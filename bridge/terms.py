@@ -102,9 +102,10 @@ class Ending:
 
 def cut_short_by(error: BaseException) -> SessionAborted:
     """How a session ends in which *error* has cut a call short: nobody knows what is half done."""
-    if isinstance(error, Exception):
-        return internal(error)
-    return SessionAborted("interrupted in the middle of a call of OpenSSL")  # by Ctrl-C
+    if not isinstance(error, Exception):
+        return SessionAborted("interrupted in the middle of a call of OpenSSL")  # by Ctrl-C
+    # A bug, or what a signal handler has raised.  It is on its way to the caller, who has the cause then.
+    return SessionAborted(f"cut short in the middle of a call of OpenSSL by {words(error, repr)}")
 
 
 def internal(error: BaseException) -> SessionAborted:

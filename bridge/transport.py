@@ -71,7 +71,7 @@ from bridge.errors import (
     tls_error,
 )
 from bridge.limits import RECORD_BYTES
-from bridge.poll import NOTHING, READ, Want
+from bridge.poll import NOTHING, READ, Want, look
 from bridge.states import TRANSITIONS, Aim, State
 from bridge.terms import CloseReport, Ending, Plan, ReceiveCredit, SendCredit, Told
 from bridge.totals import Account, account
@@ -627,8 +627,6 @@ class Transport:
         engine = self._engine
         assert engine is not None
         self._read_left, self._write_left = READ_BUDGET, WRITE_BUDGET
-        if self._aim >= Aim.CLOSE and self._write_pending():
-            engine.outlast()
         progress = True
         while progress and self.cause is None:
             progress = False
@@ -673,6 +671,11 @@ class Transport:
     def _read_into(self, received: list[bytes], room: int) -> None:
         engine = self._engine
         assert engine is not None
+        if self._aim >= Aim.CLOSE and not self._said_close and not engine.outlasting:
+            if not engine.has_more() and not look(self.sock, READ):
+                self._read.wait_for(READ)
+                return
+            engine.outlast()
         while room > 0 and self._read_left > 0:
             try:
                 data = engine.read(RECORD_BYTES)

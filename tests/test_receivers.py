@@ -1121,6 +1121,5 @@ def test_a_bug_in_an_answer_is_told_as_what_it_is(
         patch.setattr(TLSEngine, "write", buggy)
         server.send(b"answer")
     rig.until(lambda: is_closed(server))
-    with pytest.raises(bridge.SessionAborted, match="internal error: KeyError") as ended:
+    with pytest.raises(bridge.SessionAborted, match="cut short .* by KeyError"):
         server.recv(PATIENCE)
-    assert isinstance(ended.value.__cause__, KeyError)

@@ -18,6 +18,7 @@ from peers import PATIENCE, Background, dial, until
 
 import bridge
 from bridge import inbox, seat
+from bridge.crossing import Gate
 from bridge.threads import before_waiting, serving_all
 
 SOON = 0.05
@@ -454,3 +455,14 @@ def test_who_takes_turns_at_two_inboxes_keeps_one_seat(
         served.inbox.shutdown()
         other.inbox.shutdown()
         handling.result(PATIENCE)
+
+
+def test_whose_stack_is_nearly_full_is_no_guest(served: Served, background: Background) -> None:
+    def deep() -> Any:
+        try:
+            return deep()
+        except RecursionError:
+            return type(served.seat.place())
+
+    assert background.run(deep).result(PATIENCE) is Gate
+    assert background.run(lambda: type(served.seat.place())).result(PATIENCE) is not Gate

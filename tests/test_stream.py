@@ -673,6 +673,37 @@ def test_after_that_it_can_be_unwrapped(pair: Pair, background: Background) -> N
         sock.close()
 
 
+def test_while_unwrap_would_have_to_wait_nothing_is_read_either(pair: Pair) -> None:
+    client, _ = pair
+    client.stop_reading()
+    with pytest.raises(bridge.WouldBlock):
+        client.unwrap(0)
+    assert client.read(1, PATIENCE) == b""
+
+
+@pytest.mark.parametrize("how", ["the peer", "we"])
+def test_close_says_close_notify_also_behind_the_end_of_the_peers_tcp(
+    b: bridge.Bridge, contexts: Any, server_cert: KeyPair, how: str, tls_version: str
+) -> None:
+    """OpenSSL, which reads that end first, would say a fatal alert."""
+    near, far = tcp_pair()
+    far.setblocking(False)
+    with far:
+        stream = b.stream(near, contexts[0], server_hostname="localhost")
+        peer = Raw(raw_context(tls_version, server_cert), far, True)
+        while stream.info is None:
+            with contextlib.suppress(bridge.WouldBlock):
+                stream.handshake(0)
+            peer.handshake()
+        if how == "the peer":
+            far.shutdown(socket.SHUT_WR)
+        else:
+            stream._transport.sock.shutdown(socket.SHUT_RD)  # type: ignore[union-attr]
+        stream.close()
+        finished(stream)
+        assert stream.report is not None and stream.report.close_notify_sent
+
+
 def test_who_waits_in_a_read_hears_that_the_session_has_stalled(pair: Pair, background: Background) -> None:
     reading = background.run(pair[0].read, 1)
     sleeping(pair[0])

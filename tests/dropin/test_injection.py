@@ -258,6 +258,17 @@ FAILURES = {
     "a SyntaxError": "x = (",
     "Ctrl-C": "import signal\nsignal.raise_signal(signal.SIGINT)",
     "sys.exit": "import sys\nsys.exit('so be it')",
+    "a thread that tells of an error of its own": (
+        "import sys, threading\n"
+        "def late():\n"
+        "    threading.main_thread().join()\n"
+        "    try:\n"
+        "        1 / 0\n"
+        "    except ZeroDivisionError:\n"
+        "        sys.excepthook(*sys.exc_info())\n"
+        "threading.Thread(target=late).start()\n"
+        "raise KeyError"
+    ),
     "a hook": (
         "import sys, traceback\n"
         "sys.excepthook = lambda *error: print(traceback.extract_tb(error[2]))\n"
