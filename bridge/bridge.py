@@ -623,8 +623,10 @@ class Bridge(forks.Handle):
         """
         if inbox is not None:
             self._crew.feed(inbox)
-        if self._crew.stopped or not members.add(member, most):
-            raise BridgeClosed(_CLOSED) if self._crew.stopped or members.sealed else self._full()
+        if self._crew.stopped:
+            raise BridgeClosed(_CLOSED)
+        if not members.add(member, most):
+            raise BridgeClosed(_CLOSED) if members.sealed else self._full()
 
     def _check_open(self) -> None:
         forks.check(self._born)

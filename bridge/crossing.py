@@ -94,11 +94,11 @@ def take(lock: Any, born: int, timeout: float | None = None) -> bool:
     the child.
     """
     deadline = deadline_after(timeout)
-    while not lock.acquire(timeout=A_WHILE if deadline is None else min(A_WHILE, time_left(deadline) or 0.0)):
+    while (left := time_left(deadline)) != 0.0:
+        if lock.acquire(timeout=A_WHILE if left is None else min(A_WHILE, left)):
+            return True
         forks.check(born)
-        if time_left(deadline) == 0.0:
-            return False
-    return True
+    return False
 
 
 def check_not_held(lock: Any) -> None:

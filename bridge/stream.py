@@ -723,7 +723,7 @@ class Stream(forks.Handle):
 
 
 def _check(timeout: float | None, size: int = 1) -> None:
-    """ConfigurationError, a ValueError, for a *timeout* or a *size* that makes no sense."""
+    """ValueError for a *size* that makes no sense, and ConfigurationError, which is one, for such a *timeout*."""
     if size <= 0:
         raise ValueError(f"size must be positive, not {size!r}")
     if timeout is not None and not (type(timeout) is float and timeout >= 0):

@@ -153,6 +153,23 @@ def test_also_if_nothing_came_in_time(rig: Lockstep, pair: Pair) -> None:
     rig.until(lambda: server.inbox.qsize() == 1)
 
 
+@contextlib.contextmanager
+def in_other_hands(session: Session, background: Background) -> Iterator[Any]:
+    """Meanwhile another thread has *session*, as for the time that a codec takes."""
+    held, let_go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with session._channel.transport.lock:
+            held.set()
+            assert let_go.wait(PATIENCE)
+
+    holding = background.run(hold)
+    assert held.wait(PATIENCE)
+    yield holding
+    let_go.set()
+    holding.result(PATIENCE)
+
+
 def hurrying(monkeypatch: pytest.MonkeyPatch, rounds: float = 1e-6) -> None:
     """However long this takes, receivers count as many that come and go."""
     monkeypatch.setattr(worker, "BUSY", PATIENCE)
@@ -201,21 +218,11 @@ def test_rounds_wait_for_nobody_s_codec(
     hurrying(monkeypatch)
     client, server = pair
     echoes(rig, client, server)
-    held, let_go = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with server._channel.transport.lock:
-            held.set()
-            assert let_go.wait(PATIENCE)
-
-    holding = background.run(hold)
-    assert held.wait(PATIENCE)
     worker_of = server._channel.worker
-    for _ in range(3):
-        worker_of.step()
-        assert mask_of(server) == LENT and worker_of._rounds.timer < math.inf, "another round comes"
-    let_go.set()
-    holding.result(PATIENCE)
+    with in_other_hands(server, background):
+        for _ in range(3):
+            worker_of.step()
+            assert mask_of(server) == LENT and worker_of._rounds.timer < math.inf, "another round comes"
     rig.until(lambda: mask_of(server) == Want.READ)
 
 
@@ -1094,20 +1101,10 @@ def test_a_receiver_waits_no_longer_than_it_wants_for_another_s_codec(
 ) -> None:
     """Who holds the session meanwhile."""
     _, server = pair
-    held, let_go = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with server._channel.transport.lock:
-            held.set()
-            assert let_go.wait(PATIENCE)
-
-    holding = background.run(hold)
-    assert held.wait(PATIENCE)
-    with pytest.raises(bridge.ReceiveTimeout):
-        getattr(server, call)(SOON)
-    assert not holding.done()
-    let_go.set()
-    holding.result(PATIENCE)
+    with in_other_hands(server, background) as holding:
+        with pytest.raises(bridge.ReceiveTimeout):
+            getattr(server, call)(SOON)
+        assert not holding.done()
 
 
 def test_a_bug_in_an_answer_is_told_as_what_it_is(
