@@ -308,17 +308,26 @@ def forking(background: Background, interrupt: Callable[[Callable[[], None]], No
     In the child ForkedError must come out of what this is around.
     """
     children: list[int] = []
-    forked = threading.Event()
+    begun, forked = threading.Event(), threading.Event()
 
     def fork(*_: object) -> None:
+        if begun.is_set():
+            return
+        begun.set()
         children.append(os.fork())
         if children == [0]:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(int(PATIENCE))  # or it might wait for ever for who is not there
-        forked.set()
+        else:
+            forked.set()
 
     def send() -> None:
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+        """Again and again: a signal that comes just before a sleep begins does not end it."""
+        give_up = time.monotonic() + PATIENCE
+        while not begun.is_set():
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+            begun.wait(0.1)
+            assert time.monotonic() < give_up
         assert forked.wait(PATIENCE)
 
     before = signal.signal(signal.SIGALRM, fork)
