@@ -85,6 +85,7 @@ class Window:
             with looker, contextlib.suppress(OSError):
                 looker.settimeout(PATIENCE)
                 looker.sendall(json.dumps(self._view()).encode())
+                looker.shutdown(socket.SHUT_WR)  # a child of fork() may hold it open
 
     def _view(self) -> dict[str, Any]:
         now, totals = self._bridge.snapshot(), self._bridge.totals()

@@ -175,6 +175,31 @@ def test_a_child_that_closes_a_window_leaves_it_to_the_parent(talking: bridge.Br
     assert not path.exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
+@forks
+def test_a_child_that_lives_on_keeps_no_looker_from_the_end(talking: bridge.Bridge, path: Path) -> None:
+    with Window(talking, path) as window, socket.socket(socket.AF_UNIX) as looker:
+        window._view = lambda: {"sessions": "x" * 3_000_000}  # type: ignore[method-assign]
+        looker.settimeout(PATIENCE)
+        looker.connect(str(path))
+        assert looker.recv(1) == b"{"  # and the rest is still under way
+        over, alive = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.close(alive)
+                os.read(over, 1)
+            finally:
+                os._exit(0)
+        try:
+            while looker.recv(65536):
+                pass
+        finally:
+            os.close(alive)
+            os.close(over)
+            os.waitpid(child, 0)
+
+
 @pytest.mark.parametrize("said", [b"", b"hello", b"{}", b"[1]", b"[" * 100_000], ids=lambda said: said[:5])
 def test_top_of_what_is_no_window_is_one_line(
     said: bytes, path: Path, background: Background, capsys: pytest.CaptureFixture[str]
