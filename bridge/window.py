@@ -15,6 +15,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from typing import Any
 
 from bridge import forks
@@ -105,7 +106,7 @@ class Window:
 
 
 def look(path: str | os.PathLike[str], timeout: float = 5.0) -> dict[str, Any]:
-    """What the Bridge behind the window at *path* is doing now.  OSError if nobody shows that there.
+    """What the Bridge behind the window at *path* is doing now.  OSError if nobody shows it in *timeout* seconds.
 
     A dict: *pid*; *sessions* and *listeners*, lists of dicts with the fields of `bridge.SessionSnapshot` and
     `bridge.ListenerSnapshot`; *workers*, *inbox_bytes* and *outbox_bytes* as in `bridge.Snapshot`; *bytes_received*,
@@ -133,12 +134,16 @@ def look(path: str | os.PathLike[str], timeout: float = 5.0) -> dict[str, Any]:
 
 def _hear(path: str, timeout: float) -> bytes:
     with socket.socket(socket.AF_UNIX) as sock:
+        deadline = time.monotonic() + timeout
         sock.settimeout(timeout)
         sock.connect(path)
         parts = []
         with contextlib.suppress(ConnectionResetError):  # it closes, and has not accepted us
             while data := sock.recv(65536):
                 parts.append(data)
+                if (left := deadline - time.monotonic()) <= 0:
+                    raise TimeoutError
+                sock.settimeout(left)
     return b"".join(parts)
 
 

@@ -277,6 +277,20 @@ def test_who_looks_at_an_owner_that_does_not_answer_is_told_so(path: Path) -> No
             look(path, timeout=0.05)
 
 
+def test_who_looks_at_what_talks_without_end_is_told_so_in_time(path: Path, background: Background) -> None:
+    with socket.socket(socket.AF_UNIX) as log:
+        log.bind(str(path))
+        log.listen()
+        looking = background.run(look, path, 0.5)
+        with log.accept()[0] as looker, contextlib.suppress(BrokenPipeError):
+            for _ in range(50):
+                looker.sendall(b"x")
+                select.select([], [], [], 0.05)
+            pytest.fail("it goes on to look")
+    with pytest.raises(TimeoutError, match=f"does not answer.*{path}"):
+        looking.result(PATIENCE)
+
+
 def test_who_looks_at_a_window_that_closes_is_told_so(path: Path, background: Background) -> None:
     with socket.socket(socket.AF_UNIX) as closing:
         closing.bind(str(path))
