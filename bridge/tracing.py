@@ -222,7 +222,9 @@ def _sending(noted: Trace, send: Any) -> Any:
 
 def _size(message: Any) -> int | None:
     """Of bytes or text.  What a codec makes of anything else is its own affair."""
-    return len(message) if isinstance(message, (bytes, bytearray, memoryview, str)) else None
+    if isinstance(message, memoryview):
+        return message.nbytes  # its items may be longer
+    return len(message) if isinstance(message, (bytes, bytearray, str)) else None
 
 
 def _receiving(noted: Trace, recv: Any) -> Any:

@@ -148,6 +148,19 @@ def test_a_message_whose_class_has_no_length_passes_in_a_trace(server_cert: KeyP
     assert calls == [("session.send", None, None, "ok"), ("session.recv", None, None, "ok")]
 
 
+def test_the_size_of_a_view_of_numbers_is_in_bytes(server_cert: KeyPair, ca_file: str) -> None:
+    server = bridge.server_context(server_cert.certfile, server_cert.keyfile)
+    with bridge.trace() as seen, bridge.Bridge(workers=1) as b:
+        listener = b.listen(("127.0.0.1", 0), server)
+        session = b.connect(listener.address, bridge.client_context(ca_file), server_hostname="localhost")
+        session.send(memoryview(bytes(12)).cast("i"))
+        peer = listener.accept(PATIENCE)
+        assert peer.recv(PATIENCE) == bytes(12)
+        session.abort()
+        peer.abort()
+    assert [event.asked for event in seen.events if event.what == "session.send"] == [12]
+
+
 def test_a_callback_that_makes_a_session_does_not_hide_its_own(server_cert: KeyPair, ca_file: str) -> None:
     outer = raw_context("TLSv1.3", server_cert)
     client = bridge.client_context(ca_file)
