@@ -496,7 +496,8 @@ class Bridge(forks.Handle):
         if plan.sock is not None and how == "over":  # somebody's, until now
             plan = dataclasses.replace(plan, sock=take_over(plan.sock))
         coordinator = self._coordinator
-        channel = Channel(f"{next(_names)} {how} {plan.peer}", made, inbox or SessionInbox(), coordinator)
+        where = SessionInbox() if inbox is None else inbox  # one of the user's may be false while it is empty
+        channel = Channel(f"{next(_names)} {how} {plan.peer}", made, where, coordinator)
         channel.worker = worker
         channel.outbox = Outbox(bounds.outbox_bytes, self._outbox_tally, channel.has_sent)
         channel.credit = ReadCredit(

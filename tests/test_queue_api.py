@@ -270,6 +270,21 @@ def test_messages_of_concurrent_senders_never_interleave(
 # ── one inbox for many sessions ──
 
 
+def test_an_inbox_of_a_user_s_class_may_be_false_while_it_is_empty(
+    b: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    class Sized(bridge.Inbox):
+        def __len__(self) -> int:
+            return self.qsize()
+
+    shared = Sized()
+    with b.listen(("127.0.0.1", 0), server_ctx) as listener:
+        client = b.connect(listener.address, client_ctx, server_hostname="localhost", inbox=shared)
+        with listener.accept(PATIENCE) as peer:
+            peer.send(b"hello")
+            assert shared.get(timeout=PATIENCE) == (client, b"hello")
+
+
 def test_several_listeners_and_clients_on_one_inbox(
     b: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context
 ) -> None:
