@@ -29,7 +29,7 @@ CROWDED = "each worker has as many sockets as this system's select(2) can wait f
 class Crew:
     """A coordinator, so many workers, and their threads.
 
-    It keeps no Bridge alive, nor its *streams*: they may be forgotten meanwhile.
+    It keeps no Bridge alive, nor its *streams*, nor a shared inbox: they may be forgotten meanwhile.
     """
 
     def __init__(self, workers: int, streams: Registry[Stream]) -> None:
@@ -48,7 +48,8 @@ class Crew:
         self.threads.append(threading.Thread(target=self._coordinate, name="bridge-coordinator", daemon=True))
         self.channels: Registry[Channel] = Registry()
         self._streams = weakref.ref(streams)
-        self.inboxes: Registry[Inbox] = Registry()
+        self._inboxes: weakref.WeakSet[Inbox] = weakref.WeakSet()  # who waits there keeps it alive
+        self._parted = False  # from them
         self._feeding = threading.RLock()  # of an inbox, which is attached once
         self._at_work = Tally(2**63)
         self._over = threading.Event()
@@ -85,9 +86,9 @@ class Crew:
         """It will get what the sessions of this crew receive, until that is over.  Any thread."""
         with self._feeding:
             if self not in inbox._feeders:
-                fed = self.inboxes.add(inbox)
+                self._inboxes.add(inbox)
                 inbox._attach(self)
-                if not fed:  # whoever waits there already learns that it is over
+                if self._parted:  # whoever waits there already learns that it is over
                     inbox._detach(self)
 
     def stop(self) -> None:
@@ -141,7 +142,8 @@ class Crew:
                 stream.give_up()
         finally:
             with self._feeding:
-                for inbox in self.inboxes.seal():
-                    if self.inboxes.remove(inbox):
-                        inbox._detach(self)
+                self._parted = True
+                for inbox in list(self._inboxes):
+                    self._inboxes.discard(inbox)
+                    inbox._detach(self)
             self._over.set()

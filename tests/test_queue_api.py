@@ -9,6 +9,7 @@ import queue
 import socket
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -554,6 +555,27 @@ def test_an_inbox_of_a_forgotten_bridge_ends() -> None:
         gc.collect()
     with pytest.raises(bridge.ShutDown):
         shared.get(timeout=PATIENCE)
+
+
+def test_a_forgotten_inbox_goes_with_all_that_it_holds(
+    b: bridge.Bridge, server_ctx: bridge.Context, client_ctx: bridge.Context
+) -> None:
+    shared = bridge.Inbox()
+    with b.listen(("127.0.0.1", 0), server_ctx) as listener:
+        client = b.connect(listener.address, client_ctx, server_hostname="localhost", inbox=shared)
+        with listener.accept(PATIENCE) as peer:
+            peer.send(bytes(100_000))
+            until(lambda: b.snapshot().inbox_bytes >= 100_000)
+            client.abort()
+    forgotten = weakref.ref(shared), weakref.ref(client)
+    del shared, client
+
+    def gone() -> bool:
+        gc.collect()
+        return not any(ref() for ref in forgotten)
+
+    until(gone)
+    until(lambda: b.snapshot().inbox_bytes == 0)
 
 
 def test_an_inbox_that_was_shut_down_stays_so(
