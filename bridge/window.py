@@ -153,7 +153,7 @@ def _listen(path: str) -> socket.socket:
         _clear(path)
         sock.bind(path)
         os.chmod(path, 0o600)  # before anybody can connect: it does not listen yet
-        sock.listen(8)
+        sock.listen()  # as many as may wait: connect() does not, where one more would have to
     except OSError as error:
         sock.close()
         raise failed(f"cannot show anything at {path}", error) from error

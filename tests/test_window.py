@@ -291,6 +291,18 @@ def test_who_looks_at_what_talks_without_end_is_told_so_in_time(path: Path, back
         looking.result(PATIENCE)
 
 
+def test_many_may_wait_for_a_slow_looker(talking: bridge.Bridge, path: Path) -> None:
+    with Window(talking, path) as window, contextlib.ExitStack() as crowd:
+        window._view = lambda: {"sessions": "x" * 3_000_000}  # type: ignore[method-assign]
+        slow = crowd.enter_context(socket.socket(socket.AF_UNIX))
+        slow.connect(str(path))
+        assert slow.recv(1) == b"{"
+        for _ in range(40):
+            waiting = crowd.enter_context(socket.socket(socket.AF_UNIX))
+            waiting.setblocking(False)
+            waiting.connect(str(path))
+
+
 def test_who_looks_at_a_window_that_closes_is_told_so(path: Path, background: Background) -> None:
     with socket.socket(socket.AF_UNIX) as closing:
         closing.bind(str(path))
