@@ -609,11 +609,12 @@ class SSLSocket(ssl.SSLSocket):
     def accept(self) -> tuple[SSLSocket, Any]:
         """As `ssl.SSLSocket.accept`, but the handshake is made in the background: a mute client stalls nobody.
 
-        Whoever uses the new socket first waits for it; if it failed, that call raises why.
+        Whoever uses the new socket first waits for it; if it failed, that call raises why.  A ConnectionError says that
+        the client has gone already, as the stdlib's does.
         """
         plain, address = socket.socket.accept(self)
         try:
-            plain.getpeername()
+            _check_connected(plain)
         except OSError:  # it has gone already
             plain.close()
             raise

@@ -1158,6 +1158,15 @@ def test_unix_sockets(background: Background, ca_file: str, server_cert: KeyPair
         assert server.recv(10) == b"hi"
 
 
+def test_a_client_that_was_reset_before_it_was_accepted_is_a_connection_error(server_cert: KeyPair) -> None:
+    plain = socket.create_server(("127.0.0.1", 0))
+    with make_server_context("ours", server_cert).wrap_socket(plain, server_side=True) as listener:
+        with dial(listener.getsockname()) as near:
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        with pytest.raises(ConnectionResetError):
+            listener.accept()
+
+
 def test_a_mute_client_never_stalls_accept(ca_file: str, server_cert: KeyPair) -> None:
     plain = socket.create_server(("127.0.0.1", 0))
     with make_server_context("ours", server_cert).wrap_socket(plain, server_side=True) as listener:
