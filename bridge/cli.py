@@ -16,9 +16,9 @@ import io
 import json
 import os
 import pkgutil
-import queue
 import runpy
 import signal
+import socket
 import sys
 import threading
 import types
@@ -285,19 +285,36 @@ def _top(arguments: argparse.Namespace) -> int:
 def _echo(arguments: argparse.Namespace) -> int:
     context = bridge.server_context(arguments.cert, arguments.key, password=password(arguments))
     inbox = bridge.Inbox()
-    told: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put, unlike an Event's set, is safe in a handler
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: told.put(received))
-    b = bridge.Bridge(workers=arguments.workers)
-    try:
-        listener = b.listen(arguments.listen, context, inbox=inbox)
-        for _ in range(HANDLERS):
-            _start_handler(inbox)
-        print(f"listening on {show_address(listener.address)}", flush=True)
-        told.get()
-    finally:
-        b.close(CLOSE_SECONDS)  # which ends the handlers
+    with _asked_to_end() as asked:
+        b = bridge.Bridge(workers=arguments.workers)
+        try:
+            listener = b.listen(arguments.listen, context, inbox=inbox)
+            for _ in range(HANDLERS):
+                _start_handler(inbox)
+            print(f"listening on {show_address(listener.address)}", flush=True)
+            asked.recv(1)
+        finally:
+            b.close(CLOSE_SECONDS)  # which ends the handlers
     return 0
+
+
+@contextlib.contextmanager
+def _asked_to_end() -> Iterator[socket.socket]:
+    """A socket that has something to read once SIGINT or SIGTERM has come.  Main thread only.
+
+    CPython looks for signals before it falls asleep and not while: one that comes just between lets it sleep on, but
+    for what its wakeup descriptor wakes.
+    """
+    asked, ask = socket.socketpair()
+    with asked, ask:
+        ask.setblocking(False)
+        before = signal.set_wakeup_fd(ask.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        try:
+            yield asked
+        finally:
+            signal.set_wakeup_fd(before)
 
 
 def _start_handler(inbox: bridge.Inbox) -> None:

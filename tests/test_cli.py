@@ -93,6 +93,19 @@ def echoing(cert: KeyPair, *arguments: str, code: str | None = None) -> Iterator
 # ── echo ──
 
 
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs signals that a thread may not get")
+def test_a_signal_that_does_not_wake_the_main_thread_ends_echo_all_the_same(server_cert: KeyPair) -> None:
+    """As one that comes just before it falls asleep does not; here another thread is the one the kernel interrupts."""
+    code = (
+        "import signal, sys, threading; from bridge.cli import main;"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start();"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM});"
+        "sys.exit(main())"
+    )
+    with echoing(server_cert, code=code) as echo:
+        assert echo.address[1] > 0
+
+
 def test_echo_first_says_where_it_listens(server_cert: KeyPair) -> None:
     with echoing(server_cert) as echo:
         assert echo.first_line == f"listening on 127.0.0.1:{echo.address[1]}\n"
