@@ -15,12 +15,12 @@ import os
 import socket
 import stat
 import threading
-import time
 from typing import Any
 
 from bridge import forks
 from bridge.addresses import BoundPath, failed
 from bridge.bridge import Bridge
+from bridge.crossing import deadline_after, time_left
 from bridge.errors import ConfigurationError
 
 PATIENCE = 2.0
@@ -134,14 +134,15 @@ def look(path: str | os.PathLike[str], timeout: float = 5.0) -> dict[str, Any]:
 
 def _hear(path: str, timeout: float) -> bytes:
     with socket.socket(socket.AF_UNIX) as sock:
-        deadline = time.monotonic() + timeout
+        deadline = deadline_after(timeout)
         sock.settimeout(timeout)
         sock.connect(path)
         parts = []
         with contextlib.suppress(ConnectionResetError):  # it closes, and has not accepted us
             while data := sock.recv(65536):
                 parts.append(data)
-                if (left := deadline - time.monotonic()) <= 0:
+                left = time_left(deadline)
+                if left == 0:
                     raise TimeoutError
                 sock.settimeout(left)
     return b"".join(parts)

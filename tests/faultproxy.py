@@ -17,11 +17,12 @@ import dataclasses
 import random
 import selectors
 import socket
-import struct
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+
+from peers import reset_on_close
 
 HEADER = 5
 CHANGE_CIPHER_SPEC, ALERT, APPLICATION_DATA = 20, 21, 23
@@ -284,7 +285,7 @@ class Passage:
         for sock in self.sockets:
             if reset:
                 with contextlib.suppress(OSError):
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    reset_on_close(sock)
             sock.close()
 
     @property

@@ -27,6 +27,7 @@ import select
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -640,6 +641,17 @@ def until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         pause.wait(0.005)
+
+
+def reset_on_close(sock: socket.socket) -> None:
+    """Let the close of *sock* be a reset where that is the kernel's to decide."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def reset(sock: socket.socket) -> None:
+    """End the connection by a RST."""
+    reset_on_close(sock)
+    sock.close()
 
 
 def dial(address: Any) -> socket.socket:

@@ -11,7 +11,6 @@ import queue
 import signal
 import socket
 import ssl
-import struct
 import subprocess
 import sys
 import threading
@@ -28,7 +27,7 @@ from conftest import KeyPair, write_key_pair
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from peers import Background, Program, receive_exactly
+from peers import Background, Program, receive_exactly, reset_on_close
 from test_cli import DEADLINE, ENVIRONMENT, encrypted, run, wait_until_still
 from test_context import DNS, EDI, names_extension, self_signed, to_pem
 
@@ -795,7 +794,7 @@ def test_a_server_that_does_not_read_does_not_hold_it_either() -> None:
 def test_a_reset_before_tls_is_a_refused_starttls(background: Background, capsys: Any) -> None:
     def reset(sock: socket.socket) -> None:
         receive_exactly(sock, 8)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        reset_on_close(sock)
 
     address, _ = background.serve(reset)
     status, said = fails(capsys, *told(address, "--starttls", "postgres"))

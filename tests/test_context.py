@@ -11,7 +11,6 @@ import os
 import socket
 import ssl
 import stat
-import struct
 import sys
 import tempfile
 import threading
@@ -28,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, x25519
 from cryptography.x509 import ocsp
 from cryptography.x509.oid import ExtensionOID, NameOID
 from OpenSSL import SSL
-from peers import PATIENCE
+from peers import PATIENCE, reset_on_close
 from test_errors import Wordless
 
 from bridge import Bridge, credentials
@@ -1851,7 +1850,7 @@ def tcp() -> Any:
 
 def test_the_operating_system_s_error_number_survives(tcp: tuple[socket.socket, socket.socket]) -> None:
     near, far = tcp
-    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    reset_on_close(far)
     connection = client().connection(near, "a.example", None)
     far.close()
     with pytest.raises(SSL.SysCallError) as caught:

@@ -7,7 +7,6 @@ import functools
 import gc
 import socket
 import ssl
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,7 @@ import pytest
 import trustme
 from conftest import KeyPair, write_key_pair
 from OpenSSL import SSL
-from peers import Checker, Pattern, until
+from peers import Checker, Pattern, reset, until
 from rig import Lockstep, is_open, raw_context, wants
 
 import bridge
@@ -119,11 +118,6 @@ def own_pair(
         finally:
             client.abort()
             server.abort()
-
-
-def reset(sock: socket.socket) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
 
 
 # ── three ends, and every way to meet them ──
@@ -828,7 +822,6 @@ def test_a_reset_in_the_middle_of_a_slow_record_is_a_reset(
         for number in range(pieces):
             far.sendall(record[number : number + 1])
             assert session._channel.worker.step(PATIENCE)
-        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        far.close()
+        reset(far)
         rig.until(lambda: session.end is not None)
         assert type(session.end) is bridge.PeerReset

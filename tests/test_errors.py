@@ -10,7 +10,6 @@ import pickle
 import queue
 import socket
 import ssl
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ import pytest
 import trustme
 from conftest import KeyPair, write_key_pair
 from OpenSSL import SSL
+from peers import reset_on_close
 
 import bridge
 from bridge import codecs
@@ -521,7 +521,7 @@ def test_adopting_what_the_peer_has_reset_already_is_no_fault_of_the_call(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         client = socket.create_connection(listener.getsockname())
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        reset_on_close(client)
         accepted = listener.accept()[0]
         client.close()
     with pytest.raises((bridge.Truncated, bridge.PeerReset)):

@@ -11,7 +11,6 @@ import re
 import signal
 import socket
 import ssl
-import struct
 import subprocess
 import sys
 import threading
@@ -22,7 +21,7 @@ from typing import BinaryIO
 import pytest
 from conftest import KeyPair
 from dropin.daemons import Daemon, redis_server
-from peers import Background, dial, receive_exactly
+from peers import Background, dial, receive_exactly, reset_on_close
 
 import bridge
 
@@ -455,7 +454,7 @@ def test_reverse_proxy_carries_either_end_and_no_cut_for_an_end(
     def cut(sock: socket.socket) -> None:
         sock.sendall(b"half of it")
         assert sock.recv(1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        reset_on_close(sock)
 
     for work in (answer_at_the_end, cut):
         address, (result,) = background.serve(work)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import select
 import socket
-import struct
 import threading
 import time
 import weakref
@@ -23,6 +22,7 @@ import pytest
 import trustme
 from conftest import KeyPair, write_key_pair
 from OpenSSL import SSL
+from peers import reset
 from rig import (
     BLOCK,
     PATIENCE,
@@ -859,8 +859,7 @@ def test_fact_09_a_reset_of_one_session_leaves_nothing_that_another_could_take_f
     near, far = rig.tcp_pair()
     client, server = TLSEngine(tls.client, near, server_hostname="localhost"), tls.raw_server(far)
     shake(client, server)
-    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    far.close()
+    reset(far)
     with pytest.raises((bridge.PeerReset, bridge.Truncated)):
         client.read(10)
     lib: Any = OpenSSL._util.lib

@@ -14,7 +14,6 @@ import random
 import re
 import socket
 import ssl
-import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -24,7 +23,7 @@ from conftest import KeyPair
 from faces import FACES, Core, Face
 from liar import Liar
 from OpenSSL import SSL
-from peers import Background
+from peers import Background, reset
 from records import (
     ALERT,
     APPLICATION_DATA,
@@ -472,12 +471,6 @@ class Stop:
         else:
             self.sock.shutdown(socket.SHUT_WR)
         raise Stopped
-
-
-def reset(sock: socket.socket) -> None:
-    """End the connection by a RST."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
 
 
 @pytest.mark.parametrize("by_reset", [False, True], ids=["FIN", "RST"])

@@ -11,7 +11,6 @@ import random
 import re
 import socket
 import ssl
-import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from peers import (
     high,
     listening_to_events,
     receive_exactly,
+    reset,
     stdlib_context,
 )
 
@@ -324,8 +324,7 @@ def test_a_connection_cut_off_is_truncated(connect: Connect) -> None:
 def test_a_reset_connection_is_no_clean_end(connect: Connect) -> None:
     pair = connect()
     raw = socket.socket(fileno=pair.peer.detach())
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    raw.close()
+    reset(raw)
     with pytest.raises((bridge.PeerReset, bridge.Truncated)):
         pair.session.recv(PATIENCE)
 

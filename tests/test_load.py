@@ -12,7 +12,6 @@ import os
 import resource
 import socket
 import ssl
-import struct
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Any
 
 import pytest
 from conftest import KeyPair
-from peers import PATIENCE, stdlib_context
+from peers import PATIENCE, reset, stdlib_context
 from records import HANDSHAKE, record
 
 import bridge
@@ -93,11 +92,6 @@ def leave(client: ssl.SSLSocket) -> None:
     client.close()
 
 
-def vanish(sock: socket.socket) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
 def milliseconds(call: Callable[[], object]) -> float:
     began = time.monotonic()
     call()
@@ -137,7 +131,7 @@ def come_and_go(server: Loaded, idle: int, halves: int) -> dict[str, Any]:
         leave(client)
     storm = milliseconds(lambda: ask(guest))
     for one in (*half_open, *clients[1::2]):
-        vanish(one)
+        reset(one)
     vanished = milliseconds(lambda: ask(guest))
     leave(guest)
     assert during["shaken"] - shaken == 1 + idle + 1, "no honest handshake has failed"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import socket
-import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ import records
 from conftest import KeyPair
 from forge import Forger
 from OpenSSL import SSL
-from peers import until
+from peers import reset, until
 from records import record
 from rig import (
     ALLOW_CLIENT_RENEGOTIATION,
@@ -56,11 +55,6 @@ def contexts(tls_version: str, ca_file: str, server_cert: KeyPair) -> Contexts:
         bridge.client_context(ca_file, **only(tls_version)),
         bridge.server_context(server_cert.certfile, server_cert.keyfile, **only(tls_version)),
     )
-
-
-def reset(sock: socket.socket) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
 
 
 def shake_hands(lockstep: Lockstep, server: Session, far: socket.socket, version: str) -> None:

@@ -8,7 +8,6 @@ import select
 import socket
 import socketserver
 import ssl
-import struct
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 from dropin_rig import Arrangement, our_ssl
-from peers import PATIENCE
+from peers import PATIENCE, reset_on_close
 
 OUR_CLIENT = pytest.mark.parametrize(
     "arrangement", [Arrangement("ours", "theirs"), Arrangement("theirs", "theirs")], ids=str
@@ -150,8 +149,3 @@ class Conversation(socketserver.StreamRequestHandler):
         self.server.sockets.put(type(self.request))
         super().finish()
         self.server.shutdown_request(self.request)
-
-
-def reset_on_close(sock: socket.socket) -> None:
-    """Let the close of *sock* be a reset where that is the kernel's to decide."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 from conftest import KeyPair
 from dropin_rig import Arrangement, make_client_context, make_server_context, our_ssl
-from peers import PATIENCE, Background, dial, in_a_child, receive_exactly, until
+from peers import PATIENCE, Background, dial, in_a_child, receive_exactly, reset, reset_on_close, until
 from rig import Raw, forks, needs_hang_ups, raw_context, tcp_pair
 
 import bridge
@@ -561,8 +561,7 @@ def test_a_socket_whose_peer_has_gone_before_it_begins(known: bool, ca_file: str
     near, far = tcp_pair()
     client = client_of(None, ca_file, near, server_hostname="localhost")
     with client:
-        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        far.close()
+        reset(far)
         if known:
             assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
         with pytest.raises(OSError) as caught:
@@ -1162,7 +1161,7 @@ def test_a_client_that_was_reset_before_it_was_accepted_is_a_connection_error(se
     plain = socket.create_server(("127.0.0.1", 0))
     with make_server_context("ours", server_cert).wrap_socket(plain, server_side=True) as listener:
         with dial(listener.getsockname()) as near:
-            near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            reset_on_close(near)
         with pytest.raises(ConnectionResetError):
             listener.accept()
 

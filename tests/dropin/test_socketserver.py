@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 from dropin_rig import CONTROL, Arrangement, context_class, injection
-from peers import PATIENCE, Program, dial, high, receive_exactly
-from serving import OUR_SERVER, Watched, WatchedTCPServer, is_of, reset_on_close, serving
+from peers import PATIENCE, Program, dial, high, receive_exactly, reset_on_close
+from serving import OUR_SERVER, Watched, WatchedTCPServer, is_of, serving
 
 pytestmark = pytest.mark.usefixtures("default_bridge")
 
