@@ -205,6 +205,8 @@ class Session(forks.Handle):
     def renegotiate(self) -> None:
         """Ask the peer for a new TLS 1.2 handshake, while data goes on flowing (RFC 5246, 7.4.1.1).
 
+        It returns at once.  While one is under way, to ask for another changes nothing.
+
         ConfigurationError on TLS 1.3, which has none (it changes keys by itself), and where the context
         does not allow it (``renegotiation=True``).  It is for servers: most let no client ask, and end its session.
         """

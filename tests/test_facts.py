@@ -1040,6 +1040,32 @@ def test_fact_13_a_server_may_renegotiate_if_its_context_allows_it_and_the_clien
         assert list(received(server)) == [b"to"] and list(received(client)) == [b"fro"]
 
 
+def test_fact_13_a_renegotiation_asked_for_while_one_is_under_way_is_the_same_one(
+    rig: Lockstep, tls12: Contexts
+) -> None:
+    near, far = rig.large_pair()
+    client = tls12.raw_client(near)
+    server = opened(rig, rig.session(tls12.server, far), client)
+    for number in range(1, 3):
+        server.renegotiate()
+        rig.settle()
+        assert client.read() is Want.READ, "answers with its ClientHello"
+        rig.settle()
+        assert engine_of(server).mid_handshake()
+        server.renegotiate()
+        rig.settle()
+        assert client.read() is Want.READ
+        rig.settle()
+        assert client.read() is Want.READ, "no second HelloRequest"
+        assert not engine_of(server).mid_handshake() and not engine_of(server).renegotiating()
+        assert client.connection.total_renegotiations() == number
+        assert server._channel.transport.deadline is None, "and nobody waits for one"
+        server.send(b"fro")
+        assert client.write(b"to") == 2
+        rig.settle()
+        assert server.recv(0) == b"to" and client.read() == b"fro"
+
+
 def test_fact_13_a_server_does_not_renegotiate_by_default(
     rig: Lockstep, tls12: Contexts, server_cert: KeyPair
 ) -> None:
