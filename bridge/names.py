@@ -69,9 +69,16 @@ class PeerName:
         return any(isinstance(name, x509.DNSName) and self.fits(name.value) for name in names)
 
     def fits(self, pattern: str) -> bool:
-        """Whether this is the DNS name that *pattern* of a certificate stands for.  One that is odd stands for none."""
+        """Whether this is the DNS name that *pattern* of a certificate stands for.  One that is odd stands for none.
+
+        A ``*`` is a whole label, and stands for an A-label as for any other (RFC 9525, 6.3); `service_identity`
+        still says what RFC 6125 said of those it is a part of.
+        """
+        name = self.ascii
+        if pattern.startswith("*.") and name.startswith("xn--"):
+            name = "a." + name.partition(".")[2]
         try:
-            return DNS_ID(self.ascii).verify(DNSPattern.from_bytes(pattern.encode()))
+            return DNS_ID(name).verify(DNSPattern.from_bytes(pattern.encode()))
         except (UnusableName, ValueError):  # the latter for a wildcard and a name without dots, until 24.1
             return False
 

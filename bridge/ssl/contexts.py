@@ -277,9 +277,11 @@ class SSLContext(ssl.SSLContext, metaclass=_StandIn):
                 recorded.store.load_locations(None, _encoded(capath))
 
     def set_ciphers(self, cipherlist: str, /) -> None:
-        """As the stdlib's."""
-        super().set_ciphers(cipherlist)
-        self._recorded.ciphers, self._recorded.ciphersuites = _cipher_names(self)
+        """As the stdlib's.  One it refuses leaves none but those of TLS 1.3 there too."""
+        try:
+            super().set_ciphers(cipherlist)
+        finally:
+            self._recorded.ciphers, self._recorded.ciphersuites = _cipher_names(self)
 
     if sys.version_info >= (3, 15):
 
@@ -386,7 +388,9 @@ def _set_protocol(raw: SSL.Context, settings: _Settings, server_side: bool) -> i
     if server_side and (settings.sni_callback is not None or not settings.tickets):
         options |= SSL.OP_NO_TICKET
     raw.set_options(options)
-    raw.set_cipher_list(":".join((f"@SECLEVEL={settings.security_level}", *settings.ciphers)).encode())
+    # OpenSSL complains of a list with nothing for TLS 1.2, once it has taken it.
+    with contextlib.nullcontext() if settings.ciphers else contextlib.suppress(SSL.Error):
+        raw.set_cipher_list(":".join((f"@SECLEVEL={settings.security_level}", *settings.ciphers)).encode())
     _check(_lib.SSL_CTX_set_ciphersuites(raw._context, ":".join(settings.ciphersuites).encode()))
     if settings.curve is not None:
         _set_curve(raw, settings.curve)

@@ -656,6 +656,25 @@ def test_ciphers_hold_and_so_does_their_order(side: str, pair: dict[str, Any]) -
         assert agreed(pair["client"], pair["server"])[0].cipher == wanted[0]
 
 
+@each_side
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("spelling", ["nonsense", "", "TLS_AES_128_GCM_SHA256"])
+def test_ciphers_that_are_refused_leave_those_of_tls_13(
+    spelling: str, used: bool, side: str, pair: dict[str, Any]
+) -> None:
+    if used:
+        agreed(pair["client"], pair["server"])
+    for context in pair[side], blank("theirs", side):
+        with pytest.raises(ssl.SSLError, match="No cipher can be selected"):
+            context.set_ciphers(spelling)
+        assert {cipher["protocol"] for cipher in context.get_ciphers()} == {"TLSv1.3"}
+    assert agreed(pair["client"], pair["server"])[0].version == "TLSv1.3"
+    pair["ours"].maximum_version = ssl.TLSVersion.TLSv1_2
+    refused(pair["client"], pair["server"])
+    pair["ours"].set_ciphers("ECDHE+AESGCM")
+    assert agreed(pair["client"], pair["server"])[0].version == "TLSv1.2"
+
+
 def test_a_client_offers_the_ciphers_of_the_stdlib(
     our_client: Any, their_client: Any, their_server: Any
 ) -> None:
