@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -44,10 +45,12 @@ def only(version: str) -> dict[str, Any]:
 
 
 class Clock:
-    """Time that passes when the test says so; to stand in the place of the module `time`."""
+    """Time that passes when the test says so; to stand in the place of the module `time`.
+
+    It begins with a whole second, so that sums of whole seconds are exact."""
 
     def __init__(self) -> None:
-        self.now = time.monotonic()
+        self.now = float(math.ceil(time.monotonic()))
 
     def monotonic(self) -> float:
         return self.now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import select
 import socket
 import threading
@@ -327,14 +328,14 @@ def test_what_has_finished_is_let_go_and_its_sockets_closed(
     assert not worker.step() and worker.load() == 0
 
 
-# ── deadlines ──
+# ── deadlines ──  (The clock stands at a whole second: sums of whole seconds are exact.)
 
 
 def test_a_deadline_is_kept_and_no_turn_comes_before_it(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    clock = math.ceil(time.monotonic())
+    monkeypatch.setattr(time, "monotonic", lambda: float(clock))
     thing = Thing()
     thing.deadline = clock + 10
     given(worker, thing)
@@ -353,8 +354,8 @@ def test_a_deadline_is_kept_and_no_turn_comes_before_it(
 def test_an_earlier_deadline_comes_first_and_a_later_one_when_it_is_due(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    clock = math.ceil(time.monotonic())
+    monkeypatch.setattr(time, "monotonic", lambda: float(clock))
     thing = Thing()
     thing.deadline = clock + 20
     given(worker, thing)
@@ -395,8 +396,8 @@ def test_the_worker_sleeps_no_longer_than_to_the_next_deadline_nor_than_it_may(
     slept: list[float | None] = []
     wait = worker._poller.wait
     monkeypatch.setattr(worker._poller, "wait", lambda timeout, _: slept.append(timeout) or wait(0))
-    clock = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    clock = math.ceil(time.monotonic())
+    monkeypatch.setattr(time, "monotonic", lambda: float(clock))
     worker.step(None)
     thing, other = Thing(), Thing()
     thing.deadline = clock + 10
