@@ -31,6 +31,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from bridge import forks
 from bridge.bridge import Bridge, ListenerSnapshot
 from bridge.states import State
 from bridge.totals import BUCKETS, total
@@ -42,6 +43,7 @@ class BridgeCollector(Collector):
     """The metrics of *bridge*, for `prometheus_client.CollectorRegistry.register`.  Any thread may scrape.
 
     A registry takes one such collector, for names must not come twice; *more* bridges are added up with the first.
+    In a child of fork() those of its parent count for nothing: they are not there.
     """
 
     def __init__(self, bridge: Bridge, *more: Bridge) -> None:
@@ -53,11 +55,12 @@ class BridgeCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """All metrics, as they are now."""
-        yield from self._present()
-        yield from self._past()
+        here = [bridge for bridge in self._bridges if not forks.abandoned(bridge._born)]
+        yield from self._present(here)
+        yield from self._past(here)
 
-    def _present(self) -> Iterator[Metric]:
-        now = [bridge.snapshot() for bridge in self._bridges]
+    def _present(self, bridges: list[Bridge]) -> Iterator[Metric]:
+        now = [bridge.snapshot() for bridge in bridges]
         states = collections.Counter(session.state for one in now for session in one.sessions)
         sessions = GaugeMetricFamily("tls_bridge_sessions", "Sessions in each state", labels=["state"])
         for state in State:
@@ -94,8 +97,8 @@ class BridgeCollector(Collector):
         yield handshakes
         yield backlog
 
-    def _past(self) -> Iterator[Metric]:
-        totals = total(account for bridge in self._bridges for account in bridge._accounts())
+    def _past(self, bridges: list[Bridge]) -> Iterator[Metric]:
+        totals = total(account for bridge in bridges for account in bridge._accounts())
         yield _counter("handshakes", "Handshakes that ended", totals.handshakes, "side", "result", "version")
         yield _counter(
             "endings",

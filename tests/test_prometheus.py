@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import KeyPair
-from peers import dial, stdlib_context, until
-from rig import PATIENCE, only
+from peers import dial, in_a_child, stdlib_context, until
+from rig import PATIENCE, forks, only
 
 import bridge
 
 pytest.importorskip("prometheus_client")
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, GCCollector, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from bridge.prometheus import BridgeCollector
@@ -218,3 +219,21 @@ def test_counters_never_go_back_while_sessions_come_and_go(server_cert: KeyPair,
         until(lambda: not b.snapshot().sessions)
         assert scraped.values("bytes_total") == {("received",): 8000, ("sent",): 8000}
         assert sum(scraped.values("endings_total").values()) == 80
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
+@forks
+def test_a_child_of_fork_tells_nothing_of_its_parents_bridges() -> None:
+    """And what else is in the registry is told: a program that forks its workers registers before it does."""
+    with bridge.Bridge(workers=1) as b, bridge.Bridge(workers=1) as other:
+        scraped = Scraped(b, other)
+        assert scraped.values("sessions")["open",] == 0
+        GCCollector(scraped.registry)
+
+        def check() -> None:
+            text = generate_latest(scraped.registry).decode()
+            assert "tls_bridge_sessions" in text and "python_gc" in text
+            assert set(scraped.values("sessions").values()) == {0} and not scraped.values("endings_total")
+
+        in_a_child(check)
+        check()
