@@ -313,7 +313,7 @@ class Bridge(forks.Handle):
         timeouts = self._nearest_timeouts(timeouts)
         bounds = _instance("limits", limits, Limits) or self._limits
         codecs.made_by(codec)
-        _instance("inbox", inbox, Inbox)
+        _check_inbox(inbox)
         worker = self._crew.place()
         sock, path = listening_socket(address, bounds.backlog)
         shown = show_address(sock.getsockname())
@@ -479,7 +479,7 @@ class Bridge(forks.Handle):
         given: bool,
     ) -> Session:
         bounds = _instance("limits", limits, Limits) or self._limits
-        _instance("inbox", inbox, Inbox)
+        _check_inbox(inbox)
         if len(self._channels) >= self._most_sessions():
             raise self._full()
         session = self._wire(plan, codec, inbox, bounds, how)
@@ -677,6 +677,12 @@ def _opened(session: Session, deadline: float | None, timeout: float | None) -> 
         session.abort()
         raise
     return session
+
+
+def _check_inbox(inbox: Inbox | None) -> None:
+    _instance("inbox", inbox, Inbox)
+    if inbox is not None:
+        inbox._check_process()
 
 
 def _instance(name: str, value: Any, kind: type[Any]) -> Any:

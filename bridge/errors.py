@@ -64,7 +64,7 @@ class ConfigurationError(BridgeError, ValueError):
 
 
 class ForkedError(BridgeError, RuntimeError):
-    """A Bridge or Session was used in a child of `fork()`; its threads exist only in the parent."""
+    """A Bridge, an Inbox or a Session was used in a child of `fork()`; its threads exist only in the parent."""
 
 
 class BridgeClosed(BridgeError, RuntimeError):

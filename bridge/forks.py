@@ -30,11 +30,11 @@ class Handle:
         )
 
 
-def check(born: int) -> None:
-    """ForkedError if the process has forked since *born* was noted.  Takes no lock; any thread."""
+def check(born: int, what: str = "Bridge", whose: str = "its threads") -> None:
+    """ForkedError if the process has forked since *born* was noted, as *what* was made.  Takes no lock; any thread."""
     if born != current:
         raise ForkedError(
-            "this Bridge was made before fork(), and its threads live in the parent only; make a new one in the child"
+            f"this {what} was made before fork(), and {whose} live in the parent only; make a new one in the child"
         )
 
 

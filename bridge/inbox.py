@@ -304,7 +304,7 @@ class Inbox(forks.Handle):
         seconds, or at once if *block* is false; ShutDown after the end.
         """
         if self._born != forks.current:
-            forks.check(self._born)
+            self._check_process()
         if not block:
             timeout = 0.0
         deadline = None if timeout is None else deadline_after(check_timeout("timeout", timeout))
@@ -334,7 +334,7 @@ class Inbox(forks.Handle):
 
         If its session is None, it is a word to any handler, and waits for no other.  ShutDown after `shutdown`.
         """
-        forks.check(self._born)
+        self._check_process()
         if self.shut:
             raise ShutDown("the inbox was shut down")
         try:
@@ -364,6 +364,10 @@ class Inbox(forks.Handle):
         """
         self.shut = True
         self._finish(ShutDown("the inbox was shut down"))
+
+    def _check_process(self) -> None:
+        """ForkedError in a child of fork(): there nobody will fill it."""
+        forks.check(self._born, "Inbox", "the threads that fill it")
 
     def _next(
         self, timeout: float | None, deadline: float | None, turn: _Turn | None, keep: bool = False

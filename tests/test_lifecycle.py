@@ -1007,6 +1007,44 @@ b.close()
 
 
 @needs_fork
+def test_an_inbox_of_the_parent_is_refused_when_a_bridge_of_the_child_is_to_fill_it(
+    program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor
+) -> None:
+    """Of a server that forks first, and whose inbox is a global.  It would learn it at the first `get`."""
+    served = pool.submit(server.serve, b"welcome")
+    running = program(
+        FORK
+        + """
+pid = os.fork()
+if not pid:
+    with bridge.Bridge(workers=1) as mine:
+        own = mine.listen(("127.0.0.1", 0), server_ctx)
+        sock = socket.create_connection(own.address)
+        for call in (
+            lambda: mine.listen(("127.0.0.1", 0), server_ctx, inbox=shared),
+            lambda: mine.connect(own.address, client_ctx, server_hostname="localhost", inbox=shared),
+            lambda: mine.adopt(sock, client_ctx, server_hostname="localhost", inbox=shared),
+        ):
+            try:
+                print("no error:", call())
+            except bridge.ForkedError as error:
+                print("this Inbox was made before fork()" in str(error), end=" ")
+        print(sock.fileno() != -1, flush=True)
+        sock.close()
+    sys.exit(7)
+status = os.waitpid(pid, 0)[1]
+print("parent:", os.waitstatus_to_exitcode(status), session.recv(30))
+session.send(b"from the parent")
+b.close()
+"""
+    )
+    assert running.line() == "True True True True"
+    status, out, err = running.end()
+    assert (status, out) == (0, "parent: 7 b'welcome'"), err
+    assert served.result(PATIENCE) == (b"from the parent", "clean")
+
+
+@needs_fork
 def test_what_a_child_drops_of_the_parents_handlers_waits_for_no_lock(
     program: Callable[[str], Program],
 ) -> None:

@@ -514,8 +514,10 @@ def test_an_inbox_of_the_parent_is_refused_in_the_child(monkeypatch: pytest.Monk
     inbox = Inbox()
     inbox.put((None, "a word"))
     monkeypatch.setattr(forks, "current", forks.current + 1)
-    with pytest.raises(bridge.ForkedError):
+    with pytest.raises(bridge.ForkedError, match="this Inbox was made before fork"):
         inbox.get_nowait()
+    with pytest.raises(bridge.ForkedError, match="this Inbox was made before fork"):
+        inbox.put((None, "another"))
 
 
 def test_a_shared_inbox_gives_credit_back_exactly_and_resumes_who_had_none() -> None:
