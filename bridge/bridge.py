@@ -116,8 +116,9 @@ class Bridge(forks.Handle):
     """A coordinator thread, *workers* worker threads, and the sessions they own.
 
     *workers*: None means one a processor core, at most 4.  The threads start here and end with `close`; they
-    are daemons, and a Bridge that was never closed is closed at exit.  One that is forgotten, as
-    are its sessions, streams and listeners, ends its threads, with a ResourceWarning.  Any thread may call anything.
+    are daemons, and a Bridge that was never closed is closed at exit.  One that is forgotten, as are its sessions, and
+    that has no listener and no stream which is not closed, ends its threads, with a ResourceWarning.  Any thread may
+    call anything.
     """
 
     def __init__(
