@@ -270,8 +270,9 @@ class Inbox(forks.Handle):
     does not reorder a session's answers, and a session that stalls holds one handler and no more.
 
     It is bounded by the sessions' read credit: a session whose messages are not
-    taken stops reading, and the others go on.  Otherwise as `queue.Queue`; when every Bridge that feeds it
-    is closed and all is taken, `get` raises ShutDown.
+    taken stops reading, and the others go on.  So `put` never waits, and takes nothing but the item; `get`, `qsize`
+    and `empty` are otherwise as a `queue.Queue` has them.  When every Bridge that feeds it is closed and all is taken,
+    `get` raises ShutDown.
 
     A handler that has been given ``(session, None)`` may still send (the peer may have closed only its
     half).  When it comes back for the next message it is done, and the session is closed for it.  If its thread ends
