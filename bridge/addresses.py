@@ -47,7 +47,8 @@ def resolve(address: Place, passive: bool = False) -> tuple[str | None, tuple[Ad
             name = "0.0.0.0"
         found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise OSError(error.errno, f"cannot resolve {host!r}: {error.strerror}") from error
+        service = f" and the service {port!r}" if isinstance(port, str) and not port.isdigit() else ""
+        raise OSError(error.errno, f"cannot resolve {host!r}{service}: {error.strerror}") from error
     except UnicodeError as error:
         raise ConfigurationError(f"{host!r} is no host name: {error.__cause__ or error}") from error
     return host, tuple(_scoped(one, more) for one in found)
@@ -84,7 +85,7 @@ def _unix(path: str | bytes, passive: bool) -> Address:
 
 
 def _check_numbers(port: object, more: Sequence[object]) -> None:
-    if isinstance(port, str) and port.isascii():
+    if isinstance(port, str) and port.isascii() and port:  # getaddrinfo takes no name for port 0
         port = int(port) if port.isdigit() else 0  # which stands for the name of a service
     if not _whole(port, 0xFFFF):
         raise ConfigurationError(f"the port must be a whole number from 0 to 65535, not {port!r}")

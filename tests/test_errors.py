@@ -427,7 +427,8 @@ def test_an_address_is_taken_whole(address: Any, where: Any) -> None:
     ("address", "words"),
     [
         (("::1%no-such-interface", 443), "cannot resolve '::1%no-such-interface'"),
-        (("localhost", "no-such-service"), "cannot resolve 'localhost'"),
+        (("localhost", "no-such-service"), "cannot resolve 'localhost' and the service 'no-such-service': "),
+        (("localhost", ""), "port.*65535, not ''"),
         (("127.0.0.1", 65536), "port.*65535"),
         (("127.0.0.1", "65536"), "port.*65535"),
         (("127.0.0.1", "\udc80"), "port.*65535"),
