@@ -32,6 +32,13 @@ _RENAMED_ALERTS = re.compile(r"\b(SSL/)?TLS([_ ])ALERT([_ ])", re.IGNORECASE)
 """What OpenSSL 3.2 and later call the alerts that SSL 3.0 brought; the stdlib goes by the older names."""
 
 
+_FORKED = (
+    "this TLS socket was made before fork(), and what serves it lives in the parent only; accept, or connect, in the"
+    " child, or serve it by a thread"
+)
+"""The program of a drop-in has no Bridge that it knows of, and no new one would help this socket."""
+
+
 def as_stdlib(error: BridgeError, hostname: str | None = None) -> Exception:
     """What the stdlib raises where the bridge raised *error*.  Any thread."""
     if isinstance(error, WouldBlock):
@@ -57,7 +64,7 @@ def as_stdlib(error: BridgeError, hostname: str | None = None) -> Exception:
     if isinstance(error, PeerReset):
         return system_error(error.errno or errno.ECONNRESET)
     if isinstance(error, ForkedError):
-        return OSError(errno.EBADF, str(error))
+        return OSError(errno.EBADF, _FORKED)
     if isinstance(error, (SessionClosed, SessionAborted)):
         return system_error(errno.EBADF)
     return error
