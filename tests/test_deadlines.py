@@ -190,7 +190,7 @@ def test_an_address_takes_no_more_than_its_share_of_the_call_s_time(
         tcp = (socket.AF_INET, socket.SOCK_STREAM, 0, "")
         found = [(*tcp, blackhole), (*tcp, listener.address)]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-        session = b.connect(("localhost", 1), client_ctx, timeout=2)
+        session = b.connect(("localhost", 1), client_ctx, timeout=4)
         assert session.info.peername == listener.address
         session.abort()
 
@@ -235,8 +235,8 @@ def test_handshake_with_a_mute_client(b: bridge.Bridge, server_ctx: bridge.Conte
         b.listen(
             ("127.0.0.1", 0), server_ctx, timeouts=only(handshake=SHORT, close_notify=SHORT)
         ) as listener,
-        socket.create_connection(listener.address, PATIENCE) as client,
         takes(SHORT),
+        socket.create_connection(listener.address, PATIENCE) as client,
     ):
         assert client.recv(1) == b""
 
@@ -254,11 +254,9 @@ def test_a_byte_now_and_then_does_not_restart_the_handshake_of_a_client(
 ) -> None:
     hello = iter(client_hello())
     with (
-        b.listen(
-            ("127.0.0.1", 0), server_ctx, timeouts=only(handshake=SHORT, close_notify=SHORT)
-        ) as listener,
+        b.listen(("127.0.0.1", 0), server_ctx, timeouts=only(handshake=1.0, close_notify=SHORT)) as listener,
+        takes(1.0),
         socket.create_connection(listener.address, PATIENCE) as client,
-        takes(SHORT),
     ):
         assert drip(client, lambda: client.send(bytes([next(hello)]))) >= 2
 
@@ -270,13 +268,13 @@ def test_a_byte_now_and_then_does_not_restart_the_handshake_of_a_server(
     pool: ThreadPoolExecutor,
 ) -> None:
     record = iter(b"\x16\x03\x03\x40\x00\x02\x00\x3f\xfc\x03\x03" + bytes(10_000))
-    with takes(SHORT):
+    with takes(1.0):
         session = pool.submit(
             b.adopt,
             wire[0],
             client_ctx,
             server_hostname="localhost",
-            timeouts=only(handshake=SHORT, close_notify=SHORT),
+            timeouts=only(handshake=1.0, close_notify=SHORT),
         )
         wire[1].recv(65536)
         assert drip(wire[1], lambda: wire[1].send(bytes([next(record)]))) >= 2
@@ -306,8 +304,8 @@ def test_a_renegotiation_that_the_peer_ignores(
 
 
 def test_idle(facing: Callable[..., tuple[bridge.Session, ssl.SSLSocket]]) -> None:
-    session, peer = facing(timeouts=only(idle=SHORT, close_notify=SHORT))
     with takes(SHORT), pytest.raises(bridge.IdleTimeout, match=r"either direction for 0\.3 seconds"):
+        session, peer = facing(timeouts=only(idle=SHORT, close_notify=SHORT))
         session.recv()
     assert peer.recv(1) == b"", "it parts politely: with close_notify"
 
