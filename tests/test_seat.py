@@ -80,6 +80,10 @@ class Served:
         """Whether a guest does."""
         return self.seat._open and self.seat._lock.locked()
 
+    def settled(self) -> bool:
+        """Whether the worker has left the seat, or sleeps in it."""
+        return (self.seat._open and not self.seat._lock.locked()) or self.bridge._workers[0].asleep()
+
     def seated(self, client: ssl.SSLSocket) -> None:
         """Its handler answers *client* until it is a guest, asleep."""
         for _ in range(BEFORE):
@@ -444,6 +448,7 @@ def test_who_takes_turns_at_two_inboxes_keeps_one_seat(
                 return before_waiting()
             taken[0].send(taken[1])
             one.inbox.task_done()
+            until(one.settled)  # or the seat is kept for him only after he has gone on, and that for a minute
 
     handling = background.run(answer)
     with other.bridge, served.dial() as client, other.dial() as another:
