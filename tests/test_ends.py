@@ -339,24 +339,28 @@ def test_close_carries_out_everything_that_was_sent_before(facing: Facing, pool:
     assert closing.result(PATIENCE) == bridge.CloseReport(0, True, True)
 
 
-CutOff = tuple[bridge.Session, ssl.SSLSocket, "Future[bridge.CloseReport]"]
+CutOff = Callable[[float], tuple[bridge.Session, ssl.SSLSocket, "Future[bridge.CloseReport]"]]
 
 
 @pytest.fixture
 def cut_off(facing: Facing, pool: ThreadPoolExecutor) -> CutOff:
-    """A session that is closing with much unsent, and has met the end of TCP that its peer has put first."""
-    session, peer = facing(buffer=16 * 1024, limits=bridge.Limits(outbox_bytes=MUCH))
-    session.send(bytes(MUCH))
-    closing = pool.submit(session.close, 2.0)
-    until(lambda: session.state == "draining")
-    peer.sendall(b"late")
-    end_truncated(session, peer)
-    until(lambda: "read" not in wants(session))
-    return session, peer, closing
+    """Makes a session that is closing with much unsent, and has met the end of TCP that its peer has put first."""
+
+    def make(patience: float) -> tuple[bridge.Session, ssl.SSLSocket, Future[bridge.CloseReport]]:
+        session, peer = facing(buffer=16 * 1024, limits=bridge.Limits(outbox_bytes=MUCH))
+        session.send(bytes(MUCH))
+        closing = pool.submit(session.close, patience)
+        until(lambda: session.state == "draining")
+        peer.sendall(b"late")
+        end_truncated(session, peer)
+        until(lambda: "read" not in wants(session))
+        return session, peer, closing
+
+    return make
 
 
 def test_close_carries_it_out_also_to_a_peer_that_has_shut_its_half_of_tcp_down(cut_off: CutOff) -> None:
-    session, peer, closing = cut_off
+    session, peer, closing = cut_off(PATIENCE)
     received = 0
     while data := peer.recv(65536):
         received += len(data)
@@ -366,7 +370,7 @@ def test_close_carries_it_out_also_to_a_peer_that_has_shut_its_half_of_tcp_down(
 
 
 def test_such_a_peer_that_does_not_read_is_given_up_in_time(cut_off: CutOff) -> None:
-    session, _, closing = cut_off
+    session, _, closing = cut_off(2.0)
     report = closing.result(PATIENCE)
     assert report.unsent > 0 and not report.close_notify_sent
     assert type(session._channel.transport.cause) is bridge.CloseTimeout
