@@ -844,7 +844,7 @@ def test_clients_that_come_and_go_cannot_fill_what_nobody_empties(
     """A session that has ended still waits to be seen; so many may, and then new clients wait in the kernel."""
     inbox = bridge.Inbox() if shared else None
     limits = bridge.Limits(backlog=4, sessions=100 if not shared else 4)
-    quick = bridge.Timeouts(connect=0.5, handshake=0.5, close_notify=0.1)
+    quick = bridge.Timeouts(connect=2.0, handshake=2.0, close_notify=0.1)
     with bridge.Bridge(workers=1, limits=limits) as b, bridge.Bridge(workers=1, timeouts=quick) as others:
         listener = b.listen(("127.0.0.1", 0), server_ctx, inbox=inbox)
         reached = 0

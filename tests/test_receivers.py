@@ -599,7 +599,7 @@ def test_whoever_has_no_descriptor_left_for_a_bed_sleeps_without(
 
 def test_a_receiver_heeds_the_idle_timeout(ca_file: str, server_cert: KeyPair) -> None:
     near, far = socket.socketpair()
-    timeouts = bridge.Timeouts(idle=0.2)
+    timeouts = bridge.Timeouts(idle=1.0)
     with bridge.Bridge(timeouts=timeouts) as b, bridge.Bridge() as other:
         server = b.adopt(far, bridge.server_context(server_cert.certfile, server_cert.keyfile), wait=False)
         client = other.adopt(

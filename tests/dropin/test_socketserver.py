@@ -27,7 +27,7 @@ from serving import OUR_SERVER, Watched, WatchedTCPServer, is_of, serving
 pytestmark = pytest.mark.usefixtures("default_bridge")
 
 LARGE = random.Random(12).randbytes(2_000_000)
-AT_ONCE = 2.0
+AT_ONCE = 5.0
 """Seconds in which a client is served if nobody keeps the server from it."""
 
 
