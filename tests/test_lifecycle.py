@@ -408,9 +408,10 @@ def test_an_exception_through_the_with_of_a_bridge_is_nobody_s_word_that_all_was
     failure: type[BaseException] | None,
 ) -> None:
     served, begin = pool.submit(server.serve), time.monotonic()
+    patient = bridge.Timeouts(close_notify=PATIENCE)
     message = b"row 1\n" * 20_000
     raised = contextlib.nullcontext() if failure is None else pytest.raises(failure)
-    with raised, bridge.Bridge(workers=1) as b:
+    with raised, bridge.Bridge(workers=1, timeouts=patient) as b:
         near: Any
         if kind == "session":
             near = b.connect(server.address, client_ctx, server_hostname="localhost")
@@ -424,7 +425,7 @@ def test_an_exception_through_the_with_of_a_bridge_is_nobody_s_word_that_all_was
         if failure is not None:
             raise failure
     assert served.result(PATIENCE) == (message, "clean" if said or failure is None else "SSLEOFError")
-    assert time.monotonic() - begin < bridge.Timeouts().close_notify
+    assert time.monotonic() - begin < PATIENCE, "nobody has waited for an answer"
 
 
 def test_a_forgotten_bridge_ends_its_threads_with_a_warning() -> None:
