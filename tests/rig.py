@@ -305,6 +305,29 @@ def engine_of(session: Session) -> TLSEngine:
 
 
 @contextlib.contextmanager
+def interrupting(handle: Callable[..., None], soon: float = 0.05) -> Iterator[None]:
+    """A signal comes *soon*, and *handle* is its handler, called once.
+
+    The signal comes again and again until then: one that comes just before a sleep begins does not end it.
+    """
+
+    def handler(*arguments: Any) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if not handled:
+            handled.append(True)
+            handle(*arguments)
+
+    handled: list[bool] = []
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, soon, soon)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
 def forking(background: Background, interrupt: Callable[[Callable[[], None]], None]) -> Iterator[None]:
     """Meanwhile *interrupt* runs in another thread: what it is given has a signal handler of this thread fork.
 

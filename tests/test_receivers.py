@@ -11,7 +11,6 @@ import gc
 import itertools
 import math
 import os
-import signal
 import socket
 import threading
 import time
@@ -32,6 +31,7 @@ from rig import (
     busy,
     forking,
     forks,
+    interrupting,
     is_closed,
     is_open,
     only,
@@ -636,18 +636,6 @@ def test_a_timer_that_fires_together_with_a_message_is_set_again(
     clock.now += 0.5
     rig.settle()
     assert isinstance(server.end, bridge.IdleTimeout)
-
-
-@contextlib.contextmanager
-def interrupting(handle: Any) -> Iterator[None]:
-    """A signal comes soon, and *handle* is its handler."""
-    before = signal.signal(signal.SIGALRM, handle)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, SOON)
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_signal_handler_may_receive_from_another_session(

@@ -30,7 +30,18 @@ from peers import (
     stdlib_context,
     until,
 )
-from rig import Clock, Raw, forking, forks, needs_hang_ups, only, raw_context, shrink, tcp_pair
+from rig import (
+    Clock,
+    Raw,
+    forking,
+    forks,
+    interrupting,
+    needs_hang_ups,
+    only,
+    raw_context,
+    shrink,
+    tcp_pair,
+)
 from structlog.testing import capture_logs
 
 import bridge
@@ -1219,14 +1230,10 @@ def test_a_signal_handler_may_unwrap_what_its_thread_reads(pair: Pair, backgroun
     def handler(*_: object) -> None:
         found.append(client.unwrap(PATIENCE))
 
-    before = signal.signal(signal.SIGALRM, handler)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
+    with interrupting(handler):
         with contextlib.suppress(bridge.SessionEnded):
             assert client.read(1, PATIENCE) == b""
         until(lambda: found)
-    finally:
-        signal.signal(signal.SIGALRM, before)
     for sock, _ in (*found, far.result(PATIENCE)):
         sock.close()
 
