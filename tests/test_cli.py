@@ -200,6 +200,7 @@ def receive_all(session: bridge.Session) -> Iterator[bytes]:
         return
 
 
+@pytest.mark.timeout(240)  # it computes all the time, and shares the machine with others
 def test_peers_that_do_not_read_hold_up_nobody_else_and_lose_nothing(
     server_cert: KeyPair, ca_file: str
 ) -> None:

@@ -762,7 +762,7 @@ def test_a_server_that_never_ends_its_greeting_is_left(background: Background, c
 
 def test_silence_before_starttls_is_explained(background: Background, capsys: Any) -> None:
     address, _ = background.serve(until_end)
-    status, said = fails(capsys, *told(address, "--timeout", "0.3", "--starttls", "pop3"))
+    status, said = fails(capsys, *told(address, "--timeout", "1", "--starttls", "pop3"))
     assert status == 4 and "without --starttls" in said
 
 
@@ -776,7 +776,7 @@ def test_a_server_that_drips_does_not_hold_it_beyond_its_time(background: Backgr
             sock.sendall(b"2")
 
     address, _ = background.serve(drip)
-    status, said = fails(capsys, *told(address, "--timeout", "0.5", "--starttls", "smtp"))
+    status, said = fails(capsys, *told(address, "--timeout", "1", "--starttls", "smtp"))
     gone.set()
     assert status == 4 and "in time" in said
 

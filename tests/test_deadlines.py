@@ -111,7 +111,7 @@ def fill(session: bridge.Session) -> None:
     """Send until the kernel takes no more, and then some, so that messages are left over."""
     with pytest.raises(bridge.SendTimeout):
         while True:
-            session.send(bytes(10_000), timeout=0.2)
+            session.send(bytes(10_000), timeout=1.0)
 
 
 def drip(sock: socket.socket, step: Callable[[], Any]) -> int:

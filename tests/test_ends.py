@@ -431,7 +431,7 @@ def test_abort_reports_what_was_lost_and_the_peer_sees_a_reset(facing: Facing) -
     session, peer = facing(buffer=16 * 1024)
     with pytest.raises(bridge.SendTimeout):
         while True:
-            session.send(bytes(10_000), timeout=0.2)
+            session.send(bytes(10_000), timeout=1.0)
     session.abort()
     report = session.close()
     assert report.unsent > 0 and not report.close_notify_sent and not report
@@ -560,7 +560,7 @@ def test_unwrap_loses_no_plain_text_that_follows_the_peer_s_close_notify_at_once
         sent = 0
         with contextlib.suppress(bridge.SendTimeout):
             while True:
-                session.send(bytes(10_000), timeout=0.2)
+                session.send(bytes(10_000), timeout=1.0)
                 sent += 10_000
         unwrapped = pool.submit(session.unwrap, PATIENCE)
         with pytest.raises(ssl.SSLWantReadError):

@@ -24,7 +24,7 @@ from bridge.coordinator import MESSAGE_BYTES
 from bridge.limits import RECORD_BYTES
 
 DEADLINE = 30.0
-STALLED = 0.3
+STALLED = 1.0
 """Seconds without room after which a socket on loopback is taken for stalled."""
 BUFFER = 32 * 1024
 """What sockets are given to buffer; the kernel doubles it, and rounds."""
@@ -539,7 +539,7 @@ def test_a_sender_that_gives_up_lets_the_next_one_go(
     ):
         accepted = fill(lambda message: session.send(message, STALLED), 3_000, most=2_000)
         waiting = session._channel.outbox._waiting
-        large = pool.submit(session.send, numbered(0, 20_000), 0.5)
+        large = pool.submit(session.send, numbered(0, 20_000), 2.0)
         until(lambda: len(waiting) == 1)
         small = pool.submit(session.send, numbered(7, 10), DEADLINE)
         until(lambda: len(waiting) == 2)

@@ -762,7 +762,7 @@ with bridge.Bridge(timeouts=bridge.Timeouts(flush=0.1, close_notify=0.1)) as b:
     session = connect(b)
     while True:
         try:
-            session.send(bytes(100_000), timeout=0.2)
+            session.send(bytes(100_000), timeout=1.0)
         except bridge.SendTimeout:
             break
     try:
@@ -789,7 +789,7 @@ b = bridge.Bridge()
 session = connect(b)
 while True:
     try:
-        session.send(bytes(100_000), timeout=0.2)
+        session.send(bytes(100_000), timeout=1.0)
     except bridge.SendTimeout:
         break
 try:
@@ -1145,7 +1145,7 @@ def test_a_bridge_says_what_it_could_not_send(
         client = b.connect(listener.address, client_ctx, server_hostname="localhost")
         with pytest.raises(bridge.SendTimeout):
             while True:  # the peer takes nothing
-                client.send(bytes(50_000), timeout=0.2)
+                client.send(bytes(50_000), timeout=1.0)
         (seen,) = b.snapshot().sessions
         assert seen.outbox_bytes == client.outbox.qsize() == b.snapshot().outbox_bytes > 0
         b.close(timeout=0)
