@@ -173,7 +173,7 @@ class ConnectTimeout(DeadlineExceeded):
 
 
 class HandshakeTimeout(DeadlineExceeded):
-    """The TLS handshake was not done within `Timeouts.handshake`."""
+    """The TLS handshake, or a renegotiation this side asked for, was not done within `Timeouts.handshake`."""
 
 
 class IdleTimeout(DeadlineExceeded):

@@ -47,7 +47,8 @@ class Timeouts:
     connect: float | None = 10.0
     """TCP connection, over all addresses of the name together.  Four SYNs are lost in 7 s; 10 s forgives three."""
     handshake: float | None = 10.0
-    """From TCP connected (or accepted) to TLS established; Netty's figure.  Bounds what a mute client costs."""
+    """From TCP connected (or accepted) to TLS established; Netty's figure.  Bounds what a mute client costs.  A
+    renegotiation that this side has asked for may take as long."""
     idle: float | None = None
     """No application byte in either direction for so long ends the session.  Off: silence is legitimate (IMAP IDLE)."""
     write_stall: float | None = 60.0
