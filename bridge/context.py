@@ -397,7 +397,8 @@ def server_context(
 ) -> Context:
     """A context for servers.  Any thread.  ConfigurationError says which argument is unusable, and why.
 
-    *certfile*: the certificate, then its chain: a path to PEM, PEM, or `cryptography` certificates.
+    *certfile*: the certificate, then its chain: a path to PEM, PEM, or `cryptography` certificates.  One that has
+    expired, or is not yet valid, is refused here.
     *keyfile*: the private key, likewise; None if it is in *certfile*.  *password*: for an encrypted key, or a
     callable that returns it.
 
