@@ -170,7 +170,9 @@ def _check_socket(sock: socket.socket) -> None:
     if not isinstance(sock, socket.socket):
         raise ConfigurationError(f"sock must be a socket.socket, not {sock!r}")
     if sock.fileno() == -1:
-        raise ConfigurationError("sock is closed")
+        raise ConfigurationError(
+            "sock is closed, or was handed over before: who takes a socket over, has it alone"
+        )
     if sock.type != socket.SOCK_STREAM:
         raise ConfigurationError(f"sock must be a stream socket, not {sock.type!r}: TLS runs over streams")
 

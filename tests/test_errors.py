@@ -593,6 +593,10 @@ def test_listening_on_what_cannot_listen(b: bridge.Bridge, server_ctx: bridge.Co
             b.listen(udp, server_ctx)
     with pytest.raises(bridge.ConfigurationError, match="sock is closed"):
         b.listen(closed, server_ctx)
+    taken = socket.create_server(("127.0.0.1", 0))
+    b.listen(taken, server_ctx)
+    with pytest.raises(bridge.ConfigurationError, match="or was handed over before"):
+        b.listen(taken, server_ctx)
 
 
 # ── contexts ──
