@@ -22,6 +22,8 @@ class SSLSession:
     raw: SSL.Session
     context: object
     """Where it may be used: the SSLContext it came from."""
+    core: object
+    """What that had made of its settings, which OpenSSL resumes nothing without."""
     id: bytes
     time: int
     timeout: int
@@ -29,13 +31,14 @@ class SSLSession:
     has_ticket: bool
 
     @classmethod
-    def of(cls, raw: SSL.Session, context: object) -> SSLSession:
+    def of(cls, raw: SSL.Session, context: object, core: object) -> SSLSession:
         """What can be said about *raw*."""
         fields = list(elements(next(elements(session_der(raw)))[1]))
         tagged = dict(fields)
         return cls(
             raw,
             context,
+            core,
             id=fields[3][1],
             time=_number(tagged.get(_TIME)),
             timeout=_number(tagged.get(_TIMEOUT)),

@@ -75,6 +75,8 @@ class Wire:
         self.kernel_timeouts: dict[int, float] = {}
         """SO_RCVTIMEO and SO_SNDTIMEO, which a non-blocking descriptor does not heed."""
         self.stream: Stream | None = None
+        self._streams_core: Any = None
+        """What the stream was made with: the context may be another by now."""
         self.said_all = False
         """The application has shut the socket down for writing."""
         self.cut_off = False
@@ -128,13 +130,14 @@ class Wire:
 
     def _made(self, sock: SSLSocket) -> Stream:
         inner = socket.socket(sock.family, sock.type, sock.proto, fileno=sock.fileno())
+        core = self._streams_core = self._core
         try:
             return default_bridge().stream(
                 inner,
-                self._core,
+                core,
                 server_hostname=self.server_hostname,
                 server_side=self.server_side,
-                resume=None if self._session is None else self._session.raw,
+                resume=self._resumable(core),
                 owner=self._owner,
                 leaving=functools.partial(_bereave, self._owner),
                 timeouts=TIMEOUTS if self._pooled else UNHURRIED,
@@ -149,6 +152,11 @@ class Wire:
             if isinstance(error, ConfigurationError):
                 raise self._no_name(error) from None
             raise
+
+    def _resumable(self, core: object) -> Any:
+        """The session that the handshake offers: none from before a setting has changed, as OpenSSL refuses that."""
+        session = self._session
+        return session.raw if session is not None and session.core is core else None
 
     def _no_name(self, error: ConfigurationError) -> Exception:
         """For a `server_hostname` that can be nobody's: no certificate is valid for it."""
@@ -346,7 +354,7 @@ class Wire:
             except BridgeError as error:
                 raise self.failure(error) from None
             if raw is not None:
-                self._session = SSLSession.of(raw, self.context)
+                self._session = SSLSession.of(raw, self.context, self._streams_core)
         return self._session
 
     @session.setter

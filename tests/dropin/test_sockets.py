@@ -1235,6 +1235,31 @@ def test_a_session_is_resumed_when_it_is_passed_on(
         other.wrap_socket(near, server_hostname="localhost", session=session)
 
 
+@pytest.mark.parametrize("change", ["a setting", "the context"])
+def test_a_session_from_before_a_change_is_not_resumed(
+    change: str, background: Background, ca_file: str, server_cert: KeyPair
+) -> None:
+    """The handshake is a whole one, and its session the next to resume.  OpenSSL would resume none of another context."""
+    context, server_context = make_client_context("ours", ca_file), make_server_context("theirs", server_cert)
+    session = None
+    for visit in ("first", "changed", "again"):
+        near, far = tcp_pair()
+        serving = background.run(lambda far=far: server_context.wrap_socket(far, server_side=True))
+        if visit == "changed" and change == "a setting":
+            context.set_alpn_protocols(["http/1.1"])
+        with context.wrap_socket(
+            near, server_hostname="localhost", session=session, do_handshake_on_connect=False
+        ) as client:
+            if visit == "changed" and change == "the context":
+                client.context = context = make_client_context("ours", ca_file)
+            client.do_handshake()
+            with serving.result(PATIENCE) as server:
+                server.sendall(b"hi")
+                assert client.recv(2) == b"hi"
+                assert client.session_reused is server.session_reused is (visit == "again")
+                session = client.session
+
+
 def test_sessions_are_told_apart_by_their_ids(mixed: Ends) -> None:
     client, server = mixed
     server.sendall(b"x")
@@ -1265,7 +1290,7 @@ def test_a_session_is_set_before_the_handshake_on_a_client_s_side(mixed: Ends, e
         (ends[0], "Cannot set session after handshake"),
         (ends[1], "Cannot set session for server-side SSLSocket"),
     ):
-        session = SSLSession.of(ends[0]._sslobj.stream.session(), sock.context)
+        session = SSLSession.of(ends[0]._sslobj.stream.session(), sock.context, None)
         with pytest.raises(ValueError, match=words):
             sock.session = session
 
