@@ -68,7 +68,7 @@ from bridge.connection import session_reused, tls_unique
 from bridge.context import Context
 from bridge.errors import NotTLS, PeerReset, SessionEnded, TLSError, Truncated, fresh, tls_error
 from bridge.limits import RECORD_BYTES
-from bridge.names import peer_certificate, presented_chain
+from bridge.names import peer_certificate, presented_chain, verified_chain
 from bridge.poll import Want
 from bridge.record import Record
 
@@ -115,7 +115,9 @@ class SessionInfo:
     alpn: str | None
     peer_certificate: x509.Certificate | None
     verified_chain: tuple[x509.Certificate, ...]
-    """Leaf first, root last; empty if the peer was not verified, or the session was resumed."""
+    """Leaf first, root last; empty if the peer was not verified, or the session was resumed.
+
+    Without those that OpenSSL can read and `cryptography` cannot, as in `presented_chain`."""
     server_name: str | None
     """The name in SNI (RFC 6066): what the client asked for."""
     peername: Any
@@ -324,14 +326,13 @@ class TLSEngine:
         alpn = connection.get_alpn_proto_negotiated()
         certificate = peer_certificate(connection)
         verified = connection.get_verify_mode() & SSL.VERIFY_PEER  # by the context that SNI chose
-        chain = connection.get_verified_chain(as_cryptography=True) if verified else None
         return SessionInfo(
             version=version,
             cipher=sys.intern(connection.get_cipher_name() or ""),
             cipher_bits=connection.get_cipher_bits() or 0,
             alpn=alpn.decode("ascii", "replace") if alpn else None,
             peer_certificate=certificate,
-            verified_chain=tuple(chain or ()),
+            verified_chain=verified_chain(connection) if verified else (),
             server_name=_as_text(name) if name else server_hostname,
             peername=peername,
             resumed=session_reused(connection),

@@ -10,11 +10,13 @@ be, is nobody's, and takes nothing from the names beside it.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import idna
 from cryptography import x509
@@ -144,11 +146,25 @@ def presented_chain(connection: SSL.Connection, own: x509.Certificate | None) ->
 
     SSL_get_peer_cert_chain(3) leaves that one out on the server's side.
     """
+    chain = _readable(connection.get_peer_cert_chain)
+    return chain if own is None or own in chain[:1] else (own, *chain)
+
+
+def verified_chain(connection: SSL.Connection) -> tuple[x509.Certificate, ...]:
+    """What OpenSSL has verified *connection*'s peer by, the root last.  Its owner's thread."""
+    return _readable(connection.get_verified_chain)
+
+
+def _readable(chain: Callable[..., Any]) -> tuple[x509.Certificate, ...]:
+    """Those of a *chain* of pyOpenSSL's that `cryptography` can read.  OpenSSL reads more, and has judged them all."""
     try:
-        chain = connection.get_peer_cert_chain(as_cryptography=True) or []
-    except (ValueError, x509.InvalidVersion) as error:
-        raise refusal(f"a certificate in the peer's chain is malformed: {error}") from error
-    return (*chain,) if own is None or own in chain[:1] else (own, *chain)
+        return tuple(chain(as_cryptography=True) or ())
+    except (ValueError, x509.InvalidVersion):
+        found = []
+        for certificate in chain():
+            with contextlib.suppress(ValueError, x509.InvalidVersion):
+                found.append(certificate.to_cryptography())
+        return (*found,)
 
 
 def refusal(

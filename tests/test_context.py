@@ -42,7 +42,7 @@ from bridge.errors import (
     TLSError,
     fresh,
 )
-from bridge.names import PeerName, peer_certificate, presented_chain
+from bridge.names import PeerName, peer_certificate, presented_chain, verified_chain
 from bridge.record import Record
 
 VERSIONS = ["TLSv1.2", "TLSv1.3"]
@@ -1264,8 +1264,26 @@ def test_a_certificate_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     meet(careless, Ours(strange))
     with pytest.raises(CertificateError, match="the peer's certificate is malformed"):
         peer_certificate(careless.connection)
-    with pytest.raises(CertificateError, match="a certificate in the peer's chain is malformed"):
-        presented_chain(careless.connection, None)
+    assert presented_chain(careless.connection, None) == ()
+
+
+def test_what_cannot_be_read_of_a_chain_is_left_out_of_what_is_said_about_it(tmp_path: Path) -> None:
+    """OpenSSL has verified it all the same, and the stdlib takes it: an odd root of one's own, or one too many."""
+    ca = trustme.CA()
+    issued = ca.issue_cert("a.example")
+    root = x509.load_pem_x509_certificate(ca.cert_pem.bytes())
+    odd = damaged(root, "a003020102", "a003020101")  # version 2
+    (tmp_path / "ca.pem").write_bytes(odd)
+    (tmp_path / "cert.pem").write_bytes(issued.cert_chain_pems[0].bytes() + odd)
+    issued.private_key_pem.write_to_path(tmp_path / "key.pem")
+    raw = SSL.Context(SSL.TLS_METHOD)
+    raw.use_certificate_chain_file(str(tmp_path / "cert.pem"))
+    raw.use_privatekey_file(str(tmp_path / "key.pem"))
+    end = Ours(client_context(tmp_path / "ca.pem"), "a.example")
+    meet(end, Ours(Context.adopt(raw, server_side=True)))
+    connection, own = end.connection, peer_certificate(end.connection)
+    assert len(connection.get_verified_chain() or ()) == len(connection.get_peer_cert_chain() or ()) == 2
+    assert verified_chain(connection) == presented_chain(connection, own) == (own,)
 
 
 @pytest.mark.parametrize(
