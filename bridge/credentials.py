@@ -48,6 +48,7 @@ _TRUSTED = b"-----BEGIN TRUSTED CERTIFICATE-----"
 _EDGE = re.compile(rb"(?<![^-\r\n])[ \t]*-----(BEGIN |END [^\r\n]+?-----)")
 """Where a block begins or ends: on a line of its own, or where somebody has joined two files without one."""
 _PRIVATE_KEY = re.compile(rb"-----BEGIN (([A-Z0-9]+ )*PRIVATE KEY)-----.*?-----END \1-----", re.DOTALL)
+_COMMENT = re.compile(rb"^[ \t]*#.*\n?", re.MULTILINE)
 _HASHED_NAME = re.compile(r"[0-9a-f]{8}\.\d+")
 _DEFAULT_DIRECTORIES = os.pathsep.join({ssl.get_default_verify_paths().openssl_capath, "/etc/ssl/certs"})
 _lib: Any = getattr(getattr(OpenSSL, "_util", None), "lib", None)
@@ -329,14 +330,19 @@ def _called(source: object, what: str) -> str:
     return f"the PEM given as {what}" if isinstance(source, (str, bytes)) else f"the objects given as {what}"
 
 
+def uncommented(pem: bytes) -> bytes:
+    """*pem* without its lines that begin with a ``#``: what somebody has put out of use in it.  OpenSSL skips them."""
+    return _COMMENT.sub(b"", pem)
+
+
 def _pem(source: str | bytes | os.PathLike[str], what: str) -> bytes:
     if isinstance(source, bytes):
-        return source
+        return uncommented(source)
     if isinstance(source, str) and _is_pem(source):
-        return source.encode(errors="replace")
+        return uncommented(source.encode(errors="replace"))
     try:
         with open(source, "rb") as file:
-            return file.read()
+            return uncommented(file.read())
     except OSError as error:
         raise ConfigurationError(f"cannot read {_called(source, what)}: {error.strerror}") from error
     except ValueError as error:

@@ -33,7 +33,7 @@ from OpenSSL._util import lib as _lib
 from bridge import forks
 from bridge.connection import keylog_writer, log_key, note_verification, select_alpn
 from bridge.context import Context
-from bridge.credentials import certificates, reasons
+from bridge.credentials import certificates, reasons, uncommented
 from bridge.errors import HostnameMismatch
 from bridge.names import PeerName
 from bridge.record import Record
@@ -46,7 +46,7 @@ __all__ = ["SSLContext", "stdlib_properties"]
 Path: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
 Secret: TypeAlias = "str | bytes | bytearray"
 
-_PEM_CERTIFICATE = re.compile(r"-----BEGIN ((?:X509 )?CERTIFICATE)-----.*?-----END \1-----", re.DOTALL)
+_PEM_CERTIFICATE = re.compile(rb"-----BEGIN ((?:X509 )?CERTIFICATE)-----.*?-----END \1-----", re.DOTALL)
 _PEM_KEY = re.compile(rb"-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?-----END \1-----", re.DOTALL)
 _ONE_VERSION = {
     ssl.PROTOCOL_TLSv1: SSL.TLS1_VERSION,
@@ -453,7 +453,7 @@ def _private_key(pem: bytes, secret: Secret | None, certificate: x509.Certificat
     One for RSA-PSS only is OpenSSL's: `cryptography` makes it one for RSA, which does not go with its certificate.
     """
     secret = secret.encode() if isinstance(secret, str) else bytes(secret or b"")
-    found = _PEM_KEY.search(pem)
+    found = _PEM_KEY.search(uncommented(pem))
     assert found is not None
     password = secret if b"ENCRYPTED" in found[0] else None
     if certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSASSA_PSS:
@@ -469,8 +469,8 @@ def _encoded(path: Path | None) -> bytes | None:
 def _authorities(cadata: Any) -> Iterator[crypto.X509]:
     """The certificates in *cadata*: PEM if it is text, else DER, one after the other."""
     if isinstance(cadata, str):
-        for block in _PEM_CERTIFICATE.finditer(cadata):
-            yield crypto.load_certificate(crypto.FILETYPE_PEM, block[0].encode())
+        for block in _PEM_CERTIFICATE.finditer(uncommented(cadata.encode())):
+            yield crypto.load_certificate(crypto.FILETYPE_PEM, block[0])
         return
     rest = b"" if cadata is None else bytes(cadata)
     while rest:

@@ -357,6 +357,27 @@ def test_what_is_trusted_later_is_trusted_by_a_context_in_use(ca_file: str, thei
     agreed(client, their_server)
 
 
+def test_what_is_commented_out_of_a_file_is_not_there(
+    ca: trustme.CA, server_cert: KeyPair, tmp_path: Path
+) -> None:
+    def comment(pem: str) -> str:
+        return "".join(f"# {line}\n" for line in pem.splitlines())
+
+    key, certificate = Path(server_cert.keyfile).read_text(), Path(server_cert.certfile).read_text()
+    root, another = ca.cert_pem.bytes().decode(), trustme.CA()
+    old = another.issue_cert("localhost").private_key_and_cert_chain_pem.bytes().decode()
+    (tmp_path / "all.pem").write_text(comment(old) + certificate + comment(root) + key)
+    contexts = []
+    for side in ("theirs", "ours"):
+        server, client = blank(side, "server"), blank(side, "client")
+        server.load_cert_chain(tmp_path / "all.pem")
+        client.load_verify_locations(cadata=comment(another.cert_pem.bytes().decode()) + root)
+        contexts.append((client, server))
+    (their_client, their_server), (our_client, our_server) = contexts
+    agreed(our_client, their_server)
+    agreed(their_client, our_server)
+
+
 # ── verification ──
 
 
