@@ -1239,7 +1239,7 @@ def test_a_session_is_resumed_when_it_is_passed_on(
 def test_a_session_from_before_a_change_is_not_resumed(
     change: str, background: Background, ca_file: str, server_cert: KeyPair
 ) -> None:
-    """The handshake is a whole one, and its session the next to resume.  OpenSSL would resume none of another context."""
+    """The handshake is a whole one, and its session the next to resume.  OpenSSL resumes none of another context."""
     context, server_context = make_client_context("ours", ca_file), make_server_context("theirs", server_cert)
     session = None
     for visit in ("first", "changed", "again"):
