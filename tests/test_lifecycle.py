@@ -14,6 +14,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -977,23 +978,17 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     assert running.end() == (0, "7", "")
 
 
-@needs_fork
-def test_the_child_of_a_fork_may_make_its_own_bridge_and_exit_as_usual(
-    program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor
-) -> None:
-    """Its exit runs finalizers and exit handlers, which must leave the parent's sessions alone."""
+def beside_its_child(
+    program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor, child: str
+) -> str:
+    """What *child* says, in a child of fork() that exits as usual and leaves the session of its parent alone."""
     served = pool.submit(server.serve, b"welcome")
     running = program(
         FORK
-        + """
+        + f"""
 pid = os.fork()
 if not pid:
-    with bridge.Bridge() as mine:
-        own = mine.listen(("127.0.0.1", 0), server_ctx)
-        client = mine.connect(own.address, client_ctx, server_hostname="localhost")
-        client.send(b"hello, me")
-        print("child:", own.accept(30).recv(30), flush=True)
-        client.abort()
+{textwrap.indent(child, "    ")}
     sys.exit(7)
 status = os.waitpid(pid, 0)[1]
 print("parent:", os.waitstatus_to_exitcode(status), session.recv(30))
@@ -1001,10 +996,27 @@ session.send(b"from the parent")
 b.close()
 """
     )
-    assert running.line() == "child: b'hello, me'"
+    said = running.line()
     status, out, err = running.end()
     assert (status, out) == (0, "parent: 7 b'welcome'"), err
     assert served.result(PATIENCE) == (b"from the parent", "clean")
+    return said
+
+
+@needs_fork
+def test_the_child_of_a_fork_may_make_its_own_bridge_and_exit_as_usual(
+    program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor
+) -> None:
+    """Its exit runs finalizers and exit handlers, which must leave the parent's sessions alone."""
+    child = """\
+with bridge.Bridge() as mine:
+    own = mine.listen(("127.0.0.1", 0), server_ctx)
+    client = mine.connect(own.address, client_ctx, server_hostname="localhost")
+    client.send(b"hello, me")
+    print("child:", own.accept(30).recv(30), flush=True)
+    client.abort()
+"""
+    assert beside_its_child(program, server, pool, child) == "child: b'hello, me'"
 
 
 @needs_fork
@@ -1012,37 +1024,23 @@ def test_an_inbox_of_the_parent_is_refused_when_a_bridge_of_the_child_is_to_fill
     program: Callable[[str], Program], server: StdlibServer, pool: ThreadPoolExecutor
 ) -> None:
     """Of a server that forks first, and whose inbox is a global.  It would learn it at the first `get`."""
-    served = pool.submit(server.serve, b"welcome")
-    running = program(
-        FORK
-        + """
-pid = os.fork()
-if not pid:
-    with bridge.Bridge(workers=1) as mine:
-        own = mine.listen(("127.0.0.1", 0), server_ctx)
-        sock = socket.create_connection(own.address)
-        for call in (
-            lambda: mine.listen(("127.0.0.1", 0), server_ctx, inbox=shared),
-            lambda: mine.connect(own.address, client_ctx, server_hostname="localhost", inbox=shared),
-            lambda: mine.adopt(sock, client_ctx, server_hostname="localhost", inbox=shared),
-        ):
-            try:
-                print("no error:", call())
-            except bridge.ForkedError as error:
-                print("this Inbox was made before fork()" in str(error), end=" ")
-        print(sock.fileno() != -1, flush=True)
-        sock.close()
-    sys.exit(7)
-status = os.waitpid(pid, 0)[1]
-print("parent:", os.waitstatus_to_exitcode(status), session.recv(30))
-session.send(b"from the parent")
-b.close()
+    child = """\
+with bridge.Bridge(workers=1) as mine:
+    own = mine.listen(("127.0.0.1", 0), server_ctx)
+    sock = socket.create_connection(own.address)
+    for call in (
+        lambda: mine.listen(("127.0.0.1", 0), server_ctx, inbox=shared),
+        lambda: mine.connect(own.address, client_ctx, server_hostname="localhost", inbox=shared),
+        lambda: mine.adopt(sock, client_ctx, server_hostname="localhost", inbox=shared),
+    ):
+        try:
+            print("no error:", call())
+        except bridge.ForkedError as error:
+            print("this Inbox was made before fork()" in str(error), end=" ")
+    print(sock.fileno() != -1, flush=True)
+    sock.close()
 """
-    )
-    assert running.line() == "True True True True"
-    status, out, err = running.end()
-    assert (status, out) == (0, "parent: 7 b'welcome'"), err
-    assert served.result(PATIENCE) == (b"from the parent", "clean")
+    assert beside_its_child(program, server, pool, child) == "True True True True"
 
 
 @needs_fork

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import select
 import socket
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from peers import PATIENCE
+from rig import Clock
 from structlog.testing import capture_logs
 
 from bridge.errors import SessionAborted, SessionEnded
@@ -328,22 +328,22 @@ def test_what_has_finished_is_let_go_and_its_sockets_closed(
     assert not worker.step() and worker.load() == 0
 
 
-# ── deadlines ──  (The clock stands at a whole second: sums of whole seconds are exact.)
+# ── deadlines ──
 
 
 def test_a_deadline_is_kept_and_no_turn_comes_before_it(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = math.ceil(time.monotonic())
-    monkeypatch.setattr(time, "monotonic", lambda: float(clock))
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock.monotonic)
     thing = Thing()
-    thing.deadline = clock + 10
+    thing.deadline = clock.now + 10
     given(worker, thing)
     given(worker, thing)
     assert len(worker._timers) == 1, "one timer is enough"
-    clock += 9
+    clock.now += 9
     assert not worker.step()
-    clock += 1
+    clock.now += 1
     assert worker.step() and thing.turns == [NOTHING]
     assert worker.step(), "it has not changed, so it has passed once more"
     thing.deadline = None
@@ -354,19 +354,19 @@ def test_a_deadline_is_kept_and_no_turn_comes_before_it(
 def test_an_earlier_deadline_comes_first_and_a_later_one_when_it_is_due(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = math.ceil(time.monotonic())
-    monkeypatch.setattr(time, "monotonic", lambda: float(clock))
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock.monotonic)
     thing = Thing()
-    thing.deadline = clock + 20
+    thing.deadline = clock.now + 20
     given(worker, thing)
-    thing.deadline = clock + 10
+    thing.deadline = clock.now + 10
     given(worker, thing)
-    clock += 10
-    thing.deadline = clock + 20  # put off, which the worker need not know before it is due
+    clock.now += 10
+    thing.deadline = clock.now + 20  # put off, which the worker need not know before it is due
     assert worker.step() and thing.turns == [NOTHING]
-    clock += 10
+    clock.now += 10
     assert not worker.step(), "the first timer is out of date"
-    clock += 10
+    clock.now += 10
     assert worker.step() and len(thing.turns) == 2
 
 
@@ -396,28 +396,28 @@ def test_the_worker_sleeps_no_longer_than_to_the_next_deadline_nor_than_it_may(
     slept: list[float | None] = []
     wait = worker._poller.wait
     monkeypatch.setattr(worker._poller, "wait", lambda timeout, _: slept.append(timeout) or wait(0))
-    clock = math.ceil(time.monotonic())
-    monkeypatch.setattr(time, "monotonic", lambda: float(clock))
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock.monotonic)
     worker.step(None)
     thing, other = Thing(), Thing()
-    thing.deadline = clock + 10
+    thing.deadline = clock.now + 10
     given(worker, thing)
     slept.clear()
     worker.step(None)
     worker.step(4)
     worker.step(30)
     worker.step()
-    thing.deadline = clock + 5
+    thing.deadline = clock.now + 5
     given(worker, thing)
-    thing.deadline = clock + 50
-    clock += 5
+    thing.deadline = clock.now + 50
+    clock.now += 5
     worker.step()  # the earlier one has passed, and the first is out of date
     slept.clear()
     worker.step(None)
-    clock += 60
+    clock.now += 60
     worker.step(None)
     assert slept == [45, 0]
-    other.deadline = clock - 1
+    other.deadline = clock.now - 1
     slept.clear()
     given(worker, other)
     worker.step(None)
